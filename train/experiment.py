@@ -1,0 +1,150 @@
+"""One experiment: everything a YAML file says, and the run folder that it fills."""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from sampling.evaluate import EvaluationConfig
+from sampling.generate import SamplingConfig
+from train.loop import TrainingConfig
+from vqvae2 import files
+from vqvae2.config import Config, differences, read_yaml
+from vqvae2.data.images import DataConfig
+from vqvae2.errors import UserError
+from vqvae2.models import AutoencoderConfig
+from vqvae2.priors import PriorConfig
+from vqvae2.run_folder import RunFolder, level_names
+
+# What may change between two commands on one run: none of it alters what the trained artefacts are.
+_FREE = (
+    "data.path",
+    "data.workers",
+    "codes.batch_size",
+    "sampling",
+    "evaluation",
+    *(f"training.{name}" for name in ("log_every", "validate_every", "preview_every", "checkpoint_every")),
+    "training.keep_checkpoints",
+    "training.compile",
+    "training.accumulate",
+)
+
+
+class AutoencoderSection(AutoencoderConfig):
+    """The network and how it is trained."""
+
+    training: TrainingConfig
+
+    @property
+    def network(self) -> AutoencoderConfig:
+        """The network's settings alone, as they are stored with its weights."""
+        return AutoencoderConfig(**{name: getattr(self, name) for name in AutoencoderConfig.model_fields})
+
+
+class CodesConfig(Config):
+    """How codes are extracted."""
+
+    batch_size: int = Field(64, ge=1, description="images encoded at once, on each process")
+
+
+class PriorSection(Config):
+    """One level's prior and how it is trained."""
+
+    model: PriorConfig
+    training: TrainingConfig
+
+
+class Experiment(Config):
+    """The sections of an experiment's YAML file."""
+
+    run: str | None = Field(None, description="run folder; runs/<name of the config file> where not given")
+    data: DataConfig = DataConfig()
+    autoencoder: AutoencoderSection
+    codes: CodesConfig = CodesConfig()
+    priors: dict[str, PriorSection] = Field(description="by level: bottom, top; one level has `top` alone")
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Experiment":
+        names = level_names(len(self.autoencoder.levels))
+        if sorted(self.priors) != sorted(names):
+            raise ValueError(
+                f"priors: an autoencoder of {len(names)} levels needs priors for {', '.join(names)}; "
+                f"found {', '.join(self.priors) or 'none'}"
+            )
+        return self
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Names of the levels, finest first."""
+        return level_names(len(self.autoencoder.levels))
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment and its run folder."""
+
+    experiment: Experiment
+    folder: RunFolder
+
+
+def open_run(command: str, arguments: list[str], description: str, level: bool = False) -> tuple[Run, str]:
+    """Read `CONFIG.yaml [--run PATH] [--section.field value …]`, and begin or reopen the run folder.
+
+    Gives the run and the value of --level where the command takes one. UserError where the folder belongs to a different
+    experiment: it names the first setting that differs.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"vqvae2 {command}",
+        description=description,
+        epilog="Any setting of the config can be given as --section.field VALUE, for example --data.path FOLDER.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, help="the experiment, a YAML file, or the config.yaml of a run folder")
+    parser.add_argument("--run", type=Path, help="the run folder; runs/<name of the config file> by default")
+    if level:
+        parser.add_argument("--level", required=True, help="which prior: top, bottom, middle")
+    known, overrides = parser.parse_known_args(arguments)
+    experiment = Experiment.load(known.config).override(overrides)
+    default = known.config.parent if known.config.name == "config.yaml" else Path("runs") / known.config.stem
+    path = known.run or Path(experiment.run or default)
+    experiment = experiment.model_copy(update={"run": str(path)})
+    # Refused before anything is written: sizes that do not divide.
+    _check_builds(experiment)
+    return Run(experiment, _begin(experiment, RunFolder(path))), known.level if level else ""
+
+
+def _check_builds(experiment: Experiment) -> None:
+    import torch
+
+    with torch.device("meta"):
+        experiment.autoencoder.network.build(experiment.data.shape, experiment.data.channels)
+
+
+def _begin(experiment: Experiment, folder: RunFolder) -> RunFolder:
+    """Write the resolved config into a new run folder; in one that exists, check that it is the same experiment."""
+    if folder.config.is_file():
+        before = Experiment.parse(read_yaml(folder.config), str(folder.config))
+        for key, old, new in differences(before.plain(), experiment.plain()):
+            if key != "run" and not any(key.startswith(free) or f".{free}" in key for free in _FREE):
+                raise UserError(
+                    f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}; "
+                    "choose another folder with --run, or go back to the old setting"
+                )
+    elif folder.path.is_dir() and any(folder.path.iterdir()):
+        raise UserError(f"{folder.path}: not empty and not a run folder; choose another with --run")
+    files.write_text(folder.config, experiment.yaml())
+    return folder
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal, from the main process alone."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(text, flush=True)
+        sys.stdout.flush()

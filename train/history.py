@@ -1,0 +1,60 @@
+"""What training measured, step by step: means over each interval, kept as JSON lines, drawn as curves."""
+
+import json
+import math
+from pathlib import Path
+
+from vqvae2 import files
+from vqvae2.pictures import save_curves
+
+
+class History:
+    """Gathers values of single steps and logs their means to `history.jsonl` in a folder."""
+
+    def __init__(self, folder: Path, writes: bool) -> None:
+        self.path, self.writes = folder / "history.jsonl", writes
+        self.entries: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}
+        self._steps = 0
+
+    def resume(self, step: int) -> None:
+        """Forget what was logged after `step`: it is about to happen again."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.entries = [entry for entry in map(_parse, lines) if entry and entry["step"] <= step]
+        if self.writes:
+            files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def gather(self, values: dict[str, float]) -> None:
+        """Take in the values of one step."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += 1
+
+    def log(self, step: int, split: str, also: dict[str, float] | None = None) -> dict[str, float]:
+        """Write the means since the last call; the same values under names like `train/loss`."""
+        means = {name: total / self._steps for name, total in self._sums.items()} | (also or {})
+        self._sums, self._steps = {}, 0
+        entry = {f"{split}/{name}": value for name, value in means.items()}
+        self.entries.append({"step": step} | entry)
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.entries[-1]) + "\n")
+        return entry
+
+    def draw(self, path: Path, panels: dict[str, list[str]], title: str) -> None:
+        """Draw panels of curves, each a title with the names of logged values."""
+        save_curves(
+            path, {panel: {name: self._points(name) for name in names} for panel, names in panels.items()}, title
+        )
+
+    def _points(self, name: str) -> list[tuple[float, float]]:
+        return [(entry["step"], entry[name]) for entry in self.entries if math.isfinite(entry.get(name, math.nan))]
+
+
+def _parse(line: str) -> dict[str, float] | None:
+    """One entry; nothing for the half line that a killed process may leave."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None

@@ -1,0 +1,250 @@
+"""The training loop, the only one and the only user of Accelerate's training wrapper: both stages run in it.
+
+A stage brings its data, its objective and its pictures; the loop brings devices, precision, accumulation, clipping, the
+learning-rate schedule, averaged weights, validation, logs, checkpoints and resuming. One unit counts progress: the step,
+one update of the weights from one global batch. Random numbers of a step depend on (seed, step, process) alone, so the same
+command goes on from any checkpoint to the same result.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from train.checkpoints import Checkpoints, TrainingState
+from train.history import History
+from train.signals import StopSignals
+from vqvae2.config import Config
+from vqvae2.data.batches import Collection, TrainingOrder, load
+from vqvae2.errors import Stopped, UserError
+
+
+class TrainingConfig(Config):
+    """How one network is trained; every interval counts steps."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(128, ge=1, description="of all processes and accumulated batches together")
+    accumulate: int = Field(1, ge=1, description="smaller batches that make up one, one after the other")
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = Field(None, gt=0, description="limit of the gradient's norm")
+    average: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which become the result")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
+    compile: bool = Field(False, description="compile the network (pays on a GPU)")
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(50, ge=1)
+    validate_every: int = Field(1000, ge=1)
+    preview_every: int = Field(5000, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingConfig":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")
+        return self
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step `step`, from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Stage(ABC):
+    """What differs between training an autoencoder and training a prior."""
+
+    name: str  # for people: "autoencoder", "prior-top"
+    network: nn.Module  # what is saved and averaged
+    training_data: Collection
+    curves: dict[str, list[str]]  # panels of the curve picture: title → names of logged values
+
+    @abstractmethod
+    def objective(self) -> nn.Module:
+        """A module around the network: batch on the device → (loss to minimise, terms by name to log)."""
+
+    @abstractmethod
+    def validate(self, network: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Values over the whole validation split, the same on every process."""
+
+    @abstractmethod
+    def preview(self, network: nn.Module, path: Path) -> None:
+        """Write a picture in which a person sees how far training is."""
+
+    @abstractmethod
+    def save(self, network: nn.Module, path: Path) -> None:
+        """Write the finished weights with what they were made from."""
+
+    def after_update(self) -> None:
+        """Called after every update of the weights; most stages have nothing to do."""
+
+
+def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> dict[str, Any]:
+    """Train until `config.steps`, from the newest checkpoint in `folder`; the last validation's values and the time."""
+    accelerator = make_accelerator(config.precision, folder, config.accumulate)
+    torch.manual_seed(config.seed)
+    objective = stage.objective()
+    optimizer = torch.optim.AdamW(
+        objective.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    wrapped, optimizer = accelerator.prepare(torch.compile(objective) if config.compile else objective, optimizer)
+    state = TrainingState(stage.network, objective, optimizer.optimizer, config.average, accelerator.scaler)
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+    history = History(folder, accelerator.is_main_process)
+    if checkpoints.restore(state, accelerator.device):
+        accelerator.print(f"{stage.name}: going on from step {state.step:,} of {config.steps:,}")
+    history.resume(state.step)
+    values: dict[str, float] = {}
+    started = time.monotonic() - state.seconds
+    with StopSignals() as signals, _progress(stage.name, state.step, config.steps, accelerator) as bar:
+        for step, batches in _steps(stage, config, accelerator, state.step, workers):
+            seed_step(config.seed, step, accelerator.process_index)
+            terms = _update(wrapped, optimizer, batches, config, step, accelerator, checkpoints)
+            stage.after_update()
+            state.advance(time.monotonic() - started)
+            bar.update()
+            done = state.step
+            history.gather(terms)
+            if done % config.log_every == 0 or done == config.steps:
+                shown = history.log(done, "train", {"learning_rate": config.rate(step)})
+                accelerator.log(shown, step=done)
+                bar.set_postfix_str(f"loss {shown['train/loss']:.4f}")
+            if done % config.validate_every == 0 or done == config.steps:
+                with state.averaged() as network:
+                    values = stage.validate(network, accelerator)
+                history.gather(values)
+                accelerator.log(history.log(done, "validation"), step=done)
+                state.last_validation = values
+            if accelerator.is_main_process and (done % config.preview_every == 0 or done == config.steps):
+                with state.averaged() as network:
+                    stage.preview(network, folder / "previews" / f"{done:08d}.png")
+                history.draw(folder / "curves.png", stage.curves, stage.name)
+            stop = signals.received(accelerator)
+            if done % config.checkpoint_every == 0 or done == config.steps or stop:
+                if accelerator.is_main_process:
+                    checkpoints.save(state)
+                accelerator.wait_for_everyone()
+            if stop:
+                raise Stopped(
+                    f"{stage.name}: stopped by {stop.name} at step {done:,}; a checkpoint is saved, "
+                    "and the same command goes on from it",
+                    stop.value,
+                )
+    if accelerator.is_main_process:
+        with state.averaged() as network:
+            stage.save(network, folder / "model.safetensors")
+    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    return {"steps": state.step, "seconds": round(state.seconds, 1), "validation": state.last_validation}
+
+
+def make_accelerator(precision: str = "no", folder: Path | None = None, accumulate: int = 1) -> Accelerator:
+    """Accelerate's handle on devices and processes, with a TensorBoard log in `folder`/logs."""
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=accumulate,
+        log_with="tensorboard" if folder else None,
+        project_dir=folder,
+    )
+    if folder:
+        accelerator.init_trackers("logs")
+    return accelerator
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Make the random numbers of a step (dropout) a function of these three."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch of tensors, in tuples or named tuples, moved to a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    moved = [to_device(part, device) for part in batch]
+    return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)
+
+
+def _steps(
+    stage: Stage, config: TrainingConfig, accelerator: Accelerator, start: int, workers: int
+) -> Iterator[tuple[int, list[Any]]]:
+    """Each step's number, from 0, with its micro-batches."""
+    order = TrainingOrder(
+        len(stage.training_data),
+        config.batch_size,
+        start=start,
+        stop=config.steps,
+        seed=config.seed,
+        accumulate=config.accumulate,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    micro = load(stage.training_data, order, workers, pin_memory=accelerator.device.type == "cuda")
+    for step in range(start, config.steps):
+        yield step, [to_device(next(micro), accelerator.device) for _ in range(config.accumulate)]
+
+
+def _update(
+    objective: Callable[[Any], tuple[Tensor, dict[str, Tensor]]],
+    optimizer: Any,
+    batches: list[Any],
+    config: TrainingConfig,
+    step: int,
+    accelerator: Accelerator,
+    checkpoints: Checkpoints,
+) -> dict[str, float]:
+    """One update of the weights; the mean of each loss term over its micro-batches."""
+    sums: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        group["lr"] = config.rate(step)
+    for batch in batches:
+        with accelerator.accumulate(objective), accelerator.autocast():
+            loss, terms = objective(batch)
+            accelerator.backward(loss)
+            for name, term in ({"loss": loss} | terms).items():
+                sums[name] = sums.get(name, 0) + term.detach().float() / len(batches)
+    means = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    for name, value in means.items():
+        if not math.isfinite(value):
+            good = checkpoints.newest()
+            where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            raise UserError(
+                f"step {step + 1}: the loss term `{name}` is {value}; {where}; "
+                "lower the learning rate, set clip_norm, or use precision bf16 instead of fp16"
+            )
+    if config.clip_norm:
+        means["gradient_norm"] = float(accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm))
+    optimizer.step()
+    optimizer.zero_grad()
+    return means
+
+
+def _progress(name: str, start: int, stop: int, accelerator: Accelerator) -> tqdm:
+    return tqdm(
+        desc=name,
+        initial=start,
+        total=stop,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not accelerator.is_main_process,
+        mininterval=0.5,
+        smoothing=0.05,
+    )

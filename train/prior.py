@@ -1,0 +1,136 @@
+"""Stage 3: train one prior for each level on the cached codes."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sampling.decode import Choice, Noise, sample_level
+from train.experiment import Run, open_run, say
+from train.loop import Stage, to_device, train
+from vqvae2 import files
+from vqvae2.data.batches import InOrder, load
+from vqvae2.data.codes import Coded, CodeStore
+from vqvae2.data.images import to_bytes
+from vqvae2.distributed import sum_over_processes
+from vqvae2.errors import UserError
+from vqvae2.metrics.codebook import CodeUsage
+from vqvae2.models import Autoencoder
+from vqvae2.pictures import save_grid, side_by_side
+from vqvae2.priors import Prior, PriorSpec, save_prior
+
+_PREVIEW_IMAGES = 8
+
+
+class PriorObjective(nn.Module):
+    """Negative log-likelihood of one level's codes, in nats per code."""
+
+    def __init__(self, network: Prior, level: int) -> None:
+        super().__init__()
+        self.network, self.level = network, level
+
+    def forward(self, batch: Coded) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss for a batch of codes of all levels; it has no other terms."""
+        labels = batch.label if self.network.spec.classes else None
+        logits = self.network(batch.codes[self.level], batch.codes[self.level + 1 :], labels)
+        return F.cross_entropy(logits.float(), batch.codes[self.level]), {}
+
+
+class PriorStage(Stage):
+    """The prior of one level of an experiment."""
+
+    def __init__(self, run: Run, level: str) -> None:
+        self.run, self.name = run, f"prior-{level}"
+        self.training_data = _open_store(run, "train")
+        self.validation_data = _open_store(run, "val")
+        header = self.training_data.header
+        self.level = run.experiment.levels.index(level)
+        maps = header.levels
+        spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], classes=len(header.classes))
+        self.config = run.experiment.priors[level]
+        self.network: Prior = self.config.model.build(spec)
+        self.autoencoder = Autoencoder.load(run.folder.autoencoder_weights)
+        self.unigram = self._unigram_entropy()
+        self.curves = {"nats per code": ["train/loss", "validation/nll", "validation/uniform", "validation/unigram"]}
+
+    def objective(self) -> nn.Module:
+        return PriorObjective(self.network, self.level)
+
+    def validate(self, network: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Mean negative log-likelihood in nats and bits per code, beside what knowing nothing, or only how often each
+        code is used, would give."""
+        nll = mean_nll(network, self.level, self.validation_data, self.config.training.batch_size, accelerator)
+        return {
+            "nll": nll,
+            "bits": nll / math.log(2),
+            "uniform": math.log(self.network.spec.level.codes),
+            "unigram": self.unigram,
+        }
+
+    def preview(self, network: nn.Module, path: Path) -> None:
+        """Held-out images over the same with this level sampled, given their coarser levels."""
+        count = min(_PREVIEW_IMAGES, len(self.validation_data))
+        batch = self.validation_data.read(range(count))
+        labels = batch.label if self.network.spec.classes else None
+        device = next(network.parameters()).device
+        coarser = to_device(batch.codes[self.level + 1 :], device)
+        labels = None if labels is None else labels.to(device)
+        sampled = sample_level(network, Noise(0, range(count), self.level), Choice(), coarser, labels).cpu()
+        codes = (*batch.codes[: self.level], sampled, *batch.codes[self.level + 1 :])
+        # Finer levels of these images say nothing about the sampled one, so both rows go without them.
+        shown = tuple(index >= self.level for index in range(len(codes)))
+        before, after = (to_bytes(self.autoencoder.decode_codes(maps, only=shown)) for maps in (batch.codes, codes))
+        save_grid(path, *side_by_side(before, after, columns=_PREVIEW_IMAGES))
+
+    def save(self, network: nn.Module, path: Path) -> None:
+        made_from = {"autoencoder": self.autoencoder.digest, "codes": self.training_data.header.digest}
+        save_prior(path, network, self.config.model, **made_from)
+
+    def _unigram_entropy(self) -> float:
+        usage = CodeUsage(self.network.spec.level.codes)
+        for indices in InOrder(len(self.validation_data), 256):
+            usage.update(self.validation_data.read(indices).codes[self.level])
+        return usage.entropy
+
+
+@torch.inference_mode()
+def mean_nll(network: Prior, level: int, store: CodeStore, batch_size: int, accelerator: Accelerator) -> float:
+    """Negative log-likelihood in nats per code over a whole store, each image counted once."""
+    order = InOrder(len(store), batch_size, accelerator.process_index, accelerator.num_processes)
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for batch in load(store, order, workers=0):
+        batch = to_device(batch, accelerator.device)
+        with accelerator.autocast():
+            loss, _ = PriorObjective(network, level)(batch)
+        codes = batch.codes[level].numel()
+        total += torch.tensor([float(loss) * codes, codes], dtype=torch.float64, device=total.device)
+    nats, codes = sum_over_processes(total).tolist()
+    return nats / codes
+
+
+def train_prior(run: Run, level: str) -> None:
+    """Train one level's prior, or go on where it was stopped; nothing to do where it is finished."""
+    if level not in run.experiment.levels:
+        raise UserError(f"--level: {level!r} is not one of {', '.join(run.experiment.levels)}")
+    folder, weights = run.folder.prior(level), run.folder.prior_weights(level)
+    if weights.is_file():
+        say(f"prior-{level}: finished, {weights}")
+        return
+    stage = PriorStage(run, level)
+    files.write_json(folder / "summary.json", train(stage, stage.config.training, folder, run.experiment.data.workers))
+
+
+def _open_store(run: Run, split: str) -> CodeStore:
+    store = CodeStore.open(run.folder.code_store(split))
+    store.header.check_autoencoder(files.digest(run.folder.autoencoder_weights), store.path)
+    return store
+
+
+def main(arguments: list[str]) -> None:
+    """The command `vqvae2 train-prior`."""
+    description = "Train the prior of one level on the cached codes (stage 3)."
+    run, level = open_run("train-prior", arguments, description, level=True)
+    train_prior(run, level)

@@ -1,0 +1,73 @@
+"""The commands `vqvae2 run` and `vqvae2 demo`: all stages in order, then a table and the pictures to look at."""
+
+import time
+from pathlib import Path
+
+from accelerate import PartialState
+
+from sampling.evaluate import describe, evaluate_run
+from sampling.generate import sample_run
+from train.autoencoder import train_autoencoder
+from train.experiment import Run, open_run, say
+from train.extract import extract_codes
+from train.prior import train_prior
+from vqvae2 import files
+
+
+def run_all(run: Run) -> None:
+    """Train, extract, train the priors from coarse to fine, sample, evaluate; finished stages are skipped."""
+    folder = run.folder
+    train_autoencoder(run)
+    extract_codes(run)
+    for level in reversed(run.experiment.levels):
+        train_prior(run, level)
+    started = time.monotonic()
+    samples = sample_run(folder.path, run.experiment.sampling)
+    sampled = time.monotonic() - started
+    metrics = evaluate_run(folder.path, run.experiment.evaluation, samples)
+    if PartialState().is_main_process:
+        _keep_sampling_time(samples, sampled)
+        say(f"\n{describe(metrics)}\nseconds          {_seconds(run, samples)}\n\nPictures to open:")
+        say("\n".join(f"  {path}" for path in _pictures(run, samples) if path and path.is_file()))
+
+
+def _keep_sampling_time(samples: Path, seconds: float) -> None:
+    """Note how long sampling took, once: a repeated command finds the images made and takes no time."""
+    path = samples / "summary.json"
+    if not path.is_file():
+        files.write_json(path, {"seconds": round(seconds, 1)})
+
+
+def _seconds(run: Run, samples: Path) -> str:
+    """How long each stage took."""
+    stages = {
+        "autoencoder": run.folder.autoencoder,
+        "codes": run.folder.codes,
+        **{f"prior-{level}": run.folder.prior(level) for level in reversed(run.experiment.levels)},
+        "samples": samples,
+    }
+    seconds = {name: files.read_json(path / "summary.json")["seconds"] for name, path in stages.items()}
+    return ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+
+
+def _pictures(run: Run, samples: Path) -> list[Path | None]:
+    stages = [run.folder.autoencoder, *(run.folder.prior(level) for level in reversed(run.experiment.levels))]
+    newest = [max((stage / "previews").glob("*.png"), default=None) for stage in stages]
+    return [samples / "grid.png", *newest, *(stage / "curves.png" for stage in stages)]
+
+
+def main(arguments: list[str]) -> None:
+    """The command `vqvae2 run`."""
+    run, _ = open_run("run", arguments, "Run all stages of an experiment; the same command goes on where it stopped.")
+    run_all(run)
+
+
+def demo(arguments: list[str]) -> None:
+    """The command `vqvae2 demo`: `run` with the config that comes with the package."""
+    main([str(_demo_config()), *arguments])
+
+
+def _demo_config() -> Path:
+    """configs/demo.yaml, which a wheel carries beside this module and a checkout in its own place."""
+    packaged = Path(__file__).with_name("demo.yaml")
+    return packaged if packaged.is_file() else Path(__file__).parents[1] / "configs" / "demo.yaml"

@@ -1,0 +1,71 @@
+"""Weights and their settings in one safetensors file: data, never a program.
+
+The file's metadata holds a JSON object under the key `vqvae2`: what kind of network it is, the config that builds it, and
+the digests of what it was made from.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vqvae2 import files
+from vqvae2.errors import UserError
+
+_KEY = "vqvae2"
+
+
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors (any device) and JSON `metadata` to `path`, atomically."""
+    # Copies, because safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with files.atomic(path) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata={_KEY: json.dumps(metadata)})
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a file that `save` wrote; UserError where it is missing, damaged or foreign."""
+    metadata = read_metadata(path)
+    try:
+        return safetensors.torch.load_file(path), metadata
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata alone, without reading the tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such weights file; train the stage that makes it first") from None
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+    if _KEY not in metadata:
+        raise UserError(f"{path}: a safetensors file of another program (it has no `{_KEY}` metadata)")
+    return json.loads(metadata[_KEY])
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Load tensors into a module strictly: each one present, none left over, every shape equal."""
+    expected = module.state_dict()
+    for name in (*expected, *tensors):
+        if name not in tensors:
+            raise UserError(f"{source}: the weight `{name}` is missing; the file is of another version or model")
+        if name not in expected:
+            raise UserError(f"{source}: the weight `{name}` is not one of this model's")
+        if expected[name].shape != tensors[name].shape:
+            raise UserError(
+                f"{source}: the weight `{name}` has shape {tuple(tensors[name].shape)}, "
+                f"the model needs {tuple(expected[name].shape)}"
+            )
+    with torch.no_grad():
+        module.load_state_dict(tensors, strict=True)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged weights file ({error}); delete it and run the stage that makes it again")

@@ -1,0 +1,1 @@
+"""Images, codes, and the order in which training sees them."""

@@ -1,0 +1,74 @@
+"""Inception score (Salimans et al. 2016, arXiv 1606.03498): exp E KL(p(y|x) ‖ p(y)), streamed.
+
+Within a split the mean KL divergence is mean Σ p log p − Σ p̄ log p̄, so a split needs two sums and no logits are kept.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vqvae2.distributed import sum_over_processes
+from vqvae2.errors import UserError
+
+
+class Score(NamedTuple):
+    """Mean and population standard deviation over splits; the mean is in [1, number of classes]."""
+
+    mean: float
+    std: float
+
+
+class InceptionScore:
+    """Streaming score of `count` images, dealt to `splits` by a seeded permutation.
+
+    Seed and splits deal as torch-fidelity's defaults do, whose score this is to rounding. Raises UserError where there
+    are fewer images than splits.
+    """
+
+    def __init__(
+        self, count: int, splits: int = 10, seed: int = 2020, classes: int = 1008, device: torch.device | str = "cpu"
+    ) -> None:
+        if not 1 <= splits <= count:
+            raise UserError(f"an Inception score of {count} images in {splits} splits; each split needs an image")
+        self._device = torch.device("cpu" if torch.device(device).type == "mps" else device)  # MPS has no float64
+        order = np.random.RandomState(seed).permutation(count)
+        split_of = np.empty(count, np.int64)
+        for split in range(splits):
+            split_of[order[split * count // splits : (split + 1) * count // splits]] = split
+        self._split_of = torch.from_numpy(split_of)
+        self._counts = torch.zeros(splits, dtype=torch.float64, device=self._device)
+        self._negentropy = torch.zeros(splits, dtype=torch.float64, device=self._device)  # Σ_x Σ_y p log p
+        self._marginal = torch.zeros(splits, classes, dtype=torch.float64, device=self._device)  # Σ_x p
+
+    def update(self, logits: Float[Tensor, "n classes"], indices: Int[Tensor, "n"]) -> None:
+        """Take in a batch: `logits` of the images whose numbers in 0 … count − 1 are `indices`."""
+        log_p = logits.detach().to(self._device).double().log_softmax(1)
+        p = log_p.exp()
+        split = self._split_of[indices.cpu()].to(self._device)
+        self._counts.index_add_(0, split, torch.ones_like(p[:, 0]))
+        self._negentropy.index_add_(0, split, torch.xlogy(p, p).sum(1))
+        self._marginal.index_add_(0, split, p)
+
+    def reduce(self) -> None:
+        """Add up over all processes, on every process; nothing to do on one. Call it once, at the end."""
+        for sums in (self._counts, self._negentropy, self._marginal):
+            sum_over_processes(sums)
+
+    def result(self) -> Score:
+        """The score; UserError where images are missing."""
+        if int(self._counts.sum()) != len(self._split_of):
+            raise UserError(f"an Inception score of {len(self._split_of)} images was given {int(self._counts.sum())}")
+        marginal = self._marginal / self._counts[:, None]
+        divergence = self._negentropy / self._counts - torch.xlogy(marginal, marginal).sum(1)
+        scores = divergence.exp().cpu().numpy()
+        return Score(float(scores.mean()), float(scores.std()))
+
+
+def inception_score(logits: Float[Tensor, "n classes"], splits: int = 10, seed: int = 2020) -> Score:
+    """Inception score of logits (N, classes) that are all at hand."""
+    score = InceptionScore(len(logits), splits, seed, logits.shape[1], logits.device)
+    score.update(logits, torch.arange(len(logits)))
+    return score.result()

@@ -1,0 +1,91 @@
+"""What every prior is: an autoregressive model of one level's code map, with a path for training and one for sampling."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vqvae2.config import Config
+from vqvae2.maps import CodeMaps, MapSpec
+
+
+class PriorSpec(Config):
+    """What a prior is of; read from the code store, never configured."""
+
+    level: MapSpec
+    coarser: tuple[MapSpec, ...] = ()  # what conditions it, finest first
+    classes: int = 0  # number of labels; 0 where there are none
+
+
+class Prior(nn.Module, ABC):
+    """p(codes | coarser codes, label), one position after the other in raster order."""
+
+    digest: str | None = None  # SHA-256 of the file the weights came from
+    made_from: dict[str, Any]  # digests of what it was trained on
+
+    def __init__(self, spec: PriorSpec) -> None:
+        super().__init__()
+        self.spec, self.made_from = spec, {}
+
+    @abstractmethod
+    def forward(
+        self, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b k h w"]:
+        """Logits of every position at once, for training.
+
+        The logits at a position depend on `codes` at earlier positions only, on all of `coarser` (finest first), and on
+        the label; where the spec has classes, `labels=None` asks for the label-free distribution.
+        """
+
+    @abstractmethod
+    def incremental(self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None) -> "Steps":
+        """The same logits one position at a time, for sampling, with folded copies of the weights."""
+
+    def _check_coarser(self, coarser: CodeMaps) -> None:
+        expected = tuple(level.shape for level in self.spec.coarser)
+        found = tuple(tuple(codes.shape[1:]) for codes in coarser)
+        if found != expected:
+            raise ValueError(f"expected coarser code maps of sizes {expected}, finest first, got {found}")
+
+
+class Steps(ABC):
+    """A walk over the positions of one batch of maps in raster order, computing each position once.
+
+    for row in range(height):
+        steps.begin_row(row)
+        for column in range(width):
+            logits = steps.logits(column)       # float (B, K)
+            steps.feed(column, codes)           # int64 (B,), what was chosen there
+    """
+
+    @abstractmethod
+    def begin_row(self, row: int) -> None:
+        """Evaluate all that finished rows contribute to this row, for every column at once."""
+
+    @abstractmethod
+    def logits(self, column: int) -> Float[Tensor, "b k"]:
+        """Logits at this column of the current row."""
+
+    @abstractmethod
+    def feed(self, column: int, codes: Int[Tensor, " b"]) -> None:
+        """Put the codes chosen at this column in place."""
+
+
+@torch.inference_mode()
+def incremental_logits(
+    prior: Prior, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+) -> Float[Tensor, "b k h w"]:
+    """The logits of `forward`, found by walking: for checking that the two paths agree."""
+    batch, height, width = codes.shape
+    steps = prior.incremental(batch, coarser, labels)
+    rows = []
+    for row in range(height):
+        steps.begin_row(row)
+        columns = []
+        for column in range(width):
+            columns.append(steps.logits(column).clone())
+            steps.feed(column, codes[:, row, column])
+        rows.append(torch.stack(columns, -1))
+    return torch.stack(rows, 2)

@@ -1,0 +1,240 @@
+"""Causal layers, each with its two paths: `forward` over whole maps, and a twin that walks position by position.
+
+Maps are (B, C, H, W). A walk keeps, for every causal convolution, the last `kernel` rows of its input. What finished rows
+contribute is evaluated once a row for all columns as one matrix product; a position then costs only the few taps on its own
+row, read as a view of the buffer.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+class CausalConv2d(nn.Module):
+    """A convolution that sees `kernel` − 1 rows above (`kernel` columns wide) and, on its own row, what lies to the left.
+
+    `strict` leaves out the position itself, as the first layer must. Only taps that are used have weights, in raster order:
+    23 for kernel 5, or 22 when strict.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, strict: bool = False) -> None:
+        super().__init__()
+        self.kernel, self.padding = kernel, kernel // 2
+        self.above = (kernel - 1) * kernel  # taps on finished rows
+        self.current = kernel // 2 + (0 if strict else 1)  # taps on the current row
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, self.above + self.current))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        weight_norm(self, "weight")
+
+    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
+        unused = self.kernel**2 - self.weight.shape[2]  # the last taps in raster order
+        weight = F.pad(self.weight, (0, unused)).unflatten(2, (self.kernel, self.kernel))
+        x = F.pad(x, (self.padding, self.padding, self.kernel - 1, 0))
+        return F.conv2d(x, weight, self.bias)
+
+    def walk(self, batch: int, width: int) -> "ConvWalk":
+        """The incremental twin for a batch of maps of this width."""
+        return ConvWalk(self, batch, width)
+
+
+class ConvWalk:
+    """One causal convolution, position by position: `begin_row`, then for each column `put` its input and `at` it."""
+
+    def __init__(self, conv: CausalConv2d, batch: int, width: int) -> None:
+        weight = conv.weight.detach()  # weight norm folded
+        outputs, inputs, _ = weight.shape
+        columns = width + 2 * conv.padding
+        taps = weight.permute(2, 1, 0)  # (taps, inputs, outputs), the order of a flattened window
+        self.kernel = conv.kernel
+        self.above = taps[: conv.above].reshape(-1, outputs)
+        self.current = taps[conv.above :].reshape(-1, outputs)
+        self.bias = conv.bias.detach()
+        self.rows = weight.new_zeros(batch, conv.kernel, columns, inputs)  # the last one is the current row
+        self.prepared = weight.new_empty(width, batch, outputs)
+        last = self.rows[:, -1]
+        self.slots = [last[:, conv.padding + column] for column in range(width)]
+        self.windows = [last[:, column : column + conv.current].flatten(1) for column in range(width)]
+
+    def begin_row(self, row: int, extra: Tensor | None = None) -> None:
+        """Evaluate the taps on finished rows for every column; `extra` (W or 1, B, outputs) is added to the result."""
+        width, batch, outputs = self.prepared.shape
+        if len(self.above) and row > 0:
+            self.rows[:, :-1] = self.rows[:, 1:].clone()
+            finished = self.rows[:, :-1].unfold(2, self.kernel, 1)  # (B, kernel − 1, W, inputs, kernel)
+            finished = finished.permute(2, 0, 1, 4, 3).reshape(width * batch, -1)
+            torch.addmm(self.bias, finished, self.above, out=self.prepared.view(width * batch, outputs))
+        else:
+            self.prepared.copy_(self.bias)
+        if extra is not None:
+            self.prepared += extra
+
+    def put(self, column: int, values: Float[Tensor, "b i"]) -> None:
+        """Set the convolution's input at this column of the current row."""
+        self.slots[column].copy_(values)
+
+    def at(self, column: int) -> Float[Tensor, "b o"]:
+        """The convolution's output at this column."""
+        return torch.addmm(self.prepared[column], self.windows[column], self.current)
+
+
+class Pointwise(nn.Module):
+    """A weight-normalised 1×1 convolution."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        self.conv = weight_norm(nn.Conv2d(inputs, outputs, 1, bias=bias))
+
+    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
+        return self.conv(x)
+
+    def walk(self) -> "PointWalk":
+        """The incremental twin."""
+        return PointWalk(self.conv)
+
+
+class PointWalk:
+    """A 1×1 convolution of vectors (…, inputs)."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self.weight = conv.weight.detach().flatten(1).contiguous()
+        self.bias = None if conv.bias is None else conv.bias.detach()
+
+    def __call__(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        return F.linear(x, self.weight, self.bias)
+
+
+class GatedResidual(nn.Module):
+    """x + gate(conv(ELU(conv(ELU(x)) + extra)) + condition), the block of PixelSNAIL (Chen et al. 2018).
+
+    `kernel` 1 makes it pointwise. `extra` is a second input of that many channels; `condition` the channels of a map that is
+    the same size or smaller by a whole factor: it is projected at its own size, then repeated.
+    """
+
+    def __init__(
+        self, channels: int, hidden: int, kernel: int, extra: int = 0, condition: int = 0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.first = CausalConv2d(channels, hidden, kernel)
+        self.second = CausalConv2d(hidden, 2 * channels, kernel)
+        self.extra = Pointwise(extra, hidden) if extra else None
+        self.condition = Pointwise(condition, 2 * channels, bias=False) if condition else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, extra: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        hidden = self.first(F.elu(x))
+        if self.extra is not None and extra is not None:
+            hidden = hidden + self.extra(F.elu(extra))
+        gates = self.second(self.dropout(F.elu(hidden)))
+        if self.condition is not None and condition is not None:
+            gates = gates + repeat_to(self.condition(condition), gates.shape[2], gates.shape[3])
+        return x + F.glu(gates, 1)
+
+    def walk(self, batch: int, width: int) -> "GatedWalk":
+        """The incremental twin."""
+        return GatedWalk(self, batch, width)
+
+
+class GatedWalk:
+    """A gated residual block, position by position."""
+
+    def __init__(self, block: GatedResidual, batch: int, width: int) -> None:
+        self.first, self.second = block.first.walk(batch, width), block.second.walk(batch, width)
+        self.extra = block.extra.walk() if block.extra else None
+        self.condition = block.condition.walk() if block.condition else None
+        self.width = width
+
+    def begin_row(self, row: int, condition: Float[Tensor, "w b c"] | None = None) -> None:
+        """Prepare a row; `condition` is the conditioning map's row that lies over it, w dividing W."""
+        self.first.begin_row(row)
+        projected = None
+        if self.condition is not None and condition is not None:
+            projected = self.condition(condition)
+            if 1 < len(projected) < self.width:
+                projected = projected.repeat_interleave(self.width // len(projected), 0)
+        self.second.begin_row(row, projected)
+
+    def at(self, column: int, x: Float[Tensor, "b c"], extra: Tensor | None = None) -> Float[Tensor, "b c"]:
+        """The block's output at this column."""
+        self.first.put(column, F.elu(x))
+        hidden = self.first.at(column)
+        if self.extra is not None and extra is not None:
+            hidden += self.extra(F.elu(extra))
+        self.second.put(column, F.elu_(hidden))
+        return F.glu(self.second.at(column), 1).add_(x)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention to all positions up to and including this one, in raster order.
+
+    Keys and values are made from the block's input, its output and the coordinates; queries from the output and the
+    coordinates (Chen et al. 2018). Inclusive attention is causal here, since the first layer has shifted the input by one.
+    """
+
+    def __init__(self, channels: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.width = heads, channels // 2
+        wide, narrow = 2 * channels + 2, channels + 2
+        self.key_block = GatedResidual(wide, channels, 1, dropout=dropout)
+        self.query_block = GatedResidual(narrow, channels, 1, dropout=dropout)
+        self.key_value = Pointwise(wide, 2 * self.width)
+        self.query = Pointwise(narrow, self.width)
+
+    def forward(self, inputs: Tensor, features: Tensor, coordinates: Float[Tensor, "b 2 h w"]) -> Tensor:
+        key, value = self.key_value(self.key_block(torch.cat([inputs, features, coordinates], 1))).chunk(2, 1)
+        query = self.query(self.query_block(torch.cat([features, coordinates], 1)))
+        height, width = query.shape[2:]
+        attended = F.scaled_dot_product_attention(*map(self._split, (query, key, value)), is_causal=True)
+        return attended.transpose(2, 3).reshape(len(query), self.width, height, width)
+
+    def walk(self, batch: int, height: int, width: int) -> "AttentionWalk":
+        """The incremental twin."""
+        return AttentionWalk(self, batch, height, width)
+
+    def _split(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b heads n e"]:
+        return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
+
+
+class AttentionWalk:
+    """Attention with cached keys and values."""
+
+    def __init__(self, attention: CausalAttention, batch: int, height: int, width: int) -> None:
+        self.key_block = attention.key_block.walk(batch, width)
+        self.query_block = attention.query_block.walk(batch, width)
+        self.key_value, self.query = attention.key_value.walk(), attention.query.walk()
+        self.heads = attention.heads
+        self.cache = self.query.weight.new_zeros(2, batch, self.heads, height * width, attention.width // self.heads)
+        self.width, self.row = width, 0
+
+    def begin_row(self, row: int) -> None:
+        """Prepare a row."""
+        self.row = row
+        self.key_block.begin_row(row)
+        self.query_block.begin_row(row)
+
+    def at(self, column: int, inputs: Tensor, features: Tensor, coordinates: Float[Tensor, "b 2"]) -> Tensor:
+        """What attention gives at this column, (B, channels / 2)."""
+        position = self.row * self.width + column
+        wide = torch.cat([inputs, features, coordinates], 1)
+        key_value = self.key_value(self.key_block.at(column, wide)).view(len(inputs), 2, self.heads, -1)
+        self.cache[:, :, :, position] = key_value.transpose(0, 1)
+        query = self.query(self.query_block.at(column, torch.cat([features, coordinates], 1)))
+        query = query.view(len(inputs), self.heads, 1, -1)
+        key, value = self.cache[:, :, :, : position + 1]
+        return F.scaled_dot_product_attention(query, key, value).flatten(1)
+
+
+def coordinate_map(height: int, width: int, device: torch.device | str) -> Float[Tensor, "2 h w"]:
+    """Row and column of every position, from −0.5 to 0.5."""
+    rows = (torch.arange(height, device=device) + 0.5) / height - 0.5
+    columns = (torch.arange(width, device=device) + 0.5) / width - 0.5
+    return torch.stack([rows[:, None].expand(height, width), columns.expand(height, width)])
+
+
+def repeat_to(x: Float[Tensor, "b c h w"], height: int, width: int) -> Tensor:
+    """Repeat a map up to a size that its own divides; a map of size 1 × 1 is left to broadcasting."""
+    if x.shape[2:] == (1, 1) or x.shape[2:] == (height, width):
+        return x
+    return F.interpolate(x, size=(height, width), mode="nearest")

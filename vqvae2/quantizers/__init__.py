@@ -1,0 +1,21 @@
+"""Quantizers. A new one is a file here and its config in this union."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from vqvae2.quantizers.base import Quantized, Quantizer
+from vqvae2.quantizers.ema import EMAConfig, EMAQuantizer
+from vqvae2.quantizers.gradient import GradientConfig, GradientQuantizer
+
+QuantizerConfig = Annotated[EMAConfig | GradientConfig, Field(discriminator="kind")]
+
+__all__ = [
+    "EMAConfig",
+    "EMAQuantizer",
+    "GradientConfig",
+    "GradientQuantizer",
+    "Quantized",
+    "Quantizer",
+    "QuantizerConfig",
+]
