@@ -1,4 +1,4 @@
-"""Sampling one level's codes: the walk over positions, temperature, top-k, top-p, and each image's own random stream."""
+"""Sampling one level's codes: the walk over positions, temperature, top-k, top-p, and each image's own noise."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,9 +16,11 @@ from vqvae2.priors import Prior
 class Choice(Config):
     """How a code is chosen from its logits; the defaults sample from the model as it is."""
 
-    temperature: float = Field(1.0, ge=0, description="0 always takes the likeliest code")
-    top_k: int = Field(0, ge=0, description="choose among the k likeliest codes; 0 for all")
-    top_p: float = Field(1.0, gt=0, le=1, description="choose among the likeliest codes that make up this probability")
+    temperature: float = Field(default=1.0, ge=0, description="0 always takes the likeliest code")
+    top_k: int = Field(default=0, ge=0, description="choose among the k likeliest codes; 0 for all")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="choose among the likeliest codes that make up this probability"
+    )
 
     def __call__(self, logits: Float[Tensor, "b k"], noise: Float[Tensor, "b k"]) -> Int[Tensor, " b"]:
         """Codes drawn by the Gumbel-max trick; `noise` holds standard exponential variates."""

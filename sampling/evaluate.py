@@ -1,4 +1,4 @@
-"""The command `vqvae2 evaluate`: FID of a run's samples and all else that was measured on the run, with its protocol."""
+"""The command `vqvae2 evaluate`: FID of a run's samples and all else that was measured on it, with its protocol."""
 
 import argparse
 import sys
@@ -32,10 +32,12 @@ class EvaluationConfig(Config):
     """What samples are compared with."""
 
     reference: str = Field(
-        "validation", description="`validation`, the run's held-out images, or a folder of images, or an .npz"
+        default="validation", description="`validation`, the run's held-out images, or a folder of images, or an .npz"
     )
-    inception_weights: str | None = Field(None, description="weights file of the Inception network; else downloaded")
-    batch_size: int = Field(50, ge=1)
+    inception_weights: str | None = Field(
+        default=None, description="weights file of the Inception network; else downloaded"
+    )
+    batch_size: int = Field(default=50, ge=1)
 
 
 def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
     process = PartialState()
     try:
         weights = Path(config.inception_weights) if config.inception_weights else None
-        extractor = load_inception(weights, device=process.device)
+        extractor = load_inception(weights, device=torch.device(process.device or "cpu"))
     except WeightsUnavailable as error:
         metrics["fid"] = {"value": None, "text": f"not measured: {error}"}
     else:
@@ -78,12 +80,8 @@ def _from_training(folder: RunFolder) -> dict[str, Any]:
     found = files.read_json(folder.autoencoder / "summary.json")["validation"]
     return {
         "reconstruction": {name: found[name] for name in ("mse", "psnr", "ssim")},
-        "codes": {
-            level: {name: found[f"{name}_{level}"] for name in ("usage", "perplexity")} for level in levels
-        },
-        "likelihood": {
-            level: files.read_json(folder.prior(level) / "summary.json")["validation"] for level in levels
-        },
+        "codes": {level: {name: found[f"{name}_{level}"] for name in ("usage", "perplexity")} for level in levels},
+        "likelihood": {level: files.read_json(folder.prior(level) / "summary.json")["validation"] for level in levels},
     }
 
 

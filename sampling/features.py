@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class FeatureSummary:
         save_arrays(path, arrays)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> "FeatureSummary":
         """Read what `save` wrote, or an .npz of `mu` and `sigma` alone; UserError where it holds anything else."""
         arrays = load_arrays(path, ("mu", "sigma", "n", "features", "score", "size"))
         statistics = GaussianStatistics.from_arrays(arrays, path)

@@ -16,7 +16,7 @@ from vqvae2 import files
 from vqvae2.config import Config
 from vqvae2.data.images import to_bytes
 from vqvae2.errors import UserError
-from vqvae2.pictures import save_grid, save_png
+from vqvae2.pictures import read_png, save_grid, save_png
 from vqvae2.run_folder import RunFolder
 
 _GRID_IMAGES = 64
@@ -25,11 +25,11 @@ _GRID_IMAGES = 64
 class SamplingConfig(Config):
     """What is sampled."""
 
-    count: int = Field(64, ge=1, description="images")
-    seed: int = Field(0, ge=0)
-    classes: tuple[int, ...] = Field((), description="labels, used by turns; all of them where not given")
+    count: int = Field(default=64, ge=1, description="images")
+    seed: int = Field(default=0, ge=0)
+    classes: tuple[int, ...] = Field(default=(), description="labels, used by turns; all of them where not given")
     choice: Choice = Choice()
-    batch_size: int = Field(16, ge=1, description="images sampled at once, on each process")
+    batch_size: int = Field(default=16, ge=1, description="images sampled at once, on each process")
 
 
 class Sample(NamedTuple):
@@ -57,7 +57,7 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     The folder is `out`, or `samples` in the run, or `samples-2` and so on where that holds images made otherwise.
     """
     process = PartialState()
-    generator = Generator.load(run, process.device)
+    generator = Generator.load(run, torch.device(process.device or "cpu"))
     manifest = _manifest(generator, config)
     folder = out or _free_folder(RunFolder(run).samples, manifest)
     found = _read_manifest(folder)
@@ -113,10 +113,8 @@ def _image(images: Path, number: int) -> Path:
 
 
 def _write_grid(folder: Path, count: int) -> None:
-    from torchvision.io import ImageReadMode, decode_image
-
     count = min(count, _GRID_IMAGES)
-    shown = [decode_image(str(_image(folder / "images", number)), ImageReadMode.UNCHANGED) for number in range(count)]
+    shown = [read_png(_image(folder / "images", number)) for number in range(count)]
     save_grid(folder / "grid.png", torch.stack(shown), columns=max(1, round(count**0.5)))
 
 
@@ -146,4 +144,5 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, such as 207,250, not {text!r}")
+        message = f"expected numbers with commas between them, such as 207,250, not {text!r}"
+        raise argparse.ArgumentTypeError(message) from None

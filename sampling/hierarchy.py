@@ -72,7 +72,7 @@ class Generator:
         given: CodeMaps = (),
         progress: Callable[[int], object] = lambda positions: None,
     ) -> CodeMaps:
-        """Codes of the images with these numbers, finest level first; `given` are the coarsest maps, if already known."""
+        """Codes of the images with these numbers, finest first; `given` are the coarsest maps, where known."""
         codes: CodeMaps = given
         for level in reversed(range(len(self.priors) - len(given))):
             noise = Noise(seed, images, level)

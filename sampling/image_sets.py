@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     images: UInt8[Tensor, "n 3 h w"]
 
 
+Shape = tuple[int, int, int, int]
 Item = tuple[int, Tensor]  # (number in the set, uint8 (3, H, W))
 
 
@@ -102,7 +104,7 @@ class ImageArray:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as (_, shape):
+        with _open_array(path) as (_, shape):
             self.shape = shape
 
     def __len__(self) -> int:
@@ -113,10 +115,12 @@ class ImageArray:
         del workers
         count, height, width, channels = self.shape
         size = height * width * channels
-        with self._open() as (file, _):
+        with _open_array(self.path) as (file, _):
             for number, start in enumerate(range(0, count, batch_size)):
                 stop = min(start + batch_size, count)
-                pixels = self._take(file, (stop - start) * size)
+                pixels = bytearray(file.read((stop - start) * size))
+                if len(pixels) < (stop - start) * size:
+                    raise UserError(f"{self.path}: `arr_0` ends early; make it again")
                 if number % distributed.processes() == distributed.rank():
                     images = torch.frombuffer(pixels, dtype=torch.uint8).view(stop - start, height, width, channels)
                     yield Batch(torch.arange(start, stop), images.permute(0, 3, 1, 2).contiguous())
@@ -131,49 +135,28 @@ class ImageArray:
         status = self.path.stat()
         return hashlib.sha256(f"{self.path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
 
-    def _open(self) -> "_ArrayStream":
-        return _ArrayStream(self.path)
 
-    def _take(self, file: IO[bytes], size: int) -> bytearray:
-        try:
-            pixels = bytearray(file.read(size))
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{self.path}: damaged ({error}); make it again") from None
-        if len(pixels) < size:
-            raise UserError(f"{self.path}: `arr_0` ends early; make it again")
-        return pixels
-
-
-class _ArrayStream:
-    """`arr_0` of an .npz opened for reading after its header: (file, shape)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> tuple[IO[bytes], tuple[int, int, int, int]]:
-        try:
-            self._archive = zipfile.ZipFile(self.path)
-            self._file = self._archive.open("arr_0.npy")
-            version = np.lib.format.read_magic(self._file)
+@contextmanager
+def _open_array(path: Path) -> Iterator[tuple[IO[bytes], Shape]]:
+    """`arr_0` of an .npz, open for reading behind its header, and its shape."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(self._file)
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: no such file") from None
-        except KeyError:
-            raise UserError(
-                f"{self.path}: no `mu` and `sigma`, and no images `arr_0`; expected one or the other"
-            ) from None
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{self.path}: not a readable .npz ({error}); make it again") from None
-        if len(shape) != 4 or shape[3] != 3 or min(shape[1:]) < 1 or dtype != np.uint8 or fortran:
-            raise UserError(f"{self.path}: `arr_0` is {dtype} {shape}; expected uint8 images (N, H, W, 3)")
-        if shape[0] < 2:
-            raise UserError(f"{self.path}: holds {shape[0]} images; a distance needs at least two")
-        return self._file, shape
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._archive.close()
+            shape, fortran, dtype = read(file)
+            if len(shape) != 4 or shape[3] != 3 or min(shape[1:]) < 1 or dtype != np.uint8 or fortran:
+                raise UserError(f"{path}: `arr_0` is {dtype} {shape}; expected uint8 images (N, H, W, 3)")
+            if shape[0] < 2:
+                raise UserError(f"{path}: holds {shape[0]} images; a distance needs at least two")
+            yield file, shape
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except KeyError:
+        raise UserError(f"{path}: no `mu` and `sigma`, and no images `arr_0`; expected one or the other") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a readable .npz ({error}); make it again") from None
 
 
 Images = ImageFolder | ImageArray

@@ -12,7 +12,7 @@ from vqvae2.run_folder import RunFolder, level_names
 
 
 def reconstruct(autoencoder: Autoencoder, paths: list[Path], levels: bool = False) -> torch.Tensor:
-    """Rows of uint8 images: the original, its reconstruction and, with `levels`, each level on its own, finest first."""
+    """Rows of uint8 images: original, reconstruction and, with `levels`, each level on its own, finest first."""
     images = torch.stack(
         [
             torch.from_numpy(read_image(path, autoencoder.size, autoencoder.image_channels).transpose(2, 0, 1).copy())

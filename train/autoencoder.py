@@ -49,7 +49,8 @@ class AutoencoderStage(Stage):
         self.run = run
         config = run.experiment
         self.training_data, self.validation_data = open_images(config.data)
-        self.network: Autoencoder = config.autoencoder.network.build(config.data.shape, config.data.channels)
+        self.network = config.autoencoder.network.build(config.data.shape, config.data.channels)
+        self.objective = AutoencoderObjective(self.network)
         self.batch_size = config.codes.batch_size
         self.curves = {
             "reconstruction error": ["train/reconstruction", "validation/mse"],
@@ -57,26 +58,27 @@ class AutoencoderStage(Stage):
             "codes in use": [f"validation/usage_{name}" for name in config.levels],
         }
 
-    def objective(self) -> nn.Module:
-        return AutoencoderObjective(self.network)
+    @property
+    def trained(self) -> nn.Module:
+        return self.network
 
     def after_update(self) -> None:
         self.network.update_codebooks()
 
-    def validate(self, network: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        return validate_autoencoder(network, self.validation_data, self.batch_size, accelerator)
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        return validate_autoencoder(self.network, self.validation_data, self.batch_size, accelerator)
 
-    def preview(self, network: nn.Module, path: Path) -> None:
+    def preview(self, path: Path) -> None:
         """Held-out images, each over its reconstruction."""
         count = min(_PREVIEW_IMAGES, len(self.validation_data))
         originals = torch.stack([self.validation_data[index].image for index in range(count)])
-        device = next(network.parameters()).device
-        images = network.reconstruct(to_float(originals.to(device))).cpu()
+        device = next(self.network.parameters()).device
+        images = self.network.reconstruct(to_float(originals.to(device))).cpu()
         blocks, columns = side_by_side(originals, to_bytes(images), columns=8)
         save_grid(path, blocks, columns)
 
-    def save(self, network: nn.Module, path: Path) -> None:
-        network.save(path, data=self.run.experiment.data.path, config=self.run.experiment.autoencoder.plain())
+    def save(self, path: Path) -> None:
+        self.network.save(path, data=self.run.experiment.data.path, config=self.run.experiment.autoencoder.plain())
 
 
 @torch.inference_mode()

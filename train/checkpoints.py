@@ -15,7 +15,7 @@ from vqvae2.errors import UserError
 
 
 class TrainingState:
-    """Everything that a step reads and changes: weights, their average, the optimizer's moments, how far training is."""
+    """Everything that a step reads and changes: weights, their average, the optimizer's moments, the step."""
 
     def __init__(
         self,
@@ -40,18 +40,19 @@ class TrainingState:
             # A short memory at first, so that the random start is forgotten soon.
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
             parameters = dict(self.network.named_parameters())
-            torch._foreach_lerp_(list(self.average.values()), [parameters[n] for n in self.average], 1 - decay)
+            for name, average in self.average.items():
+                average.lerp_(parameters[name], 1 - decay)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """The network in evaluation mode with the averaged weights, if there are any, while the block runs."""
-        parameters = dict(self.network.named_parameters())
+    def averaged(self) -> Iterator[None]:
+        """Puts the network into evaluation mode, with the averaged weights if there are any, while the block runs."""
+        parameters: dict[str, Tensor] = dict(self.network.named_parameters())
         latest = {name: parameters[name].detach().clone() for name in self.average}
         _set(parameters, self.average)
         training = self.network.training
         self.network.eval()
         try:
-            yield self.network
+            yield
         finally:
             self.network.train(training)
             _set(parameters, latest)

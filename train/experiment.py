@@ -47,7 +47,7 @@ class AutoencoderSection(AutoencoderConfig):
 class CodesConfig(Config):
     """How codes are extracted."""
 
-    batch_size: int = Field(64, ge=1, description="images encoded at once, on each process")
+    batch_size: int = Field(default=64, ge=1, description="images encoded at once, on each process")
 
 
 class PriorSection(Config):
@@ -60,7 +60,7 @@ class PriorSection(Config):
 class Experiment(Config):
     """The sections of an experiment's YAML file."""
 
-    run: str | None = Field(None, description="run folder; runs/<name of the config file> where not given")
+    run: str | None = Field(default=None, description="run folder; runs/<name of the config file> where not given")
     data: DataConfig = DataConfig()
     autoencoder: AutoencoderSection
     codes: CodesConfig = CodesConfig()
@@ -95,8 +95,8 @@ class Run:
 def open_run(command: str, arguments: list[str], description: str, level: bool = False) -> tuple[Run, str]:
     """Read `CONFIG.yaml [--run PATH] [--section.field value …]`, and begin or reopen the run folder.
 
-    Gives the run and the value of --level where the command takes one. UserError where the folder belongs to a different
-    experiment: it names the first setting that differs.
+    Gives the run and the value of --level where the command takes one. UserError where the folder belongs to a
+    different experiment: it names the first setting that differs.
     """
     parser = argparse.ArgumentParser(
         prog=f"vqvae2 {command}",

@@ -1,15 +1,15 @@
 """The training loop, the only one and the only user of Accelerate's training wrapper: both stages run in it.
 
 A stage brings its data, its objective and its pictures; the loop brings devices, precision, accumulation, clipping, the
-learning-rate schedule, averaged weights, validation, logs, checkpoints and resuming. One unit counts progress: the step,
-one update of the weights from one global batch. Random numbers of a step depend on (seed, step, process) alone, so the same
-command goes on from any checkpoint to the same result.
+learning-rate schedule, averaged weights, validation, logs, checkpoints and resuming. One unit counts progress: the
+step, one update of the weights from one global batch. Random numbers of a step depend on (seed, step, process) alone,
+so the same command goes on from any checkpoint to the same result.
 """
 
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,23 +32,25 @@ class TrainingConfig(Config):
     """How one network is trained; every interval counts steps."""
 
     steps: int = Field(ge=1)
-    batch_size: int = Field(128, ge=1, description="of all processes and accumulated batches together")
-    accumulate: int = Field(1, ge=1, description="smaller batches that make up one, one after the other")
-    learning_rate: float = Field(3e-4, gt=0)
+    batch_size: int = Field(default=128, ge=1, description="of all processes and accumulated batches together")
+    accumulate: int = Field(default=1, ge=1, description="smaller batches that make up one, one after the other")
+    learning_rate: float = Field(default=3e-4, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = Field(None, gt=0, description="limit of the gradient's norm")
-    average: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which become the result")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
-    compile: bool = Field(False, description="compile the network (pays on a GPU)")
-    seed: int = Field(0, ge=0)
-    log_every: int = Field(50, ge=1)
-    validate_every: int = Field(1000, ge=1)
-    preview_every: int = Field(5000, ge=1)
-    checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay")
+    clip_norm: float | None = Field(default=None, gt=0, description="limit of the gradient's norm")
+    average: float | None = Field(
+        default=None, gt=0, lt=1, description="decay of the averaged weights, which become the result"
+    )
+    precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="mixed precision")
+    compile: bool = Field(default=False, description="compile the network (pays on a GPU)")
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=50, ge=1)
+    validate_every: int = Field(default=1000, ge=1)
+    preview_every: int = Field(default=5000, ge=1)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay")
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
@@ -70,25 +72,27 @@ class Stage(ABC):
     """What differs between training an autoencoder and training a prior."""
 
     name: str  # for people: "autoencoder", "prior-top"
-    network: nn.Module  # what is saved and averaged
     training_data: Collection
     curves: dict[str, list[str]]  # panels of the curve picture: title → names of logged values
 
+    objective: nn.Module  # around the network: batch on the device → (loss to minimise, other terms by name)
+
+    @property
     @abstractmethod
-    def objective(self) -> nn.Module:
-        """A module around the network: batch on the device → (loss to minimise, terms by name to log)."""
+    def trained(self) -> nn.Module:
+        """The network itself, whose weights are averaged and saved."""
 
     @abstractmethod
-    def validate(self, network: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """Values over the whole validation split, the same on every process."""
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        """Values of the network over the whole validation split, the same on every process."""
 
     @abstractmethod
-    def preview(self, network: nn.Module, path: Path) -> None:
+    def preview(self, path: Path) -> None:
         """Write a picture in which a person sees how far training is."""
 
     @abstractmethod
-    def save(self, network: nn.Module, path: Path) -> None:
-        """Write the finished weights with what they were made from."""
+    def save(self, path: Path) -> None:
+        """Write the network's weights with what they were made from."""
 
     def after_update(self) -> None:
         """Called after every update of the weights; most stages have nothing to do."""
@@ -98,7 +102,7 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
     """Train until `config.steps`, from the newest checkpoint in `folder`; the last validation's values and the time."""
     accelerator = make_accelerator(config.precision, folder, config.accumulate)
     torch.manual_seed(config.seed)
-    objective = stage.objective()
+    objective = stage.objective
     optimizer = torch.optim.AdamW(
         objective.parameters(),
         lr=config.learning_rate,
@@ -107,7 +111,7 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
         fused=True,
     )
     wrapped, optimizer = accelerator.prepare(torch.compile(objective) if config.compile else objective, optimizer)
-    state = TrainingState(stage.network, objective, optimizer.optimizer, config.average, accelerator.scaler)
+    state = TrainingState(stage.trained, objective, optimizer.optimizer, config.average, accelerator.scaler)
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
     history = History(folder, accelerator.is_main_process)
     if checkpoints.restore(state, accelerator.device):
@@ -129,14 +133,14 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
                 accelerator.log(shown, step=done)
                 bar.set_postfix_str(f"loss {shown['train/loss']:.4f}")
             if done % config.validate_every == 0 or done == config.steps:
-                with state.averaged() as network:
-                    values = stage.validate(network, accelerator)
+                with state.averaged():
+                    values = stage.validate(accelerator)
                 history.gather(values)
                 accelerator.log(history.log(done, "validation"), step=done)
                 state.last_validation = values
             if accelerator.is_main_process and (done % config.preview_every == 0 or done == config.steps):
-                with state.averaged() as network:
-                    stage.preview(network, folder / "previews" / f"{done:08d}.png")
+                with state.averaged():
+                    stage.preview(folder / "previews" / f"{done:08d}.png")
                 history.draw(folder / "curves.png", stage.curves, stage.name)
             stop = signals.received(accelerator)
             if done % config.checkpoint_every == 0 or done == config.steps or stop:
@@ -150,8 +154,8 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
                     stop.value,
                 )
     if accelerator.is_main_process:
-        with state.averaged() as network:
-            stage.save(network, folder / "model.safetensors")
+        with state.averaged():
+            stage.save(folder / "model.safetensors")
     accelerator.end_training()
     accelerator.wait_for_everyone()
     return {"steps": state.step, "seconds": round(state.seconds, 1), "validation": state.last_validation}
@@ -203,7 +207,7 @@ def _steps(
 
 
 def _update(
-    objective: Callable[[Any], tuple[Tensor, dict[str, Tensor]]],
+    objective: nn.Module,
     optimizer: Any,
     batches: list[Any],
     config: TrainingConfig,
@@ -231,7 +235,8 @@ def _update(
                 "lower the learning rate, set clip_norm, or use precision bf16 instead of fp16"
             )
     if config.clip_norm:
-        means["gradient_norm"] = float(accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm))
+        norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
+        means["gradient_norm"] = float(norm if norm is not None else math.nan)
     optimizer.step()
     optimizer.zero_grad()
     return means

@@ -44,25 +44,28 @@ class PriorStage(Stage):
 
     def __init__(self, run: Run, level: str) -> None:
         self.run, self.name = run, f"prior-{level}"
-        self.training_data = _open_store(run, "train")
+        self.training_data = store = _open_store(run, "train")
         self.validation_data = _open_store(run, "val")
-        header = self.training_data.header
+        header = store.header
+        self.codes_digest = header.digest
         self.level = run.experiment.levels.index(level)
         maps = header.levels
         spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], classes=len(header.classes))
         self.config = run.experiment.priors[level]
-        self.network: Prior = self.config.model.build(spec)
+        self.network = self.config.model.build(spec)
+        self.objective = PriorObjective(self.network, self.level)
         self.autoencoder = Autoencoder.load(run.folder.autoencoder_weights)
         self.unigram = self._unigram_entropy()
         self.curves = {"nats per code": ["train/loss", "validation/nll", "validation/uniform", "validation/unigram"]}
 
-    def objective(self) -> nn.Module:
-        return PriorObjective(self.network, self.level)
+    @property
+    def trained(self) -> nn.Module:
+        return self.network
 
-    def validate(self, network: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean negative log-likelihood in nats and bits per code, beside what knowing nothing, or only how often each
         code is used, would give."""
-        nll = mean_nll(network, self.level, self.validation_data, self.config.training.batch_size, accelerator)
+        nll = mean_nll(self.network, self.level, self.validation_data, self.config.training.batch_size, accelerator)
         return {
             "nll": nll,
             "bits": nll / math.log(2),
@@ -70,24 +73,24 @@ class PriorStage(Stage):
             "unigram": self.unigram,
         }
 
-    def preview(self, network: nn.Module, path: Path) -> None:
+    def preview(self, path: Path) -> None:
         """Held-out images over the same with this level sampled, given their coarser levels."""
         count = min(_PREVIEW_IMAGES, len(self.validation_data))
         batch = self.validation_data.read(range(count))
         labels = batch.label if self.network.spec.classes else None
-        device = next(network.parameters()).device
+        device = next(self.network.parameters()).device
         coarser = to_device(batch.codes[self.level + 1 :], device)
         labels = None if labels is None else labels.to(device)
-        sampled = sample_level(network, Noise(0, range(count), self.level), Choice(), coarser, labels).cpu()
+        sampled = sample_level(self.network, Noise(0, range(count), self.level), Choice(), coarser, labels).cpu()
         codes = (*batch.codes[: self.level], sampled, *batch.codes[self.level + 1 :])
         # Finer levels of these images say nothing about the sampled one, so both rows go without them.
         shown = tuple(index >= self.level for index in range(len(codes)))
         before, after = (to_bytes(self.autoencoder.decode_codes(maps, only=shown)) for maps in (batch.codes, codes))
         save_grid(path, *side_by_side(before, after, columns=_PREVIEW_IMAGES))
 
-    def save(self, network: nn.Module, path: Path) -> None:
-        made_from = {"autoencoder": self.autoencoder.digest, "codes": self.training_data.header.digest}
-        save_prior(path, network, self.config.model, **made_from)
+    def save(self, path: Path) -> None:
+        made_from = {"autoencoder": self.autoencoder.digest, "codes": self.codes_digest}
+        save_prior(path, self.network, self.config.model, **made_from)
 
     def _unigram_entropy(self) -> float:
         usage = CodeUsage(self.network.spec.level.codes)

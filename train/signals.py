@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from vqvae2.distributed import sum_over_processes
+
 
 class StopSignals:
     """Notes stop signals while the block runs; a second Ctrl-C stops at once."""
@@ -26,10 +28,9 @@ class StopSignals:
 
     def received(self, accelerator: Accelerator) -> signal.Signals | None:
         """The signal that any process has received, known to all of them."""
-        number = self._received
-        if accelerator.num_processes > 1:
-            numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
-            number = int(numbers.max())
+        numbers = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
+        numbers[accelerator.process_index] = self._received
+        number = int(sum_over_processes(numbers).max())
         return signal.Signals(number) if number else None
 
     def _note(self, number: int, _: FrameType | None) -> None:

@@ -1,7 +1,7 @@
 """Weights and their settings in one safetensors file: data, never a program.
 
-The file's metadata holds a JSON object under the key `vqvae2`: what kind of network it is, the config that builds it, and
-the digests of what it was made from.
+The file's metadata holds a JSON object under the key `vqvae2`: what kind of network it is, the config that builds it,
+and the digests of what it was made from.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Experiments as YAML: a typed base class for every setting, loading, command-line overrides, comparison.
 
-Nothing else in the project reads YAML. A section of settings is a frozen `Config` that stands beside the class it builds.
+Nothing else in the project reads YAML. A section of settings is a frozen `Config` that stands beside the class it
+builds.
 """
 
 import contextlib
@@ -89,10 +90,7 @@ def _explain(error: ValidationError, data: Any, section: str | None) -> str:
         if isinstance(data, dict) and key not in data and position < len(problem["loc"]) - 1:
             continue  # pydantic puts the tag of a union into the path; the file has no such key
         keys.append(str(key))
-        known = (isinstance(data, dict) and key in data) or (
-            isinstance(data, list | tuple) and isinstance(key, int) and key < len(data)
-        )
-        data = data[key] if known else None
+        data = _child(data, key)
     name, total = ".".join(keys), len(error.errors())
     more = f" (and {total - 1} more)" if total > 1 else ""
     if problem["type"] == "extra_forbidden":
@@ -102,6 +100,13 @@ def _explain(error: ValidationError, data: Any, section: str | None) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], dict | list | BaseModel) else f", not {problem['input']!r}"
     return f"{name}: {message}{shown}{more}" if name else f"{message}{more}"
+
+
+def _child(data: Any, key: int | str) -> Any:
+    """The value under a key or index; None where there is none."""
+    if isinstance(data, dict):
+        return data.get(key)
+    return data[key] if isinstance(data, list) and isinstance(key, int) and key < len(data) else None
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def atomic(path: Path) -> Iterator[Path]:
         _flush(partial)
         if partial.is_dir() and path.exists():
             _remove(path)  # a folder cannot be renamed onto one that has files
-        os.replace(partial, path)
+        partial.replace(path)
         _flush(path.parent)
     finally:
         _remove(partial)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
@@ -23,6 +24,13 @@ def save_png(path: Path, image: UInt8[Tensor, "c h w"]) -> None:
     """Write one image, atomically."""
     with files.atomic(path) as partial:
         to_picture(image).save(partial, format="PNG")
+
+
+def read_png(path: Path) -> UInt8[Tensor, "c h w"]:
+    """What `save_png` wrote."""
+    with Image.open(path) as image:
+        array = np.array(image)
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).movedim(-1, 0)
 
 
 def save_grid(path: Path, images: UInt8[Tensor, "b c h w"], columns: int, enlarge_to: int = 96) -> None:

@@ -1,4 +1,4 @@
-"""The order in which training sees its data: a function of the seed and the step alone, so that any step can be resumed.
+"""The order in which training sees its data: a function of the seed and the step alone, so any step can be resumed.
 
 The items of all epochs, each shuffled anew, form one endless line; step s takes the global batch [s · B, (s + 1) · B).
 A process takes its contiguous share of it, so two processes see what one with the double batch sees, in the same order.

@@ -75,7 +75,6 @@ class CodeStore(Dataset[Coded]):
 
     def __init__(self, path: Path, header: CodeHeader) -> None:
         self.path, self.header = path, header
-        self._opened: tuple[int, lmdb.Environment] | None = None
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -90,12 +89,8 @@ class CodeStore(Dataset[Coded]):
         """What the store at `path` says of itself, complete or not."""
         if not (path / "data.mdb").is_file():
             raise UserError(f"{path}: no code store; make it with `vqvae2 extract-codes`")
-        environment = _open(path)
-        try:
-            with environment.begin() as transaction:
-                header = transaction.get(_HEADER)
-        finally:
-            environment.close()
+        with _reader(path).begin() as transaction:
+            header = transaction.get(_HEADER)
         if header is None:
             raise UserError(f"{path}: not a code store (it has no header); delete the folder and extract again")
         return CodeHeader.parse(json.loads(header), str(path))
@@ -114,7 +109,7 @@ class CodeStore(Dataset[Coded]):
         """The codes (B, H_l, W_l) and labels (B,) of these images."""
         record = self.header.record
         batch = np.empty(len(indices), record)
-        with self._environment().begin(buffers=True) as transaction:
+        with _reader(self.path).begin(buffers=True) as transaction:
             for place, index in enumerate(indices):
                 if not 0 <= index < self.header.count:
                     raise IndexError(f"record {index} of {self.header.count}")
@@ -123,17 +118,11 @@ class CodeStore(Dataset[Coded]):
                 if value is None or len(value) < offset + record.itemsize:
                     raise UserError(f"{self.path}: damaged code store (record {index} is missing); delete the folder")
                 batch[place] = np.frombuffer(value, record, 1, offset)[0]
-        maps = tuple(torch.from_numpy(batch[name].astype(np.int64)) for name in record.names[1:])
+        maps = tuple(
+            torch.from_numpy(batch[name].astype(np.int64))
+            for name in (f"level{index}" for index in range(len(self.header.levels)))
+        )
         return Coded(maps, torch.from_numpy(batch["label"].astype(np.int64)))
-
-    def _environment(self) -> lmdb.Environment:
-        # A forked worker must not use its parent's environment.
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), _open(self.path))
-        return self._opened[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}  # an environment cannot be sent to a spawned worker
 
 
 class CodeWriter:
@@ -142,6 +131,7 @@ class CodeWriter:
     def __init__(self, path: Path, header: CodeHeader) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path, self.header = path, header
+        _close_reader(path)
         self.environment = lmdb.open(str(path), map_size=_GROWTH, subdir=True, lock=True, max_readers=512)
         found = self._get(_HEADER)
         if found is not None and CodeHeader.parse(json.loads(found), str(path)) != header:
@@ -189,11 +179,28 @@ class CodeWriter:
                 self.environment.set_mapsize(0)
 
 
-def _open(path: Path) -> lmdb.Environment:
-    try:
-        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=512)
-    except lmdb.Error as error:
-        raise UserError(f"{path}: damaged code store ({error}); delete the folder and extract again") from None
+# LMDB wants a file opened once in a process, and anew in a forked one: by path, the process and its environment.
+_readers: dict[Path, tuple[int, lmdb.Environment]] = {}
+
+
+def _reader(path: Path) -> lmdb.Environment:
+    """This process's handle for reading the store at `path`."""
+    path = path.absolute()
+    process, environment = _readers.get(path, (0, None))
+    if environment is None or process != os.getpid():
+        _close_reader(path)
+        try:
+            environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=512)
+        except lmdb.Error as error:
+            raise UserError(f"{path}: damaged code store ({error}); delete the folder and extract again") from None
+        _readers[path] = (os.getpid(), environment)
+    return environment
+
+
+def _close_reader(path: Path) -> None:
+    _, environment = _readers.pop(path.absolute(), (0, None))
+    if environment is not None:
+        environment.close()
 
 
 def _key(number: int) -> bytes:

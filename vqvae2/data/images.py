@@ -1,6 +1,7 @@
 """Images as tensors: folders of files or the built-in scenes, split by a stable hash, through one transform.
 
-Workers hand out uint8 (C, H, W), a quarter of the memory of floats; `to_float` makes them float32 in [-1, 1] on the device.
+Workers hand out uint8 (C, H, W), a quarter of the memory of floats; `to_float` makes them float32 in [-1, 1] on the
+device.
 """
 
 import hashlib
@@ -27,15 +28,17 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 class DataConfig(Config):
     """Where images come from and how they become tensors."""
 
-    path: str = Field("scenes", description="a folder of images, or `scenes`, the built-in data set")
-    size: int | tuple[int, int] = Field(256, description="side of a square, or height and width, in pixels")
-    channels: Literal[1, 3, 4] = Field(3, description="1 grey, 3 RGB, 4 RGBA")
-    labels: Literal["none", "folder"] = Field("none", description="`folder`: the first folder in a path is its class")
-    validation: float = Field(0.05, gt=0, lt=1, description="share of images that is held out")
+    path: str = Field(default="scenes", description="a folder of images, or `scenes`, the built-in data set")
+    size: int | tuple[int, int] = Field(default=256, description="side of a square, or height and width, in pixels")
+    channels: Literal[1, 3, 4] = Field(default=3, description="1 grey, 3 RGB, 4 RGBA")
+    labels: Literal["none", "folder"] = Field(
+        default="none", description="`folder`: the first folder in a path is its class"
+    )
+    validation: float = Field(default=0.05, gt=0, lt=1, description="share of images that is held out")
     crop: Literal["center", "random"] = "center"
-    flip: bool = Field(False, description="mirror half of the training images")
-    count: int = Field(4096, ge=2, description="how many pictures `scenes` has")
-    workers: int = Field(2, ge=0, description="processes that decode images; 0 decodes in the main one")
+    flip: bool = Field(default=False, description="mirror half of the training images")
+    count: int = Field(default=4096, ge=2, description="how many pictures `scenes` has")
+    workers: int = Field(default=2, ge=0, description="processes that decode images; 0 decodes in the main one")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,7 +98,7 @@ class Scenes(Images):
         if index not in self._drawn:
             picture = scenes.render(self.numbers[index], *self.config.shape)
             if self.config.channels != 3:
-                picture = np.asarray(Image.fromarray(picture).convert(_MODES[self.config.channels]))
+                picture = np.array(Image.fromarray(picture).convert(_MODES[self.config.channels]))
             self._drawn[index] = picture.reshape(*self.config.shape, self.config.channels)
         return self._drawn[index]
 
@@ -162,7 +165,7 @@ def read_image(
         left, upper = spare[0] * where[0], spare[1] * where[1]
         box = (left, upper, left + width / scale, upper + height / scale)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    return np.asarray(picture, dtype=np.uint8).reshape(height, width, channels)
+    return np.array(picture, dtype=np.uint8).reshape(height, width, channels)
 
 
 def to_float(images: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:

@@ -6,7 +6,7 @@ Features are streamed into a float64 mean and scatter matrix, so memory is that 
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -113,12 +113,12 @@ class GaussianStatistics:
         save_arrays(path, self.arrays())
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> "GaussianStatistics":
         """Read an .npz with `mu` and `sigma`, from here or from pytorch-fid; UserError where it holds anything else."""
         return cls.from_arrays(load_arrays(path, ("mu", "sigma", "n")), path)
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, Any], path: Path) -> Self:
+    def from_arrays(cls, arrays: dict[str, Any], path: Path) -> "GaussianStatistics":
         """Statistics from the arrays of a file; `path` names it in errors."""
         if "mu" not in arrays or "sigma" not in arrays:
             missing = "mu" if "mu" not in arrays else "sigma"
@@ -153,10 +153,10 @@ def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
 def load_arrays(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """Those of `keys` that an .npz has; nothing is unpickled. UserError where the file is missing or damaged."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise UserError(f"{path}: one bare array; expected an .npz archive")
-        with loaded as archive:
+        with path.open("rb") as file:  # numpy would leave a damaged file open
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise UserError(f"{path}: one bare array; expected an .npz archive")
             return {key: archive[key] for key in keys if key in archive.files}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

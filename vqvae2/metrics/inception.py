@@ -30,7 +30,7 @@ DIMS = (64, 192, 768, 2048)
 _TIMEOUT_S = 10
 
 
-class WeightsUnavailable(UserError):  # noqa: N818
+class WeightsUnavailable(UserError):
     """The Inception weights are neither given, nor in torch's cache, nor to be had from the network."""
 
 

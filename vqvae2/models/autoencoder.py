@@ -1,8 +1,8 @@
 """The hierarchical VQ-VAE (Razavi et al. 2019, section 3.1) of any number of levels; one level is the VQ-VAE of 2017.
 
-Levels are a tuple, finest first. Encoders run from the image up to the coarsest level; quantizing runs back down: what the
-coarser levels have fixed is decoded to the size of the next level and joined to its features before they are quantized.
-The decoder sees the quantized maps of all levels.
+Levels are a tuple, finest first. Encoders run from the image up to the coarsest level; quantizing runs back down: what
+the coarser levels have fixed is decoded to the size of the next level and joined to its features before they are
+quantized. The decoder sees the quantized maps of all levels.
 """
 
 from pathlib import Path
@@ -24,20 +24,22 @@ from vqvae2.quantizers import EMAConfig, Quantized, Quantizer, QuantizerConfig
 class LevelConfig(Config):
     """One level: how much smaller its maps are than the level before (the image, for the first), and its codebook."""
 
-    stride: int = Field(2, ge=1, le=64)
+    stride: int = Field(default=2, ge=1, le=64)
     quantizer: QuantizerConfig = EMAConfig()
 
 
 class AutoencoderConfig(Config):
     """The network; the defaults are the ImageNet column of the VQ-VAE-2 paper."""
 
-    levels: tuple[LevelConfig, ...] = Field((LevelConfig(stride=4), LevelConfig(stride=2)), min_length=1, max_length=4)
-    channels: int = Field(128, ge=2, description="hidden units")
-    residual_channels: int = Field(64, ge=1, description="hidden units of a residual block")
-    residual_layers: int = Field(2, ge=0, description="residual blocks in each encoder and decoder")
+    levels: tuple[LevelConfig, ...] = Field(
+        default=(LevelConfig(stride=4), LevelConfig(stride=2)), min_length=1, max_length=4
+    )
+    channels: int = Field(default=128, ge=2, description="hidden units")
+    residual_channels: int = Field(default=64, ge=1, description="hidden units of a residual block")
+    residual_layers: int = Field(default=2, ge=0, description="residual blocks in each encoder and decoder")
 
     def build(self, size: tuple[int, int], image_channels: int = 3) -> "Autoencoder":
-        """The network for images of `size` (height, width), with random weights; UserError where sizes do not divide."""
+        """The network for images of `size` (height, width), weights random; UserError where sizes do not divide."""
         return Autoencoder(self, size, image_channels)
 
 
@@ -73,9 +75,7 @@ class Autoencoder(nn.Module):
         self.decoders = nn.ModuleList(  # from what is known at level i + 1 to the size of level i
             grow(known[i + 1], c, dims[i + 1], strides[i + 1], r, n) for i in below_top
         )
-        self.joins = nn.ModuleList(
-            nn.Conv2d(c + (dims[i + 1] if i < top else 0), dim, 1) for i, dim in enumerate(dims)
-        )
+        self.joins = nn.ModuleList(nn.Conv2d(c + (dims[i + 1] if i < top else 0), dim, 1) for i, dim in enumerate(dims))
         self.quantizers = nn.ModuleList(level.quantizer.build() for level in config.levels)
         self.upsamplers = nn.ModuleList(_bring_up(known[i + 1], dims[i], strides[i + 1]) for i in below_top)
         self.decoder = grow(known[0], c, image_channels, strides[0], r, n)
@@ -119,13 +119,11 @@ class Autoencoder(nn.Module):
         return self.decoder(known)
 
     @torch.no_grad()
-    def decode_codes(
-        self, codes: CodeMaps, only: tuple[bool, ...] | None = None
-    ) -> Float[Tensor, "b c h w"]:
+    def decode_codes(self, codes: CodeMaps, only: tuple[bool, ...] | None = None) -> Float[Tensor, "b c h w"]:
         """Images in [-1, 1] from integer maps, finest level first; ValueError where shapes or values do not fit.
 
-        `only` names the levels that take part; any other is replaced by the mean of its own map, so that the picture shows
-        what the rest carries.
+        `only` names the levels that take part; any other is replaced by the mean of its own map, so that the picture
+        shows what the rest carries.
         """
         found = tuple(tuple(level.shape[1:]) for level in codes)
         expected = tuple(level.shape for level in self.maps)

@@ -29,7 +29,7 @@ def shrink(inputs: int, channels: int, stride: int, residual_channels: int, resi
     widths = [channels // 2, *[channels] * stride.bit_length()]
     layers: list[nn.Module] = []
     for factor, width in zip(prime_factors(stride), widths, strict=False):
-        layers += [nn.Conv2d(inputs, width, **_strided(factor)), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(inputs, width, *_strided(factor)), nn.ReLU(inplace=True)]
         inputs = width
     layers.append(nn.Conv2d(inputs, channels, 3, padding=1))
     layers += [Residual(channels, residual_channels) for _ in range(residual_layers)]
@@ -55,7 +55,7 @@ def upsample(inputs: int, widths: Sequence[int], factors: Sequence[int]) -> nn.S
     layers: list[nn.Module] = []
     for factor, width in zip(factors, widths, strict=True):
         layers += [nn.ReLU(inplace=True)] if layers else []
-        layers.append(nn.ConvTranspose2d(inputs, width, **_strided(factor)))
+        layers.append(nn.ConvTranspose2d(inputs, width, *_strided(factor)))
         inputs = width
     return nn.Sequential(*layers)
 
@@ -71,7 +71,7 @@ def prime_factors(number: int) -> list[int]:
     return factors
 
 
-def _strided(factor: int) -> dict[str, int]:
+def _strided(factor: int) -> tuple[int, int, int]:
     """Kernel, stride and padding that change a size by exactly `factor`: 4, 2, 1 for two."""
     padding = factor // 2
-    return {"kernel_size": factor + 2 * padding, "stride": factor, "padding": padding}
+    return factor + 2 * padding, factor, padding

@@ -31,7 +31,7 @@ def save_prior(path: Path, prior: Prior, config: PriorConfig, **made_from: Any) 
 
 
 def load_prior(path: Path, device: torch.device | str = "cpu") -> Prior:
-    """The prior in a file that `save_prior` wrote, in evaluation mode; `made_from` and `digest` tell where it is from."""
+    """The prior in a file that `save_prior` wrote, in evaluation mode, with its `made_from` and `digest`."""
     tensors, metadata = checkpoint.load(path)
     if metadata.get("network") != "prior":
         raise UserError(f"{path}: holds an {metadata.get('network')}, not a prior")

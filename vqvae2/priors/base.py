@@ -1,4 +1,4 @@
-"""What every prior is: an autoregressive model of one level's code map, with a path for training and one for sampling."""
+"""What every prior is: an autoregressive model of one level's code map; one path trains, one samples."""
 
 from abc import ABC, abstractmethod
 from typing import Any

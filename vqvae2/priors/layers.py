@@ -1,8 +1,8 @@
 """Causal layers, each with its two paths: `forward` over whole maps, and a twin that walks position by position.
 
-Maps are (B, C, H, W). A walk keeps, for every causal convolution, the last `kernel` rows of its input. What finished rows
-contribute is evaluated once a row for all columns as one matrix product; a position then costs only the few taps on its own
-row, read as a view of the buffer.
+Maps are (B, C, H, W). A walk keeps, for every causal convolution, the last `kernel` rows of its input. What finished
+rows contribute is evaluated once a row for all columns as one matrix product; a position then costs only the few taps
+on its own row, read as a view of the buffer.
 """
 
 import torch
@@ -13,10 +13,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 
 class CausalConv2d(nn.Module):
-    """A convolution that sees `kernel` − 1 rows above (`kernel` columns wide) and, on its own row, what lies to the left.
+    """A convolution that sees `kernel` − 1 rows above, `kernel` columns wide, and what lies to the left on its row.
 
-    `strict` leaves out the position itself, as the first layer must. Only taps that are used have weights, in raster order:
-    23 for kernel 5, or 22 when strict.
+    `strict` leaves out the position itself, as the first layer must. Only taps that are used have weights, in raster
+    order: 23 for kernel 5, or 22 when strict.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, strict: bool = False) -> None:
@@ -85,7 +85,8 @@ class Pointwise(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
-        self.conv = weight_norm(nn.Conv2d(inputs, outputs, 1, bias=bias))
+        self.conv = nn.Conv2d(inputs, outputs, 1, bias=bias)
+        weight_norm(self.conv, "weight")
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         return self.conv(x)
@@ -109,8 +110,8 @@ class PointWalk:
 class GatedResidual(nn.Module):
     """x + gate(conv(ELU(conv(ELU(x)) + extra)) + condition), the block of PixelSNAIL (Chen et al. 2018).
 
-    `kernel` 1 makes it pointwise. `extra` is a second input of that many channels; `condition` the channels of a map that is
-    the same size or smaller by a whole factor: it is projected at its own size, then repeated.
+    `kernel` 1 makes it pointwise. `extra` is a second input of that many channels; `condition` the channels of a map
+    that is the same size or smaller by a whole factor: it is projected at its own size, then repeated.
     """
 
     def __init__(
@@ -170,7 +171,8 @@ class CausalAttention(nn.Module):
     """Multi-head attention to all positions up to and including this one, in raster order.
 
     Keys and values are made from the block's input, its output and the coordinates; queries from the output and the
-    coordinates (Chen et al. 2018). Inclusive attention is causal here, since the first layer has shifted the input by one.
+    coordinates (Chen et al. 2018). Inclusive attention is causal here, since the first layer has shifted the input by
+    one.
     """
 
     def __init__(self, channels: int, heads: int, dropout: float) -> None:
@@ -186,7 +188,8 @@ class CausalAttention(nn.Module):
         key, value = self.key_value(self.key_block(torch.cat([inputs, features, coordinates], 1))).chunk(2, 1)
         query = self.query(self.query_block(torch.cat([features, coordinates], 1)))
         height, width = query.shape[2:]
-        attended = F.scaled_dot_product_attention(*map(self._split, (query, key, value)), is_causal=True)
+        query, key, value = (self._split(x) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return attended.transpose(2, 3).reshape(len(query), self.width, height, width)
 
     def walk(self, batch: int, height: int, width: int) -> "AttentionWalk":

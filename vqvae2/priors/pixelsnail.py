@@ -25,16 +25,18 @@ class PixelSNAILConfig(Config):
     """The network; a level that coarser ones condition usually goes without attention, as in the paper."""
 
     kind: Literal["pixelsnail"] = "pixelsnail"
-    channels: int = Field(256, ge=2, description="hidden units")
-    residual_channels: int = Field(256, ge=1, description="hidden units of a residual block")
-    kernel: int = Field(5, ge=3, description="rows and columns of a causal convolution, odd")
-    blocks: int = Field(4, ge=1)
-    layers: int = Field(4, ge=1, description="residual blocks in each block")
-    attention: bool | tuple[int, ...] = Field(True, description="which blocks end in attention: all, none, or a list")
-    heads: int = Field(8, ge=1)
-    condition_layers: int = Field(3, ge=0, description="residual blocks over the coarser levels' codes")
-    output_layers: int = Field(0, ge=0, description="pointwise residual blocks before the logits")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    channels: int = Field(default=256, ge=2, description="hidden units")
+    residual_channels: int = Field(default=256, ge=1, description="hidden units of a residual block")
+    kernel: int = Field(default=5, ge=3, description="rows and columns of a causal convolution, odd")
+    blocks: int = Field(default=4, ge=1)
+    layers: int = Field(default=4, ge=1, description="residual blocks in each block")
+    attention: bool | tuple[int, ...] = Field(
+        default=True, description="which blocks end in attention: all, none, or a list"
+    )
+    heads: int = Field(default=8, ge=1)
+    condition_layers: int = Field(default=3, ge=0, description="residual blocks over the coarser levels' codes")
+    output_layers: int = Field(default=0, ge=0, description="pointwise residual blocks before the logits")
+    dropout: float = Field(default=0.1, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _check(self) -> "PixelSNAILConfig":

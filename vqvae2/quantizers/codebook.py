@@ -21,26 +21,31 @@ _KMEANS_ROWS_PER_CODE = 64
 class CodebookConfig(Config):
     """Settings of a codebook; `codes` × `dim` is 512 × 64 in the VQ-VAE-2 paper."""
 
-    codes: int = Field(512, ge=1, description="number of codes")
-    dim: int = Field(64, ge=1, description="width of the features that are quantized")
-    commitment: float = Field(0.25, ge=0, description="β, the weight of the commitment term")
-    decay: float = Field(0.99, ge=0, lt=1, description="γ, of the moving averages of use (and of an EMA codebook)")
-    kmeans: bool = Field(True, description="start from k-means centres of the first batch")
-    restart_below: float = Field(
-        0.1, ge=0, lt=1, description="restart a code that is used less than this share of the average; 0 never does"
+    codes: int = Field(default=512, ge=1, description="number of codes")
+    dim: int = Field(default=64, ge=1, description="width of the features that are quantized")
+    commitment: float = Field(default=0.25, ge=0, description="β, the weight of the commitment term")
+    decay: float = Field(
+        default=0.99, ge=0, lt=1, description="γ, of the moving averages of use (and of an EMA codebook)"
     )
-    cosine: bool = Field(False, description="compare directions: features and codes are scaled to length one")
-    project_to: int | None = Field(None, ge=1, description="look codes up in a space of this many dimensions")
+    kmeans: bool = Field(default=True, description="start from k-means centres of the first batch")
+    restart_below: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="restart a code that is used less than this share of the average; 0 never does",
+    )
+    cosine: bool = Field(default=False, description="compare directions: features and codes are scaled to length one")
+    project_to: int | None = Field(default=None, ge=1, description="look codes up in a space of this many dimensions")
     gradient: Literal["straight-through", "rotation"] = Field(
-        "straight-through", description="how gradients pass the quantizer"
+        default="straight-through", description="how gradients pass the quantizer"
     )
 
 
 class CodebookQuantizer(Quantizer):
     """A quantizer that looks up the nearest of `codes` learned vectors.
 
-    Statistics gather in `forward` (training mode only) and take effect in `update`, summed over all processes, so that a
-    codebook is the same on one process with batch 2N, on two with batch N, or over two accumulated batches of N.
+    Statistics gather in `forward` (training mode only) and take effect in `update`, summed over all processes, so that
+    a codebook is the same on one process with batch 2N, on two with batch N, or over two accumulated batches of N.
     """
 
     usage: Tensor  # (K,) moving average of how often each code is used in a step, all processes together
@@ -114,7 +119,8 @@ class CodebookQuantizer(Quantizer):
         self.usage.lerp_(counts, 1 - self.config.decay)
         self._learn(counts, sums)
         if self.config.restart_below > 0:
-            # A new code is given twice the use it is judged by, so that it has time to find features: 69 steps at γ = 0.99.
+            # A new code is given twice the use it is judged by, so that it has time to find features: 69 steps at γ =
+            # 0.99.
             fresh = _rows_of_all_processes(rows, self.codes, self._generator())
             threshold = self.config.restart_below * counts.sum() / self.codes
             dead = self.usage < threshold

@@ -14,7 +14,7 @@ class EMAConfig(CodebookConfig):
     """Settings of an EMA codebook."""
 
     kind: Literal["ema"] = "ema"
-    epsilon: float = Field(1e-5, ge=0, description="Laplace smoothing of the counts")
+    epsilon: float = Field(default=1e-5, ge=0, description="Laplace smoothing of the counts")
 
     def build(self) -> "EMAQuantizer":
         """The quantizer, with a random codebook."""

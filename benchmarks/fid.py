@@ -1,0 +1,173 @@
+"""FID against pytorch-fid in one run: the Fréchet distance at 2048 dimensions, and the whole command on two folders.
+
+    python benchmarks/fid.py                                    # pictures drawn by chance
+    python benchmarks/fid.py --first A --second B --count 2000  # at most so many files of two folders
+
+Weights are random, so that nothing is downloaded: times and agreement do not depend on them.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_fid import fid_score, inception
+from torch import nn
+
+from sampling import fid
+from vqvae2.metrics.frechet import frechet_distance
+from vqvae2.metrics.inception import build_network
+
+D = 2048
+
+
+def timed(function: Callable[[], float], repeats: int) -> tuple[float, float]:
+    """(median seconds, value)."""
+    times = []
+    value = float("nan")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        value = function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), value
+
+
+def theirs(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
+    """pytorch-fid's distance; NaN where it gives up."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sqrtm's `disp` is deprecated; singular matrices are warned of
+        try:
+            return float(fid_score.calculate_frechet_distance(np.zeros(D), sigma1, np.zeros(D), sigma2))
+        except ValueError:
+            return float("nan")
+
+
+def compare_distances(repeats: int) -> None:
+    """Time and accuracy against closed forms."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((D, D)))[0]
+
+    def commuting(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        return (basis * a) @ basis.T, (basis * b) @ basis.T, float(((np.sqrt(a) - np.sqrt(b)) ** 2).sum())
+
+    def low_rank(count: int) -> tuple[np.ndarray, np.ndarray, float]:
+        x, y = (rng.standard_normal((count, D)) * np.arange(1, D + 1) ** -0.5 for _ in "xy")
+        x, y = ((side - side.mean(0)) / np.sqrt(count - 1) for side in (x, y))
+        overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+        return x.T @ x, y.T @ y, float((x**2).sum() + (y**2).sum() - 2 * overlap)
+
+    decaying = np.logspace(1, -6, D)
+    cases = {
+        "full rank": commuting(decaying, rng.permutation(decaying)),
+        "1000 images each": low_rank(1000),
+        "null spaces differ": commuting(
+            np.r_[decaying[:900], np.zeros(D - 900)], np.r_[np.zeros(300), decaying[:900], np.zeros(D - 1200)]
+        ),
+    }
+    print(f"Fréchet distance at {D} dimensions, {torch.get_num_threads()} threads, median of {repeats}")
+    print(f"{'covariances':20} {'pytorch-fid':>12} {'error':>9} {'here':>8} {'error':>9} {'ratio':>7}")
+    for name, (sigma1, sigma2, exact) in cases.items():
+        zero = np.zeros(D)
+        here, own = timed(lambda a=sigma1, b=sigma2, m=zero: frechet_distance(m, a, m, b), repeats)
+        there, other = timed(lambda a=sigma1, b=sigma2: theirs(a, b), repeats)
+        errors = [f"{abs(value / exact - 1):.1e}" for value in (other, own)]
+        print(f"{name:20} {there:10.2f} s {errors[0]:>9} {here:6.2f} s {errors[1]:>9} {there / here:6.1f}×")
+
+
+def random_weights(path: Path) -> None:
+    """Weights under which features are of order one and differ between images."""
+    network = build_network()
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    torch.save(network.state_dict(), path)
+
+
+def folders(first: Path | None, second: Path | None, count: int, work: Path) -> list[Path]:
+    """Two folders of `count` images each: links to given ones, or pictures drawn by chance."""
+    made = []
+    for number, source in enumerate((first, second)):
+        folder = work / str(number)
+        folder.mkdir()
+        made.append(folder)
+        if source:
+            for file in sorted(source.glob("*.jpg"))[:count] + sorted(source.glob("*.png"))[:count]:
+                (folder / file.name).symlink_to(file.resolve())
+            continue
+        rng = np.random.default_rng(number)
+        for index in range(count):
+            small = Image.fromarray(rng.integers(0, 256 - 60 * number, (8, 8, 3), dtype=np.uint8))
+            small.resize((256, 256), Image.Resampling.BICUBIC).save(folder / f"{index:06d}.png")
+    return made
+
+
+def run_command(which: str, weights: Path, sides: list[Path]) -> dict[str, float]:
+    """One command in a process of its own: seconds, peak MiB, and what it printed."""
+    code = [sys.executable, __file__, "--command", which, "--weights", str(weights), *map(str, sides)]
+    lines = subprocess.run(code, check=True, capture_output=True, text=True, env=os.environ).stdout.splitlines()
+    value = next(float(line.removeprefix("FID:")) for line in lines if line.startswith("FID:"))
+    return json.loads(lines[-1]) | {"fid": value}
+
+
+def command(which: str, weights: Path, sides: list[str]) -> None:
+    """In the child: run one of the two commands and report time and memory as the last line."""
+    start = time.perf_counter()
+    if which == "here":
+        fid.main(["--inception-weights", str(weights), *sides])
+    else:
+        warnings.simplefilter("ignore")
+        inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights)
+        sys.argv = ["pytorch-fid", *sides]
+        fid_score.main()
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def compare_commands(first: Path | None, second: Path | None, count: int) -> None:
+    """The whole evaluation, both commands with their defaults."""
+    with tempfile.TemporaryDirectory() as work:
+        weights = Path(work, "random.pth")
+        random_weights(weights)
+        sides = folders(first, second, count, Path(work))
+        print(f"\nFID of 2 × {count} images, the whole command")
+        results = {which: run_command(which, weights, sides) for which in ("pytorch-fid", "here")}
+    for which, result in results.items():
+        print(f"{which:12} {result['seconds']:8.1f} s {result['mib']:8.0f} MiB   FID {result['fid']:.8g}")
+    a, b = results["pytorch-fid"], results["here"]
+    print(f"{a['seconds'] / b['seconds']:.2f}× as fast, FID differs by {abs(b['fid'] / a['fid'] - 1):.1e}")
+
+
+def main() -> None:
+    """Both comparisons, or in a child process one command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=Path, help="a folder of images of one size")
+    parser.add_argument("--second", type=Path, help="another")
+    parser.add_argument("--count", type=int, default=200, help="images a folder; 0 leaves the commands out")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of a distance; 0 leaves them out")
+    parser.add_argument("--command", choices=["here", "pytorch-fid"], help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("sides", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.command:
+        command(options.command, options.weights, options.sides)
+        return
+    if options.repeats:
+        compare_distances(options.repeats)
+    if options.count:
+        compare_commands(options.first, options.second, options.count)
+
+
+if __name__ == "__main__":
+    main()

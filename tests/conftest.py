@@ -1,0 +1,76 @@
+"""What tests share: few threads, the real photographs where they are at hand, and one tiny finished run."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+from vqvae2.__main__ import main
+
+PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data"
+
+# Every stage in seconds: two levels on small scenes. The numbers mean nothing; the files and the refusals do.
+TINY = """
+data: {size: 32, labels: folder, validation: 0.1, count: 200, workers: 0}
+autoencoder:
+  channels: 16
+  residual_channels: 8
+  residual_layers: 1
+  levels:
+    - {stride: 4, quantizer: {kind: ema, codes: 16, dim: 8}}
+    - {stride: 2, quantizer: {kind: gradient, codes: 12, dim: 8}}
+  training: {steps: 6, batch_size: 8, log_every: 2, validate_every: 3, preview_every: 3, checkpoint_every: 2}
+priors:
+  top:
+    model: {channels: 8, residual_channels: 8, kernel: 3, blocks: 1, layers: 1, heads: 2}
+    training: &training
+      {steps: 4, batch_size: 8, average: 0.9, log_every: 2, validate_every: 2, preview_every: 2, checkpoint_every: 2}
+  bottom:
+    model: {channels: 8, residual_channels: 8, kernel: 3, blocks: 1, layers: 1, attention: false, condition_layers: 1}
+    training: *training
+sampling: {count: 5, batch_size: 3}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """The folder of real photographs that lies beside the project on some machines."""
+    if not PHOTOGRAPHS.is_dir():
+        pytest.skip("no folder of photographs on this machine")
+    return PHOTOGRAPHS
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Path:
+    """A config file in the temporary folder."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with every stage done but evaluation, which needs weights; tests must not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY)
+    run = folder / "run"
+    common = [str(config), "--run", str(run)]
+    torch.set_num_threads(1)
+    for command in (
+        ["train-autoencoder", *common],
+        ["extract-codes", *common],
+        ["train-prior", *common, "--level", "top"],
+        ["train-prior", *common, "--level", "bottom"],
+        ["sample", str(run)],
+    ):
+        assert main(command) == 0
+    return run

@@ -1,0 +1,159 @@
+"""The autoencoder: shapes for any levels, strides and sizes; codes and reconstructions that agree; files that load."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqvae2 import checkpoint
+from vqvae2.errors import UserError
+from vqvae2.models import Autoencoder, AutoencoderConfig, LevelConfig
+from vqvae2.models.blocks import grow, prime_factors, shrink
+from vqvae2.quantizers import EMAConfig, GradientConfig
+
+
+def small(*strides: int, size: tuple[int, int] = (32, 32), channels: int = 3) -> Autoencoder:
+    levels = tuple(
+        LevelConfig(
+            stride=stride,
+            quantizer=EMAConfig(codes=9, dim=4 + i) if i % 2 else GradientConfig(codes=7, dim=4 + i, kmeans=False),
+        )
+        for i, stride in enumerate(strides)
+    )
+    torch.manual_seed(0)
+    config = AutoencoderConfig(levels=levels, channels=8, residual_channels=4, residual_layers=1)
+    return config.build(size, channels).eval()
+
+
+@pytest.mark.parametrize(
+    ("strides", "size", "channels"),
+    [
+        ((4,), (32, 32), 3),
+        ((4, 2), (32, 32), 3),
+        ((2, 2, 2), (16, 24), 1),
+        ((3, 2), (24, 18), 4),
+        ((1, 2), (6, 10), 3),
+        ((8, 1, 2), (32, 16), 3),
+        ((2, 2, 2, 3), (24, 48), 3),
+        ((6, 5), (60, 30), 3),
+    ],
+)
+def test_shapes_codes_and_decoding(strides: tuple[int, ...], size: tuple[int, int], channels: int) -> None:
+    model = small(*strides, size=size, channels=channels)
+    images = torch.rand(2, channels, *size) * 2 - 1
+    codes = model.encode(images)
+    height, width = size
+    for level, spec, stride in zip(codes, model.maps, strides, strict=True):
+        height, width = height // stride, width // stride
+        assert level.shape == (2, height, width)
+        assert spec.shape == (height, width)
+        assert level.dtype == torch.int64
+        assert 0 <= level.min() <= level.max() < spec.codes
+    reconstruction = model.reconstruct(images)
+    assert reconstruction.shape == images.shape
+    assert reconstruction.abs().max() <= 1
+    torch.testing.assert_close(model.decode_codes(codes), reconstruction, atol=0, rtol=0)
+
+
+def test_the_bottom_is_quantized_given_the_top_and_the_decoder_sees_every_level() -> None:
+    model = small(4, 2, 2)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    codes = model.encode(images)
+    whole = model.decode_codes(codes)
+    for index in range(3):
+        changed = list(codes)
+        changed[index] = (changed[index] + 1) % model.maps[index].codes
+        assert not torch.equal(model.decode_codes(tuple(changed)), whole), f"level {index} reaches the image"
+    features = model.joins[0].weight.shape[1]
+    assert features == 8 + model.maps[1].codes - 9 + 5, "bottom features joined to the decoded coarser level"
+
+
+def test_only_shows_what_the_named_levels_carry() -> None:
+    model = small(4, 2)
+    codes = model.encode(torch.rand(1, 3, 32, 32) * 2 - 1)
+    assert torch.equal(model.decode_codes(codes, only=(True, True)), model.decode_codes(codes))
+    constant = tuple(torch.zeros_like(level) for level in codes)
+    for only in ((True, False), (False, True)):
+        kept = tuple(level if take else other for level, other, take in zip(codes, constant, only, strict=True))
+        assert not torch.equal(model.decode_codes(codes, only=only), model.decode_codes(codes))
+        assert kept[0].shape == codes[0].shape
+
+
+def test_gradients_reach_every_weight() -> None:
+    model = small(4, 2, 2).train()
+    result = model(torch.rand(2, 3, 32, 32))
+    (result.images.square().mean() + sum(level.loss for level in result.levels)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_sizes_that_do_not_divide_are_refused_with_those_that_would() -> None:
+    with pytest.raises(UserError, match=r"width 36 does not divide by 8 .* 32 and 40"):
+        small(4, 2, size=(32, 36))
+    with pytest.raises(UserError, match=r"height 4 does not divide by 8 .* 8 and 16"):
+        small(4, 2, size=(4, 32))
+
+
+def test_wrong_images_and_codes_are_refused() -> None:
+    model = small(4, 2)
+    with pytest.raises(ValueError, match=r"expected images \(batch, 3, 32, 32\), got \(1, 1, 32, 32\)"):
+        model(torch.zeros(1, 1, 32, 32))
+    bottom, top = model.encode(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="finest first"):
+        model.decode_codes((top, bottom))
+    with pytest.raises(ValueError, match=r"level 1: codes must be in \[0, 9\)"):
+        model.decode_codes((bottom, top + 9))
+
+
+def test_a_file_brings_back_the_same_network(tmp_path: Path) -> None:
+    model = small(4, 2)
+    path = tmp_path / "model.safetensors"
+    model.save(path, data="somewhere")
+    loaded = Autoencoder.load(path)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert len(str(loaded.digest)) == 64
+
+
+def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path) -> None:
+    model = small(4, 2)
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    tensors, metadata = checkpoint.load(path)
+    cases = {
+        "missing": (r"no such weights file", None),
+        "truncated": (r"damaged weights file", path.read_bytes()[:-100]),
+        "text": (r"damaged weights file", b"these are no weights"),
+    }
+    for name, (message, content) in cases.items():
+        other = tmp_path / name
+        if content is not None:
+            other.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            Autoencoder.load(other)
+    first = next(iter(tensors))
+    for change, message in (
+        ({name: tensor for name, tensor in tensors.items() if name != first}, f"`{first}` is missing"),
+        (tensors | {"extra": torch.zeros(1)}, "`extra` is not one of"),
+        (tensors | {first: torch.zeros(2, 2)}, f"`{first}` has shape"),
+    ):
+        checkpoint.save(path, change, metadata)
+        with pytest.raises(UserError, match=message):
+            Autoencoder.load(path)
+
+
+@pytest.mark.parametrize("stride", range(1, 13))
+def test_shrink_and_grow_change_sizes_by_any_factor(stride: int) -> None:
+    x = torch.zeros(1, 3, 2 * stride, 3 * stride)
+    small_map = shrink(3, 8, stride, 4, 1)(x)
+    assert small_map.shape == (1, 8, 2, 3)
+    assert grow(8, 8, 5, stride, 4, 1)(small_map).shape == (1, 5, 2 * stride, 3 * stride)
+
+
+def test_prime_factors_multiply_to_the_number() -> None:
+    assert prime_factors(1) == []
+    assert prime_factors(12) == [2, 2, 3]
+    assert prime_factors(35) == [5, 7]

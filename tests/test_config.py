@@ -1,0 +1,91 @@
+"""Configs: loading, overrides, comparison, and errors of one line with the full key path."""
+
+from pathlib import Path
+
+import pytest
+
+from train.experiment import Experiment
+from vqvae2.config import differences
+from vqvae2.errors import UserError
+
+
+def load(path: Path, old: str = "", new: str = "") -> Experiment:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return Experiment.load(path)
+
+
+def test_yaml_round_trip_gives_the_same_experiment(tiny_config: Path, tmp_path: Path) -> None:
+    experiment = Experiment.load(tiny_config)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(experiment.yaml())
+    assert Experiment.load(copy) == experiment
+
+
+def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path) -> None:
+    changed = Experiment.load(tiny_config).override(
+        [
+            "--data.path=/somewhere",
+            "--data.size",
+            "48",
+            "64",
+            "--autoencoder.levels.1.quantizer.codes",
+            "7",
+            "--priors.top.training.learning-rate",
+            "3e-4",
+        ]
+    )
+    assert changed.data.path == "/somewhere"
+    assert changed.data.shape == (48, 64)
+    assert changed.autoencoder.levels[1].quantizer.codes == 7
+    assert changed.priors["top"].training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("stride: 4", "strid: 4", ["autoencoder.levels.0.strid", "unknown key"]),
+        ("codes: 12", "codes: -3", ["autoencoder.levels.1.quantizer.codes", "greater than or equal to 1", "-3"]),
+        ("kind: gradient", "kind: gradiant", ["autoencoder.levels.1.quantizer", "gradiant", "'ema'"]),
+        ("steps: 6, ", "", ["autoencoder.training.steps", "missing"]),
+        ("kernel: 3", "kernel: 4", ["priors.top.model", "kernel must be odd"]),
+        ("  bottom:\n", "  bottem:\n", ["priors", "bottom", "bottem"]),
+        ("labels: folder", "labels: class", ["data.labels", "'none' or 'folder'"]),
+        ("data: {", "data: {{", ["not valid YAML"]),
+        ("data:", "dataa:", ["dataa", "unknown key"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_with_its_path(
+    tiny_config: Path, old: str, new: str, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        load(tiny_config, old, new)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(tiny_config) in message
+    for word in words:
+        assert word in message
+
+
+def test_a_misspelt_override_says_what_was_meant(tiny_config: Path) -> None:
+    with pytest.raises(UserError, match=r"--data\.pth.*--data\.path") as error:
+        Experiment.load(tiny_config).override(["--data.pth", "x"])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="data.labels"):
+        Experiment.load(tiny_config).override(["--data.labels", "x"])
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", ".", "binary.yaml", "list.yaml"])
+def test_what_is_no_config_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Experiment.load(tmp_path / name)
+
+
+def test_differences_name_the_full_path_of_each_value_that_differs() -> None:
+    one = {"a": {"b": [1, {"c": 2}]}, "same": 3}
+    other = {"a": {"b": [1, {"c": 5}]}, "same": 3, "new": 4}
+    assert list(differences(one, other)) == [("a.b.1.c", 2, 5), ("new", None, 4)]
+    assert not list(differences(one, one))

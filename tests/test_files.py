@@ -1,0 +1,40 @@
+"""Atomic writes: complete or absent, whatever happens in between."""
+
+from pathlib import Path
+
+import pytest
+
+from vqvae2 import files
+from vqvae2.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError, match="power"), files.atomic(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError("power cut")
+    assert files.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for text in ("one", "two"):
+        with files.atomic(path) as partial:
+            partial.mkdir()
+            (partial / "file").write_text(text)
+    assert (path / "file").read_text() == "two"
+
+
+def test_damaged_json_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    path.write_text('{"a": ')
+    with pytest.raises(UserError, match=r"value\.json: not valid JSON"):
+        files.read_json(path)
+
+
+def test_digest_is_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert files.digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -1,0 +1,159 @@
+"""The feature extractor against pytorch-fid's network, and every way in which weights can be wrong."""
+
+import socket
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from pytorch_fid.inception import InceptionV3, fid_inception_v3
+from safetensors.torch import save_file
+
+from tests.inception_fixture import extractor, weights
+from vqvae2.errors import UserError
+from vqvae2.files import digest
+from vqvae2.metrics import inception
+from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailable, build_network, load_inception
+
+
+def images(n: int = 2, height: int = 33, width: int = 50) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (n, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture
+def peer_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytorch_fid.inception.load_state_dict_from_url", lambda *_, **__: torch.load(weights()))
+
+
+@pytest.mark.usefixtures("peer_weights")
+def test_features_of_every_depth_are_those_of_pytorch_fid() -> None:
+    peer = InceptionV3(list(range(4))).eval()
+    with torch.no_grad():
+        maps = peer(images() / 255)
+    for dims, expected in zip(inception.DIMS, maps, strict=True):
+        features, logits = extractor(dims)(images())
+        assert features.shape == (2, dims)
+        assert features.dtype == torch.float32
+        assert logits is None
+        expected = expected.mean((2, 3))
+        assert (features - expected).abs().max() < 2e-5 * expected.abs().max()
+        assert expected.std(0).mean() > 1e-3 * expected.abs().mean()  # else equality would show little
+
+
+@pytest.mark.usefixtures("peer_weights")
+def test_logits_come_in_the_same_pass_from_any_depth() -> None:
+    network = fid_inception_v3().eval()
+    deep = extractor(2048)(images(), logits=True)
+    assert deep.logits is not None
+    with torch.no_grad():
+        torch.testing.assert_close(deep.logits, network.fc(deep.features) - network.fc.bias, rtol=1e-4, atol=1e-3)
+    shallow = extractor(64)(images(), logits=True)
+    torch.testing.assert_close(shallow.logits, deep.logits)
+    torch.testing.assert_close(shallow.features, extractor(64)(images()).features)
+
+
+def test_an_image_has_its_features_whatever_its_company() -> None:
+    together = extractor(192)(images(3)).features
+    alone = torch.cat([extractor(192)(image[None]).features for image in images(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)],
+    ids=["grey", "float", "no batch"],
+)
+def test_other_than_uint8_rgb_is_refused(bad: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="expected uint8 RGB"):
+        extractor(64)(bad)
+
+
+def test_the_digest_is_recorded_and_the_standard_file_is_recognised() -> None:
+    own = extractor(64)
+    assert own.weights_digest == digest(weights())
+    assert not own.is_standard
+    assert FeatureExtractor(build_network(), 64, "6726825d" + "0" * 56).is_standard
+    assert not any(parameter.requires_grad for parameter in own.parameters())
+
+
+def test_safetensors_and_files_without_counters_load_alike(tmp_path: Path) -> None:
+    state = torch.load(weights(), weights_only=True)
+    state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "w.safetensors")
+    torch.testing.assert_close(
+        load_inception(tmp_path / "w.safetensors", 64)(images()).features, extractor(64)(images()).features
+    )
+
+
+def test_weights_of_another_network_name_the_first_key_that_does_not_fit(tmp_path: Path) -> None:
+    state = torch.load(weights(), weights_only=True)
+    some = dict(state)
+    first = next(iter(some))
+    del some[first]
+    for altered, message in (
+        (some, f"no `{first}`"),
+        (state | {"AuxLogits.x": torch.zeros(1)}, "`AuxLogits.x` is not a part of it"),
+        (state | {"fc.bias": torch.zeros(1000)}, r"`fc.bias` has shape \(1000,\), not \(1008,\)"),
+    ):
+        save_file(altered, tmp_path / "w.safetensors")
+        with pytest.raises(UserError, match=message) as caught:
+            load_inception(tmp_path / "w.safetensors")
+        assert "\n" not in str(caught.value)
+
+
+class Payload:
+    def __reduce__(self):
+        return (pytest.fail, ("a user's file was unpickled",))
+
+
+def test_damaged_files_and_programs_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cut.pth").write_bytes(weights().read_bytes()[:100_000])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("not weights")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    torch.save({"x": Payload()}, tmp_path / "program.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match=r"damaged|not a state dict") as caught:
+            load_inception(path)
+        assert path.name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_paths_and_dimensions_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is missing"):
+        load_inception(tmp_path / "none.pth")
+    with pytest.raises(UserError, match="is a folder"):
+        load_inception(tmp_path)
+    with pytest.raises(UserError, match="64, 192, 768, 2048"):
+        FeatureExtractor(build_network(), 100, "")
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("invalid hash value"), TimeoutError("timed out")])
+def test_without_weights_and_network_one_line_says_what_to_get(error: Exception, tmp_path: Path) -> None:
+    waited = []
+
+    def download(*_, **__) -> None:
+        waited.append(socket.getdefaulttimeout())
+        raise error
+
+    with (
+        mock.patch("torch.hub.get_dir", return_value=str(tmp_path)),
+        mock.patch("torch.hub.download_url_to_file", download),
+        pytest.raises(WeightsUnavailable) as caught,
+    ):
+        load_inception()
+    message = str(caught.value)
+    for part in (inception.WEIGHTS_NAME, "91 MB", "6726825d", "--inception-weights FILE", str(tmp_path)):
+        assert part in message
+    assert "\n" not in message
+    assert waited[0] <= 10
+    assert socket.getdefaulttimeout() is None
+
+
+def test_weights_in_the_cache_of_torch_are_found(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / inception.WEIGHTS_NAME).symlink_to(weights())
+    with mock.patch("torch.hub.get_dir", return_value=str(tmp_path)):
+        assert load_inception(dims=64).weights_digest == digest(weights())

@@ -1,0 +1,148 @@
+"""PixelSNAIL: causality by gradient and by perturbation, and two paths with the same logits at every position."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vqvae2.errors import UserError
+from vqvae2.maps import MapSpec
+from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, Prior, PriorSpec, load_prior, save_prior
+from vqvae2.priors.base import incremental_logits
+
+CODES = 11
+
+
+def build(
+    size: tuple[int, int] = (5, 4), coarser: tuple[tuple[int, int], ...] = (), classes: int = 0, **settings: Any
+) -> PixelSNAIL:
+    torch.manual_seed(0)
+    config = PixelSNAILConfig(
+        **{"channels": 8, "residual_channels": 6, "kernel": 3, "blocks": 2, "layers": 1, "heads": 2} | settings
+    )
+    level, *others = (MapSpec(codes=CODES + i, height=h, width=w) for i, (h, w) in enumerate((size, *coarser)))
+    return config.build(PriorSpec(level=level, coarser=tuple(others), classes=classes)).eval()
+
+
+def inputs(prior: Prior, batch: int = 2) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    maps = [
+        torch.randint(level.codes, (batch, *level.shape), generator=generator)
+        for level in (prior.spec.level, *prior.spec.coarser)
+    ]
+    labels = torch.arange(batch) % prior.spec.classes if prior.spec.classes else None
+    return {"codes": maps[0], "coarser": tuple(maps[1:]), "labels": labels}
+
+
+MATRIX: list[dict[str, Any]] = [
+    {},
+    {"kernel": 5},
+    {"kernel": 7, "size": (9, 8)},
+    {"attention": False},
+    {"attention": (1,), "output_layers": 2},
+    {"classes": 3},
+    {"classes": 3, "attention": False, "kernel": 5},
+    {"size": (1, 1)},
+    {"size": (1, 6)},
+    {"size": (6, 1)},
+    {"size": (7, 5), "layers": 2},
+    {"size": (8, 6), "coarser": ((4, 3),)},
+    {"size": (8, 6), "coarser": ((4, 3),), "attention": False, "classes": 3},
+    {"size": (8, 4), "coarser": ((4, 2), (2, 1)), "kernel": 5},
+    {"size": (6, 6), "coarser": ((6, 6), (2, 2)), "condition_layers": 2, "classes": 2},
+    {"size": (4, 4), "coarser": ((1, 1),)},
+]
+
+
+@pytest.mark.parametrize("settings", MATRIX, ids=str)
+def test_both_paths_give_the_same_logits_at_every_position(settings: dict[str, Any]) -> None:
+    prior = build(**settings)
+    given = inputs(prior, batch=3)
+    with torch.no_grad():
+        expected = prior(**given)
+    assert expected.shape == (3, CODES, *prior.spec.level.shape)
+    torch.testing.assert_close(incremental_logits(prior, **given), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kernel": 5, "attention": False}, {"output_layers": 1, "layers": 2}], ids=str)
+def test_no_gradient_comes_from_the_position_itself_or_later_ones(settings: dict[str, Any]) -> None:
+    prior = build(size=(4, 5), **settings)
+    codes = inputs(prior, batch=1)["codes"]
+    embedded = prior.embedding(codes).detach().requires_grad_()
+    prior.embedding.forward = lambda _: embedded  # pyright: ignore[reportAttributeAccessIssue]
+    logits = prior(codes)[0].flatten(1)  # (K, positions)
+    for position in range(20):
+        (gradient,) = torch.autograd.grad(logits[:, position].sum(), embedded, retain_graph=True)
+        reached = gradient[0].flatten(0, 1).abs().sum(1) > 0
+        assert not reached[position:].any(), position
+        if position:
+            assert reached[position - 1] or position % 5 == 0, "the neighbour to the left is seen"
+            assert reached.any()
+
+
+def test_changing_a_code_changes_only_later_logits_and_attention_reaches_to_the_end() -> None:
+    prior = build(size=(6, 5), kernel=3, blocks=1, layers=1)
+    codes = inputs(prior, batch=1)["codes"]
+    with torch.no_grad():
+        before = prior(codes)[0].flatten(1)
+        for position in range(30):
+            changed = codes.clone()
+            changed.view(-1)[position] = (changed.view(-1)[position] + 1) % CODES
+            differs = (prior(changed)[0].flatten(1) - before).abs().amax(0) > 0
+            assert not differs[: position + 1].any()
+            if position < 29:
+                assert differs[29], "attention sees everything before"
+
+
+def test_coarser_codes_and_labels_matter() -> None:
+    prior = build(size=(8, 6), coarser=((4, 3), (2, 1)), classes=3)
+    given = inputs(prior)
+    with torch.no_grad():
+        before = prior(**given)
+        for level in range(2):
+            coarser = list(given["coarser"])
+            coarser[level] = (coarser[level] + 1) % CODES
+            assert not torch.equal(prior(**given | {"coarser": tuple(coarser)}), before)
+        assert not torch.equal(prior(**given | {"labels": (given["labels"] + 1) % 3}), before)
+        assert not torch.equal(prior(**given | {"labels": None}), before)
+
+
+def test_wrong_coarser_maps_are_refused() -> None:
+    prior = build(size=(8, 6), coarser=((4, 3),))
+    with pytest.raises(ValueError, match=r"coarser code maps of sizes \(\(4, 3\),\)"):
+        prior(torch.zeros(1, 8, 6, dtype=torch.int64))
+
+
+def test_training_reaches_every_weight() -> None:
+    prior = build(size=(6, 6), coarser=((3, 3),), classes=2, output_layers=1).train()
+    given = inputs(prior)
+    torch.nn.functional.cross_entropy(prior(**given), given["codes"]).backward()
+    for name, parameter in prior.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_a_file_brings_back_the_same_prior(tmp_path: Path) -> None:
+    prior = build(size=(6, 6), coarser=((3, 3),), classes=2)
+    path = tmp_path / "model.safetensors"
+    save_prior(path, prior, prior.config, autoencoder="a" * 64)
+    loaded = load_prior(path)
+    given = inputs(prior)
+    assert torch.equal(loaded(**given), prior(**given))
+    assert loaded.made_from == {"autoencoder": "a" * 64}
+
+
+def test_an_autoencoder_is_not_taken_for_a_prior(finished_run: Path) -> None:
+    with pytest.raises(UserError, match="holds an autoencoder, not a prior"):
+        load_prior(finished_run / "autoencoder" / "model.safetensors")
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    for settings, message in (
+        ({"kernel": 4}, "odd"),
+        ({"channels": 6, "heads": 2}, r"half the channels \(3\)"),
+        ({"attention": (2,)}, "block 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(**settings)

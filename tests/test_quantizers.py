@@ -1,0 +1,219 @@
+"""Quantizers, recomputed in NumPy: nearest codes, EMA update, losses, routing of gradients, restarts."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vqvae2.quantizers import EMAConfig, GradientConfig, Quantizer
+from vqvae2.quantizers.base import rotate, straight_through
+from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest
+
+CONFIGS = {
+    "ema": EMAConfig(codes=6, dim=4, kmeans=False),
+    "gradient": GradientConfig(codes=6, dim=4, kmeans=False),
+    "cosine": EMAConfig(codes=6, dim=4, kmeans=False, cosine=True),
+    "projected": GradientConfig(codes=6, dim=4, kmeans=False, project_to=2),
+    "rotation": EMAConfig(codes=6, dim=4, kmeans=False, gradient="rotation"),
+}
+
+
+def features(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(x: Tensor) -> np.ndarray:
+    return x.detach().movedim(1, -1).flatten(0, -2).double().numpy()
+
+
+@given(n=st.integers(0, 40), k=st.integers(1, 20), d=st.integers(1, 9), block=st.integers(1, 999), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_nearest_is_at_the_smallest_distance_for_any_block_size(n: int, k: int, d: int, block: int, seed: int) -> None:
+    rows, vectors = features(n, d, seed=seed), features(k, d, seed=seed + 1)
+    found = nearest(rows, vectors, block_bytes=block).numpy()
+    distances = np.square(rows.double().numpy()[:, None] - vectors.double().numpy()[None]).sum(-1)
+    assert found.shape == (n,)
+    np.testing.assert_allclose(distances[np.arange(n), found], distances.min(1, initial=np.inf), atol=1e-5)
+
+
+def test_cluster_sums_count_and_add() -> None:
+    rows, codes = features(50, 3), torch.randint(5, (50,))
+    counts, sums = cluster_sums(rows, codes, 5)
+    for code in range(5):
+        assert counts[code] == (codes == code).sum()
+        torch.testing.assert_close(sums[code], rows[codes == code].sum(0), atol=1e-5, rtol=0)
+
+
+def test_kmeans_finds_separate_clusters() -> None:
+    true = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    rows = (true[:, None] + 0.1 * features(4, 50, 2)).flatten(0, 1)
+    best = min(
+        float((kmeans(rows, 4, 10, torch.Generator().manual_seed(seed))[0][:, None] - true).norm(dim=2).amin(0).max())
+        for seed in range(5)
+    )
+    assert best < 0.1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("spatial", [(), (5,), (3, 4), (2, 3, 2)])
+def test_any_rank_gives_maps_of_the_same_shape_and_lookup_repeats_them(name: str, spatial: tuple[int, ...]) -> None:
+    quantizer = CONFIGS[name].build().eval()
+    x = features(3, 4, *spatial)
+    result = quantizer(x)
+    assert result.values.shape == x.shape
+    assert result.codes.shape == (3, *spatial)
+    assert result.values.dtype == torch.float32
+    torch.testing.assert_close(quantizer.lookup(result.codes), result.values, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_empty_batch_is_fine_and_wrong_widths_are_refused(name: str) -> None:
+    quantizer = CONFIGS[name].build()
+    result = quantizer(torch.empty(0, 4, 3))
+    assert result.codes.shape == (0, 3)
+    assert result.loss == 0
+    with pytest.raises(ValueError, match=r"\(batch, 4, \.\.\.\), got \(2, 5, 3\)"):
+        quantizer(torch.zeros(2, 5, 3))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_evaluation_changes_nothing(name: str) -> None:
+    quantizer = CONFIGS[name].build().eval()
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    quantizer(features(4, 4, 8))
+    quantizer.update()
+    for key, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_ema_update_is_the_formula_of_appendix_a1() -> None:
+    config = EMAConfig(codes=5, dim=3, kmeans=False, restart_below=0, decay=0.9, epsilon=1e-5)
+    quantizer = config.build()
+    vectors = quantizer.embedding.double().numpy().copy()
+    n, m = np.ones(5), vectors.copy()
+    for step in range(3):
+        x = features(4, 3, 7, seed=step)
+        rows = rows_of(x)
+        codes = np.square(rows[:, None] - vectors[None]).sum(-1).argmin(1)
+        result = quantizer(x)
+        np.testing.assert_array_equal(result.codes.flatten().numpy(), codes)
+        quantizer.update()
+        n = 0.9 * n + 0.1 * np.bincount(codes, minlength=5)
+        m = 0.9 * m + 0.1 * np.stack([rows[codes == code].sum(0) for code in range(5)])
+        smoothed = (n + 1e-5) / (n.sum() + 5 * 1e-5) * n.sum()
+        vectors = m / smoothed[:, None]
+        np.testing.assert_allclose(quantizer.embedding.numpy(), vectors, atol=1e-5)
+
+
+def test_accumulated_batches_update_like_one_batch() -> None:
+    torch.manual_seed(0)
+    one = EMAConfig(codes=6, dim=4, kmeans=False, restart_below=0).build()
+    two = EMAConfig(codes=6, dim=4, kmeans=False, restart_below=0).build()
+    two.load_state_dict(one.state_dict())
+    x = features(8, 4, 5)
+    one(x)
+    two(x[:4])
+    two(x[4:])
+    one.update()
+    two.update()
+    torch.testing.assert_close(one.embedding, two.embedding, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("config", [EMAConfig(codes=6, dim=4, kmeans=False), GradientConfig(codes=6, dim=4, kmeans=False)])
+def test_losses_are_those_of_equation_3(config: EMAConfig | GradientConfig) -> None:
+    quantizer = config.build()
+    x = features(2, 4, 5)
+    result = quantizer(x)
+    error = np.square(rows_of(x) - rows_of(quantizer.lookup(result.codes))).mean()
+    expected = config.commitment * error + (error if isinstance(config, GradientConfig) else 0)
+    np.testing.assert_allclose(result.loss.item(), expected, rtol=1e-5)
+    for term in result.terms.values():
+        np.testing.assert_allclose(term.item(), error, rtol=1e-5)
+
+
+def test_beta_weighs_the_commitment_term_and_each_term_reaches_its_own_side() -> None:
+    quantizer = GradientConfig(codes=6, dim=4, kmeans=False, commitment=0.25).build()
+    x = features(2, 4, 5).requires_grad_()
+    result = quantizer(x)
+    result.loss.backward()
+    assert x.grad is not None
+    difference = x - quantizer.lookup(result.codes)
+    torch.testing.assert_close(x.grad, 0.25 * 2 * difference.detach() / x.numel(), atol=1e-7, rtol=1e-5)
+    expected = torch.zeros(6, 4)
+    rows = torch.from_numpy(rows_of(difference)).float()
+    expected.index_add_(0, result.codes.flatten(), -2 * rows / x.numel())
+    torch.testing.assert_close(quantizer.embedding.grad, expected, atol=1e-7, rtol=1e-5)
+
+
+def test_the_decoders_gradient_reaches_the_encoder_alone() -> None:
+    quantizer = GradientConfig(codes=6, dim=4, kmeans=False).build()
+    x = features(2, 4, 5).requires_grad_()
+    weight = features(2, 4, 5, seed=1)
+    (quantizer(x).values * weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight)
+    assert quantizer.embedding.grad is None or not quantizer.embedding.grad.any()
+
+
+def test_rotation_keeps_the_value_and_turns_the_gradient() -> None:
+    x, q = features(7, 4).requires_grad_(), features(7, 4, seed=1)
+    torch.testing.assert_close(rotate(x, q), q, atol=1e-5, rtol=0)
+    torch.testing.assert_close(straight_through(x, q), q, atol=1e-6, rtol=0)
+    # The gradient with respect to the output, turned back: its angle to q becomes its angle to x.
+    upstream = features(7, 4, seed=2)
+    (gradient,) = torch.autograd.grad(rotate(x, q), x, upstream)
+    scale = q.norm(dim=1) / x.norm(dim=1)
+    cosine = torch.nn.functional.cosine_similarity
+    torch.testing.assert_close(cosine(gradient, x.detach()), cosine(upstream, q), atol=1e-4, rtol=0)
+    torch.testing.assert_close(gradient.norm(dim=1), scale * upstream.norm(dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_autocast_does_not_touch_the_quantizer() -> None:
+    quantizer = CONFIGS["ema"].build().eval()
+    x = features(3, 4, 50)
+    plain = quantizer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = quantizer(x)
+    assert torch.equal(plain.codes, cast.codes)
+    assert cast.values.dtype == torch.float32
+    assert torch.equal(plain.values, cast.values)
+
+
+@pytest.mark.parametrize("config", [EMAConfig, GradientConfig])
+def test_a_dead_code_comes_back_as_a_feature_with_its_sums(config: type[EMAConfig] | type[GradientConfig]) -> None:
+    quantizer = config(codes=4, dim=2, kmeans=False, restart_below=0.1, decay=0.5).build()
+    with torch.no_grad():
+        quantizer.embedding.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0], [50.0, 50.0], [-50.0, 50.0]]))
+        if isinstance(config(), EMAConfig):
+            quantizer.get_buffer("sums").copy_(quantizer.embedding)
+    for step in range(8):
+        x = features(16, 2, 4, seed=step)
+        quantizer(x)
+        quantizer.update()
+    assert quantizer.embedding.abs().max() < 10, "codes far from every feature were restarted among them"
+    codes = quantizer.eval()(features(64, 2, 4, seed=99)).codes
+    assert len(codes.unique()) == 4
+
+
+def test_without_restarts_a_dead_code_stays() -> None:
+    quantizer = EMAConfig(codes=2, dim=2, kmeans=False, restart_below=0).build()
+    for buffer in (quantizer.embedding, quantizer.sums):
+        buffer.copy_(torch.tensor([[0.0, 0.0], [50.0, 50.0]]))
+    for step in range(8):
+        quantizer(features(16, 2, 4, seed=step))
+        quantizer.update()
+    assert len(quantizer.eval()(features(16, 2, 4)).codes.unique()) == 1
+
+
+@pytest.mark.parametrize("config", [EMAConfig, GradientConfig])
+def test_kmeans_puts_the_codebook_among_the_features_before_the_first_lookup(
+    config: type[EMAConfig] | type[GradientConfig],
+) -> None:
+    quantizer: Quantizer = config(codes=16, dim=4).build()
+    x = 30 + features(8, 4, 64)
+    error = quantizer(x).terms["commitment"]
+    assert error < 1.0, "within the spread of the features, which are 30 away from where codebooks begin"
+    vectors = quantizer.state_dict()["embedding"].clone()
+    quantizer(x)
+    assert torch.equal(vectors, quantizer.state_dict()["embedding"]), "only the first batch initialises"
