@@ -26,6 +26,7 @@ from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder, level_names
 
 _KEEP = Keep(features=10_000, splits=10)
+_NEIGHBOURS = 5  # that density and coverage look for; with no more images there is nothing to say
 
 
 class EvaluationConfig(Config):
@@ -130,7 +131,8 @@ def _from_features(ours: FeatureSummary, reference: FeatureSummary) -> dict[str,
     if ours.features is not None and reference.features is not None:
         kid = kernel_distance(ours.features, reference.features)
         values["kid"] = {"mean": kid.mean, "std": kid.std}
-        values["manifold"] = vars(manifold(ours.features, reference.features))
+        if min(len(ours.features), len(reference.features)) > _NEIGHBOURS:
+            values["manifold"] = vars(manifold(ours.features, reference.features))
     return values
 
 

@@ -48,6 +48,14 @@ def photographs() -> Path:
     return PHOTOGRAPHS
 
 
+@pytest.fixture(scope="session")
+def inception_weights() -> Path:
+    """Random weights that stand in for the real ones, which tests cannot download."""
+    from tests.inception_fixture import weights
+
+    return weights()
+
+
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Path:
     """A config file in the temporary folder."""

@@ -42,7 +42,11 @@ def write(path: Path, header: CodeHeader, only: list[int] | None = None) -> tupl
 
 @given(
     count=st.integers(1, 150),
-    levels=st.lists(st.tuples(st.sampled_from([1, 255, 256, 257, 70_000]), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3),
+    levels=st.lists(
+        st.tuples(st.sampled_from([1, 255, 256, 257, 70_000]), st.integers(1, 5), st.integers(1, 5)),
+        min_size=1,
+        max_size=3,
+    ),
 )
 @settings(max_examples=15, deadline=None)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, count: int, levels: list[tuple[int, int, int]]) -> None:

@@ -65,7 +65,9 @@ def test_both_paths_give_the_same_logits_at_every_position(settings: dict[str, A
     torch.testing.assert_close(incremental_logits(prior, **given), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"kernel": 5, "attention": False}, {"output_layers": 1, "layers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"kernel": 5, "attention": False}, {"output_layers": 1, "layers": 2}], ids=str
+)
 def test_no_gradient_comes_from_the_position_itself_or_later_ones(settings: dict[str, Any]) -> None:
     prior = build(size=(4, 5), **settings)
     codes = inputs(prior, batch=1)["codes"]

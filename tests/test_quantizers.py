@@ -28,7 +28,9 @@ def rows_of(x: Tensor) -> np.ndarray:
     return x.detach().movedim(1, -1).flatten(0, -2).double().numpy()
 
 
-@given(n=st.integers(0, 40), k=st.integers(1, 20), d=st.integers(1, 9), block=st.integers(1, 999), seed=st.integers(0, 99))
+@given(
+    n=st.integers(0, 40), k=st.integers(1, 20), d=st.integers(1, 9), block=st.integers(1, 999), seed=st.integers(0, 99)
+)
 @settings(max_examples=60, deadline=None)
 def test_nearest_is_at_the_smallest_distance_for_any_block_size(n: int, k: int, d: int, block: int, seed: int) -> None:
     rows, vectors = features(n, d, seed=seed), features(k, d, seed=seed + 1)
@@ -121,7 +123,9 @@ def test_accumulated_batches_update_like_one_batch() -> None:
     torch.testing.assert_close(one.embedding, two.embedding, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("config", [EMAConfig(codes=6, dim=4, kmeans=False), GradientConfig(codes=6, dim=4, kmeans=False)])
+@pytest.mark.parametrize(
+    "config", [EMAConfig(codes=6, dim=4, kmeans=False), GradientConfig(codes=6, dim=4, kmeans=False)]
+)
 def test_losses_are_those_of_equation_3(config: EMAConfig | GradientConfig) -> None:
     quantizer = config.build()
     x = features(2, 4, 5)

@@ -49,6 +49,7 @@ class AutoencoderStage(Stage):
         self.run = run
         config = run.experiment
         self.training_data, self.validation_data = open_images(config.data)
+        torch.manual_seed(config.autoencoder.training.seed)
         self.network = config.autoencoder.network.build(config.data.shape, config.data.channels)
         self.objective = AutoencoderObjective(self.network)
         self.batch_size = config.codes.batch_size

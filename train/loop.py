@@ -69,7 +69,11 @@ class TrainingConfig(Config):
 
 
 class Stage(ABC):
-    """What differs between training an autoencoder and training a prior."""
+    """What differs between training an autoencoder and training a prior.
+
+    Constructing one seeds torch with the training seed before it builds the network, so the same config starts from the
+    same weights.
+    """
 
     name: str  # for people: "autoencoder", "prior-top"
     training_data: Collection
@@ -101,7 +105,6 @@ class Stage(ABC):
 def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> dict[str, Any]:
     """Train until `config.steps`, from the newest checkpoint in `folder`; the last validation's values and the time."""
     accelerator = make_accelerator(config.precision, folder, config.accumulate)
-    torch.manual_seed(config.seed)
     objective = stage.objective
     optimizer = torch.optim.AdamW(
         objective.parameters(),

@@ -52,6 +52,7 @@ class PriorStage(Stage):
         maps = header.levels
         spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], classes=len(header.classes))
         self.config = run.experiment.priors[level]
+        torch.manual_seed(self.config.training.seed)
         self.network = self.config.model.build(spec)
         self.objective = PriorObjective(self.network, self.level)
         self.autoencoder = Autoencoder.load(run.folder.autoencoder_weights)

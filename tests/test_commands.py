@@ -1,0 +1,227 @@
+"""The commands as a person types them: a whole run, repeating it, resuming it, and every kind of bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqvae2.__main__ import main
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str) -> None:
+    """The command ends with status 2 and one line that holds these words."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vqvae2: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def images(folder: Path, count: int = 12, size: int = 40) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_a_finished_run_has_everything(finished_run: Path) -> None:
+    for name in (
+        "config.yaml",
+        "autoencoder/model.safetensors",
+        "autoencoder/curves.png",
+        "autoencoder/previews/00000006.png",
+        "codes/train/data.mdb",
+        "codes/val/data.mdb",
+        "prior-top/model.safetensors",
+        "prior-bottom/previews/00000004.png",
+        "samples/grid.png",
+        "samples/images/000004.png",
+    ):
+        assert (finished_run / name).is_file(), name
+    manifest = json.loads((finished_run / "samples" / "manifest.json").read_text())
+    assert manifest["count"] == 5
+    assert len(manifest["labels"]) == 5
+    assert len(manifest["priors"]) == 2
+
+
+def test_run_does_all_stages_and_the_second_time_skips_them(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], inception_weights: Path
+) -> None:
+    command = ["run", str(tiny_config), "--run", str(tmp_path / "run")]
+    command += ["--evaluation.inception-weights", str(inception_weights)]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    for words in ("PSNR", "codes bottom", "prior top", "unigram", "too few images", "grid.png", "seconds"):
+        assert words in first
+    before = contents(tmp_path / "run")
+    assert main(command) == 0
+    again = capsys.readouterr().out
+    assert again.count("finished") == 4
+    assert again.splitlines()[-8:] == first.splitlines()[-8:]
+    assert contents(tmp_path / "run") == before
+
+
+def test_without_inception_weights_everything_else_is_reported(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    assert main(["evaluate", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "pt_inception-2015-12-05-6726825d.pth" in printed
+    assert "--inception-weights" in printed
+    assert "PSNR" in printed
+    assert json.loads((run / "evaluation" / "metrics.json").read_text())["fid"]["value"] is None
+
+
+def test_sampling_goes_on_with_the_missing_images_and_keeps_what_was_made_otherwise(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    before = contents(run / "samples" / "images")
+    (run / "samples" / "images" / "000002.png").unlink()
+    assert main(["sample", str(run)]) == 0
+    assert contents(run / "samples" / "images") == before
+    assert main(["sample", str(run), "--seed", "1", "--batch-size", "2"]) == 0
+    other = contents(run / "samples-2" / "images")
+    assert other.keys() == before.keys()
+    assert all(other[name] != before[name] for name in before)
+    assert contents(run / "samples" / "images") == before
+
+
+def test_an_image_does_not_depend_on_the_batch_size_or_the_count(finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["sample", str(finished_run), "--count", "3", "--batch-size", "1", "--classes", "0,1,2,3,4"]
+    assert main([*command, "--out", str(out)]) == 0
+    whole = contents(finished_run / "samples" / "images")
+    assert contents(out / "images") == {name: whole[name] for name in ("000000.png", "000001.png", "000002.png")}
+
+
+def test_reconstruct_writes_originals_beside_reconstructions(finished_run: Path, tmp_path: Path) -> None:
+    folder = images(tmp_path / "images", 3)
+    out = tmp_path / "out.png"
+    files = [str(path) for path in sorted(folder.iterdir())]
+    assert main(["reconstruct", str(finished_run), *files, "--levels", "--out", str(out)]) == 0
+    with Image.open(out) as grid:
+        # Four columns: original, reconstruction, bottom alone, top alone; 32 px, three-fold, with borders of two.
+        assert grid.size == (4 * (96 + 2) + 2, 3 * (96 + 2) + 2)
+
+
+def test_the_module_and_the_console_command_are_the_same() -> None:
+    result = subprocess.run([sys.executable, "-m", "vqvae2", "nonsense"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("vqvae2: 'nonsense' is not a command; the commands are demo, evaluate")
+    assert main(["--version"]) == main(["--help"]) == main([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (["--data.pth", "x"], ["--data.pth", "--data.path"]),
+        (["--data.path", "/does/not/exist"], ["/does/not/exist", "missing"]),
+        (["--data.size", "36"], ["data.size", "36", "32 and 40"]),
+        (["--autoencoder.training.batch-size", "0"], ["batch_size", "greater than or equal to 1"]),
+    ],
+    ids=["misspelt", "missing folder", "size", "value"],
+)
+def test_bad_settings_are_one_line(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: list[str], words: list[str]
+) -> None:
+    fails(capsys, ["run", str(tiny_config), "--run", str(tmp_path / "run"), *override], *words)
+
+
+def test_a_misspelt_key_in_the_file_is_one_line(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config.write_text(tiny_config.read_text().replace("validation: 0.1", "validaton: 0.1"))
+    fails(capsys, ["run", str(tiny_config), "--run", str(tmp_path / "run")], "data.validaton", "unknown key")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_images_are_one_line(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["train-autoencoder", str(tiny_config), "--data.labels", "none", "--data.workers", "1"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fails(capsys, [*common, "--run", str(tmp_path / "a"), "--data.path", str(empty)], "empty", "holds no images")
+    cut = images(tmp_path / "cut")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(cut / "cut.jpg")
+    (cut / "cut.jpg").write_bytes((cut / "cut.jpg").read_bytes()[:900])
+    fails(capsys, [*common, "--run", str(tmp_path / "b"), "--data.path", str(cut)], "cut.jpg", "remove or replace it")
+    text = images(tmp_path / "text")
+    (text / "text.png").write_text("this is a text")
+    fails(capsys, [*common, "--run", str(tmp_path / "c"), "--data.path", str(text)], "text.png", "remove or replace it")
+
+
+def test_a_run_of_a_different_config_is_refused_and_stays_as_it_was(
+    tiny_config: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(finished_run)
+    command = ["run", str(tiny_config), "--run", str(finished_run), "--autoencoder.channels", "24"]
+    fails(capsys, command, str(finished_run), "autoencoder.channels = 16, not 24", "--run")
+    assert contents(finished_run) == before
+
+
+def test_a_store_of_a_different_autoencoder_is_refused_and_stays_as_it_was(
+    tiny_config: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(run / "autoencoder")
+    shutil.rmtree(run / "prior-top")
+    common = [str(tiny_config), "--run", str(run)]
+    original = tiny_config.read_text()
+    tiny_config.write_text(original.replace("steps: 6", "steps: 6, learning_rate: 0.002"))
+    fails(capsys, ["train-autoencoder", *common], "autoencoder.training.learning_rate")
+    (run / "config.yaml").unlink()
+    shutil.rmtree(run / "samples")
+    other = tmp_path / "other"
+    assert main(["train-autoencoder", str(tiny_config), "--run", str(other)]) == 0
+    shutil.copytree(run / "codes", other / "codes")
+    shutil.copytree(finished_run / "prior-top", other / "prior-top")
+    shutil.copytree(finished_run / "prior-bottom", other / "prior-bottom")
+    before = contents(other)
+    for command in (["extract-codes"], ["run"]):
+        fails(capsys, [*command, str(tiny_config), "--run", str(other)], "codes/train", "delete this folder")
+    shutil.rmtree(other / "prior-top")
+    command = ["train-prior", str(tiny_config), "--run", str(other), "--level", "top"]
+    fails(capsys, command, "codes/train", "delete this folder")
+    fails(capsys, ["sample", str(other)], "prior-bottom/model.safetensors", "train this prior again")
+    assert before.items() >= contents(other).items()
+
+
+def test_missing_stages_are_named(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    fails(capsys, ["sample", str(run)], "not a run folder")
+    common = [str(tiny_config), "--run", str(run)]
+    fails(capsys, ["extract-codes", *common], "no such weights file")
+    fails(capsys, ["train-prior", *common, "--level", "top"], "no code store")
+    fails(capsys, ["train-prior", *common, "--level", "middle"], "'middle' is not one of bottom, top")
+    fails(capsys, ["sample", str(run)], "no such weights file")
+
+
+def test_a_folder_that_is_no_run_is_left_alone(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = images(tmp_path / "precious")
+    fails(capsys, ["run", str(tiny_config), "--run", str(folder)], "precious", "not a run folder")
+    assert len(list(folder.iterdir())) == 12
+
+
+def test_wrong_sampling_settings_are_one_line(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, ["sample", str(finished_run), "--classes", "99"], "class 99 does not exist", "0 to 9")
+    fails(capsys, ["sample", str(finished_run), "--top-p", "1.5"], "top_p", "less than or equal to 1")

@@ -1,0 +1,62 @@
+"""Every shipped config is a whole experiment whose networks can be built, with the paper's sizes where it says so."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.experiment import Experiment
+from vqvae2.models import Autoencoder
+from vqvae2.priors import Prior, PriorSpec
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def build(name: str) -> tuple[Experiment, Autoencoder, dict[str, Prior]]:
+    experiment = Experiment.load(CONFIGS / f"{name}.yaml")
+    with torch.device("meta"):
+        autoencoder = experiment.autoencoder.network.build(experiment.data.shape, experiment.data.channels)
+        classes = 10 if experiment.data.labels == "folder" else 0
+        priors = {
+            level: experiment.priors[level].model.build(
+                PriorSpec(level=autoencoder.maps[at], coarser=autoencoder.maps[at + 1 :], classes=classes)
+            )
+            for at, level in enumerate(experiment.levels)
+        }
+    return experiment, autoencoder, priors
+
+
+def millions(module: torch.nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_config_builds_and_is_written_back_the_same(name: str, tmp_path: Path) -> None:
+    experiment, _, priors = build(name)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(experiment.yaml())
+    assert Experiment.load(copy) == experiment
+    assert set(priors) == set(experiment.levels)
+
+
+@pytest.mark.parametrize(
+    ("name", "maps"),
+    [
+        ("ffhq256", [(64, 64), (32, 32)]),
+        ("imagenet256", [(64, 64), (32, 32)]),
+        ("ffhq1024", [(128, 128), (64, 64), (32, 32)]),
+        ("cifar10", [(8, 8)]),
+        ("demo", [(16, 16), (8, 8)]),
+    ],
+)
+def test_maps_have_the_sizes_that_the_config_promises(name: str, maps: list[tuple[int, int]]) -> None:
+    _, autoencoder, _ = build(name)
+    assert [level.shape for level in autoencoder.maps] == maps
+    if name != "demo":
+        assert {level.codes for level in autoencoder.maps} == {512}
+
+
+def test_the_priors_of_ffhq256_have_about_85_million_weights() -> None:
+    _, _, priors = build("ffhq256")
+    for prior in priors.values():
+        assert 75 < millions(prior) < 95

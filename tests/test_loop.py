@@ -1,0 +1,205 @@
+"""The loop: schedules, exact resuming, accumulation, averaged weights, signals, bad losses, damaged checkpoints."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from train.loop import Stage, TrainingConfig, train
+from vqvae2.errors import Stopped, UserError
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings for the life of a process; every test wants its own."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+class Numbers:
+    """Points of a noisy line."""
+
+    def __init__(self) -> None:
+        self.x = torch.randn(37, 3, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, key: Any) -> tuple[Tensor]:
+        return (self.x[key[0]],)
+
+
+class Regression(nn.Module):
+    """Dropout makes every step depend on the random state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(3, 1), nn.Dropout(0.5)
+        self.bad_at: int | None = None
+        self.calls = 0
+
+    def forward(self, batch: tuple[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        (x,) = batch
+        self.calls += 1
+        error = (self.layer(self.dropout(x))[:, 0] - x.sum(1)).square().mean()
+        if self.bad_at is not None and self.calls == self.bad_at:
+            error = error * torch.nan
+        return error, {"error": error}
+
+
+class Line(Stage):
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.name, self.training_data, self.curves = "line", Numbers(), {"loss": ["train/loss"]}
+        torch.manual_seed(0)
+        self.objective = Regression()
+        self.stop_at, self.updates = stop_at, 0
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.objective
+
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        assert not self.objective.training
+        return {"weight": float(self.objective.layer.weight.detach().sum())}
+
+    def preview(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("picture")
+
+    def save(self, path: Path) -> None:
+        torch.save(self.objective.state_dict(), path)
+
+    def after_update(self) -> None:
+        self.updates += 1
+        if self.updates == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def config(**changes: Any) -> TrainingConfig:
+    settings = {"steps": 12, "batch_size": 8, "learning_rate": 0.01, "checkpoint_every": 4, "validate_every": 5}
+    return TrainingConfig(**settings | {"log_every": 3, "preview_every": 6, "average": 0.9} | changes)
+
+
+def newest(folder: Path) -> dict[str, Tensor]:
+    tensors = load_file(max((folder / "checkpoints").iterdir()) / "state.safetensors")
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # a memory map would follow the file
+
+
+def entries(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_stopping_and_going_on_gives_the_weights_of_one_run_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    summary = train(Line(), config(), straight, workers=0)
+    with pytest.raises(Stopped, match=rf"stopped by SIGTERM at step {stop_at}; .*same command goes on") as stopped:
+        train(Line(stop_at), config(), broken, workers=0)
+    assert stopped.value.status == 143
+    _reset()
+    again = train(Line(), config(), broken, workers=0)
+    one, other = newest(straight), newest(broken)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    assert again["validation"] == summary["validation"]
+    assert [entry["step"] for entry in entries(broken)] == [entry["step"] for entry in entries(straight)]
+
+
+def _reset() -> None:
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train(Line(), config(), straight, workers=0)
+    stage = Line()
+    stage.after_update = lambda: (_ for _ in ()).throw(ZeroDivisionError) if len(entries(broken)) > 2 else None
+    with pytest.raises(ZeroDivisionError):
+        train(stage, config(), broken, workers=0)
+    assert [path.name for path in (broken / "checkpoints").iterdir()] == ["00000004"]
+    _reset()
+    train(Line(), config(), broken, workers=0)
+    for name, tensor in newest(straight).items():
+        assert torch.equal(tensor, newest(broken)[name]), name
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    straight = tmp_path / "straight"
+    train(Line(), config(), straight, workers=0)
+    expected = newest(straight)
+    file = straight / "checkpoints" / "00000012" / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(bytes(content))
+    _reset()
+    with pytest.warns(UserWarning, match="00000012: damaged checkpoint; using the one before it"):
+        train(Line(), config(), straight, workers=0)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, newest(straight)[name]), name
+
+
+def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+    results = []
+    for accumulate in (1, 4):
+        stage = Line()
+        stage.objective.dropout = nn.Dropout(0)
+        train(stage, config(accumulate=accumulate), tmp_path / str(accumulate), workers=0)
+        results.append(stage.objective.layer.weight.detach().clone())
+        _reset()
+    torch.testing.assert_close(*results, atol=1e-6, rtol=0)
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    results = []
+    for workers in (0, 2):
+        stage = Line()
+        train(stage, config(), tmp_path / str(workers), workers=workers)
+        results.append(stage.objective.layer.weight.detach().clone())
+        _reset()
+    assert torch.equal(*results)
+
+
+def test_a_loss_that_is_not_a_number_stops_with_its_step_term_and_last_good_checkpoint(tmp_path: Path) -> None:
+    stage = Line()
+    stage.objective.bad_at = 10
+    with pytest.raises(UserError, match=r"step 10: the loss term `loss` is nan; .*checkpoints/00000008"):
+        train(stage, config(), tmp_path, workers=0)
+    assert all(tensor.isfinite().all() for tensor in newest(tmp_path).values())
+
+
+def test_validation_sees_the_averaged_weights_and_training_goes_on_with_its_own(tmp_path: Path) -> None:
+    stage = Line()
+    train(stage, config(steps=10, validate_every=10), tmp_path, workers=0)
+    tensors = newest(tmp_path)
+    averaged, latest = tensors["average/layer.weight"], tensors["objective/layer.weight"]
+    assert not torch.equal(averaged, latest)
+    assert torch.equal(stage.objective.layer.weight, latest)
+    assert entries(tmp_path)[-1]["validation/weight"] == pytest.approx(float(averaged.sum()))
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
+    settings = config(steps=110, warmup_steps=10, schedule="cosine", learning_rate=1.0)
+    assert [settings.rate(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert settings.rate(60) == pytest.approx(0.5)
+    assert settings.rate(109) < 0.001
+    with pytest.raises(ValueError, match=r"warmup_steps \(12\) must be fewer than steps \(12\)"):
+        config(warmup_steps=12)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    train(Line(), config(checkpoint_every=2, keep_checkpoints=3), tmp_path, workers=0)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000008", "00000010", "00000012"]
