@@ -72,7 +72,7 @@ def test_a_misspelt_override_says_what_was_meant(tiny_config: Path) -> None:
     with pytest.raises(UserError, match=r"--data\.pth.*--data\.path") as error:
         Experiment.load(tiny_config).override(["--data.pth", "x"])
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="data.labels"):
+    with pytest.raises(UserError, match=r"data\.labels"):
         Experiment.load(tiny_config).override(["--data.labels", "x"])
 
 

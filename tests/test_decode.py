@@ -1,4 +1,4 @@
-"""Sampling: filters against NumPy, the distribution itself, and images that depend on the seed and their number alone."""
+"""Sampling: filters against NumPy, the distribution itself, and images that depend on seed and number alone."""
 
 import numpy as np
 import pytest

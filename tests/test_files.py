@@ -11,9 +11,14 @@ from vqvae2.errors import UserError
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     files.write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError, match="power"), files.atomic(path) as partial:
-        partial.write_text("half")
-        raise RuntimeError("power cut")
+
+    def cut_short() -> None:
+        with files.atomic(path) as partial:
+            partial.write_text("half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power"):
+        cut_short()
     assert files.read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,0 +1,47 @@
+"""Two processes with batch N end with the codebooks of one process with batch 2N, initialisation and restarts included."""
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.inception_fixture import two_processes
+from train.autoencoder import AutoencoderObjective
+from vqvae2 import distributed
+from vqvae2.data.images import Item
+from vqvae2.models import AutoencoderConfig, LevelConfig
+from vqvae2.quantizers import EMAConfig, GradientConfig
+
+STEPS, BATCH = 20, 8
+
+
+def trained(restart_below: float) -> dict[str, Tensor]:
+    """The quantizers' state after 20 steps of an autoencoder on this process's share of every batch."""
+    torch.manual_seed(0)
+    levels = (
+        LevelConfig(stride=4, quantizer=EMAConfig(codes=24, dim=6, restart_below=restart_below)),
+        LevelConfig(stride=2, quantizer=GradientConfig(codes=24, dim=6, restart_below=restart_below)),
+    )
+    network = AutoencoderConfig(levels=levels, channels=16, residual_channels=8).build((32, 32))
+    objective = AutoencoderObjective(network)
+    wrapped = DistributedDataParallel(objective) if distributed.is_distributed() else objective
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    share = BATCH // distributed.processes()
+    mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    for step in range(STEPS):
+        images = torch.randint(0, 256, (BATCH, 3, 4, 4), generator=torch.Generator().manual_seed(step))
+        images = images.repeat_interleave(8, 2).repeat_interleave(8, 3).to(torch.uint8)
+        loss, _ = wrapped(Item(images[mine], torch.zeros(share)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        network.update_codebooks()
+    return network.quantizers.state_dict()
+
+
+def test_codebooks_sums_and_restarts_are_those_of_one_process() -> None:
+    expected = trained(0.4)  # so high that there are restarts in many steps
+    for name in ("0.embedding", "1.embedding"):
+        assert not torch.allclose(expected[name], trained(0.0)[name], atol=1e-2), "restarts have changed the codebook"
+    for state in two_processes(trained, 0.4):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5)
