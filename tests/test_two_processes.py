@@ -18,10 +18,12 @@ def trained(restart_below: float) -> dict[str, Tensor]:
     """The quantizers' state after 20 steps of an autoencoder on this process's share of every batch."""
     torch.manual_seed(0)
     levels = (
-        LevelConfig(stride=4, quantizer=EMAConfig(codes=24, dim=6, restart_below=restart_below)),
-        LevelConfig(stride=2, quantizer=GradientConfig(codes=24, dim=6, restart_below=restart_below)),
+        LevelConfig(stride=4, quantizer=EMAConfig(codes=24, dim=6, decay=0.8, restart_below=restart_below)),
+        LevelConfig(stride=2, quantizer=GradientConfig(codes=24, dim=6, decay=0.8, restart_below=restart_below)),
     )
     network = AutoencoderConfig(levels=levels, channels=16, residual_channels=8).build((32, 32))
+    for join in network.joins:  # features spread out about as far as a trained network's, not a hundredth of it
+        torch.nn.init.normal_(join.weight)
     objective = AutoencoderObjective(network)
     wrapped = DistributedDataParallel(objective) if distributed.is_distributed() else objective
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
@@ -41,7 +43,7 @@ def trained(restart_below: float) -> dict[str, Tensor]:
 def test_codebooks_sums_and_restarts_are_those_of_one_process() -> None:
     expected = trained(0.4)  # so high that there are restarts in many steps
     for name in ("0.embedding", "1.embedding"):
-        assert not torch.allclose(expected[name], trained(0.0)[name], atol=1e-2), "restarts have changed the codebook"
+        assert not torch.allclose(expected[name], trained(0.0)[name], atol=0.1), "restarts have changed the codebook"
     for state in two_processes(trained, 0.4):
         for name, tensor in expected.items():
             torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5)
