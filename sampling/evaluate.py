@@ -97,31 +97,59 @@ def _from_images(
     originals: FeatureSummary | None = None
     if config.reference == "validation":
         reference = originals = _held_out(held_out, batch, extractor)
+        formats = {"png": len(held_out)}  # pixels as they are after the transform, never compressed again
     elif holds_statistics(Path(config.reference)):
-        reference = FeatureSummary.load(Path(config.reference))
+        reference, formats = FeatureSummary.load(Path(config.reference)), {}
     else:
         images = open_image_set(Path(config.reference))
+        formats = images.formats
         reference = summarise_cached(images, extractor, folder.evaluation, _keep(len(images)), batch, data.workers)
     originals = originals or _held_out(held_out, batch, extractor)
     autoencoder = Autoencoder.load(folder.autoencoder_weights, extractor.device)
     reconstructions = _held_out(held_out, batch, extractor, autoencoder)
     counts = {"samples": len(generated), "reference": reference.statistics.count}
+    manifest = files.read_json(samples / "manifest.json")
     return {
         "fid": _fid(ours.statistics.distance(reference.statistics), counts),
         "rfid": _fid(reconstructions.statistics.distance(originals.statistics), {"images": len(held_out)}),
         **_from_features(ours, reference),
+        "warnings": _warnings(ours, reference, generated.formats, formats),
         "protocol": {
-            "counts": counts,
-            "reference": config.reference,
-            "image_size": list(ours.size or ()),
-            "reference_size": list(reference.size or ()),
-            "resize": "bicubic, antialiased, center crop" if reference is originals else "none",
-            "formats": generated.formats,
+            "samples": {
+                "count": len(generated),
+                "size": ours.size,
+                "formats": generated.formats,
+                **{key: manifest[key] for key in ("seed", "choice", "autoencoder", "priors")},
+            },
+            "reference": {
+                "name": config.reference,
+                "split": "validation" if reference is originals else None,
+                "count": reference.statistics.count,
+                "size": reference.size,
+                "formats": formats,
+            },
+            "resize": "bicubic, antialiased" if reference is originals else "none",
+            "crop": "center" if reference is originals else "none",
             "inception_weights": extractor.weights_digest,
             "standard_weights": extractor.is_standard,
             "versions": {name: version(name) for name in ("torch", "torchvision", "pytorch-fid", "scipy", "pillow")},
         },
     }
+
+
+def _warnings(
+    ours: FeatureSummary, reference: FeatureSummary, our_formats: dict[str, int], formats: dict[str, int]
+) -> list[str]:
+    """Settings that differ between the two sides, and so move the numbers."""
+    found = []
+    if ours.size and reference.size and ours.size != reference.size:
+        sizes = [f"{height}×{width}" for height, width in (ours.size, reference.size)]
+        found.append(f"samples are {sizes[0]} and the reference is {sizes[1]} pixels: resize the reference alike")
+    if formats and set(formats) != set(our_formats):
+        found.append(
+            f"samples are {'/'.join(our_formats)} and the reference is {'/'.join(formats)}: lossy compression moves FID"
+        )
+    return found
 
 
 def _from_features(ours: FeatureSummary, reference: FeatureSummary) -> dict[str, Any]:
@@ -196,14 +224,30 @@ def describe(metrics: dict[str, Any]) -> str:
             f"prior {level:<10} NLL {found['nll']:.3f} nats per code; uniform {found['uniform']:.3f}, "
             f"unigram {found['unigram']:.3f} ({1 - found['nll'] / found['unigram']:.0%} below)"
         )
-    lines.append(f"FID              {metrics['fid']['text']}")
-    if "rfid" in metrics:
-        lines.append(f"FID of reconstr. {metrics['rfid']['text']}")
+    distances = [f"FID              {metrics['fid']['text']}"]
     if "kid" in metrics:
-        lines.append(f"KID              {metrics['kid']['mean']:.5f} ± {metrics['kid']['std']:.5f}")
+        kid = f"KID              {metrics['kid']['mean']:.5f} ± {metrics['kid']['std']:.5f}"
+        distances.insert(1 if metrics["fid"]["comparable"] else 0, kid)  # unbiased at any number of images
+    if "rfid" in metrics:
+        distances.append(f"FID of reconstr. {metrics['rfid']['text']}")
+    lines += distances
     if "inception_score" in metrics:
         score = metrics["inception_score"]
         lines.append(f"Inception score  {score['mean']:.2f} ± {score['std']:.2f}")
     if "manifold" in metrics:
         lines.append("                 " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["manifold"].items()))
+    if "protocol" in metrics:
+        lines.append(_describe_protocol(metrics["protocol"]))
+    lines += [f"warning          {warning}" for warning in metrics.get("warnings", [])]
     return "\n".join(lines)
+
+
+def _describe_protocol(protocol: dict[str, Any]) -> str:
+    ours, reference = protocol["samples"], protocol["reference"]
+    size = "×".join(map(str, ours["size"] or ()))
+    weights = "standard" if protocol["standard_weights"] else "NOT the standard"
+    return (
+        f"protocol         {ours['count']} samples of {size} pixels, seed {ours['seed']}, against "
+        f"{reference['count'] or 'unknown'} of {reference['name']}; resize {protocol['resize']}, crop {protocol['crop']}; "
+        f"{weights} Inception weights {protocol['inception_weights'][:8]}"
+    )

@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 def samples(generator: Generator, config: SamplingConfig, numbers: list[int], show: bool) -> Iterator[Sample]:
     """The images with these numbers, a batch at a time."""
     positions = generator.positions * len(numbers)
-    with tqdm(desc="samples", total=positions, unit="code", unit_scale=True, disable=not show) as bar:
+    with tqdm(desc="samples", total=positions, unit="code", unit_scale=True, disable=not (show and numbers)) as bar:
         for start in range(0, len(numbers), config.batch_size):
             batch = numbers[start : start + config.batch_size]
             labels = generator.labels_of(batch, config.classes)

@@ -49,7 +49,9 @@ class History:
         )
 
     def _points(self, name: str) -> list[tuple[float, float]]:
-        return [(entry["step"], entry[name]) for entry in self.entries if math.isfinite(entry.get(name, math.nan))]
+        return [
+            (float(entry["step"]), entry[name]) for entry in self.entries if math.isfinite(entry.get(name, math.nan))
+        ]
 
 
 def _parse(line: str) -> dict[str, float] | None:

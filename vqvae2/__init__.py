@@ -1,8 +1,8 @@
 """Hierarchical VQ-VAE-2: quantizers, autoencoder, priors, code store, metrics.
 
-    model = vqvae2.load("runs/demo/autoencoder")     # a folder, a .safetensors file or a hub id; evaluation mode
-    codes = model.encode(images)                     # float32 (B, C, H, W) in [-1, 1] → integer maps, finest first
-    images = model.decode_codes(codes)
+model = vqvae2.load("runs/demo/autoencoder")     # a folder, a .safetensors file or a hub id; evaluation mode
+codes = model.encode(images)                     # float32 (B, C, H, W) in [-1, 1] → integer maps, finest first
+images = model.decode_codes(codes)
 """
 
 from pathlib import Path

@@ -9,7 +9,7 @@ from torch import Tensor
 from vqvae2.config import Config
 
 Count = Annotated[int, Field(ge=1)]
-CodeMaps = tuple[Int[Tensor, "b h w"], ...]  # integer maps, finest level first
+CodeMaps = tuple[Int[Tensor, "b _ _"], ...]  # integer maps, finest level first
 
 
 class MapSpec(Config):

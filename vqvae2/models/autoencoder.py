@@ -111,7 +111,7 @@ class Autoencoder(nn.Module):
         """The codes of images: int64 maps (B, H_l, W_l), finest level first."""
         return tuple(level.codes for level in self(images).levels)
 
-    def decode(self, quantized: tuple[Float[Tensor, "b d h w"], ...]) -> Float[Tensor, "b c h w"]:
+    def decode(self, quantized: tuple[Float[Tensor, "b _ _ _"], ...]) -> Float[Tensor, "b c h w"]:
         """Images from quantized features, finest level first."""
         known: Tensor | None = None
         for index in reversed(range(len(quantized))):

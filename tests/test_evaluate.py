@@ -1,0 +1,137 @@
+"""Evaluation of a run: every kind of reference, the protocol with the numbers, warnings, and several processes."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sampling.evaluate import EvaluationConfig, describe, evaluate_run
+from sampling.features import summarise
+from sampling.image_sets import ImageFolder
+from tests.inception_fixture import extractor, fill, two_processes
+from vqvae2 import files
+from vqvae2.data.images import DataConfig, open_images
+from vqvae2.errors import UserError
+from vqvae2.metrics.frechet import GaussianStatistics
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+def evaluate(run: Path, weights: Path, **settings: Any) -> dict[str, Any]:
+    config = EvaluationConfig(inception_weights=str(weights), batch_size=7, **settings)
+    return evaluate_run(run, config, run / "samples")
+
+
+def test_the_validation_split_is_the_reference_as_the_networks_saw_it(run: Path, inception_weights: Path) -> None:
+    metrics = evaluate(run, inception_weights)
+    _, held_out = open_images(DataConfig.load(run / "config.yaml", "data"))
+    reference = GaussianStatistics(2048)
+    reference.update(extractor()(torch.stack([held_out[index].image for index in range(len(held_out))])).features)
+    folder = ImageFolder(run / "samples" / "images")
+    ours = summarise(folder.batches(50), len(folder), extractor()).statistics
+    assert metrics["fid"]["value"] == pytest.approx(ours.distance(reference), rel=1e-5)
+    assert metrics["rfid"]["value"] > 0
+    assert metrics["protocol"]["reference"] == {
+        "name": "validation",
+        "split": "validation",
+        "count": len(held_out),
+        "size": (32, 32),
+        "formats": {"png": len(held_out)},
+    }
+    assert metrics["warnings"] == []
+
+
+def test_metrics_json_carries_the_protocol(run: Path, inception_weights: Path) -> None:
+    evaluate(run, inception_weights)
+    metrics = files.read_json(run / "evaluation" / "metrics.json")
+    protocol = metrics["protocol"]
+    assert protocol["samples"]["count"] == 5
+    assert protocol["samples"]["seed"] == 0
+    assert protocol["samples"]["choice"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert protocol["inception_weights"] == files.digest(inception_weights)
+    assert protocol["standard_weights"] is False
+    assert {"torch", "torchvision", "pytorch-fid", "scipy", "pillow"} == protocol["versions"].keys()
+    assert metrics["reconstruction"].keys() == {"mse", "psnr", "ssim"}
+    assert metrics["likelihood"]["top"].keys() >= {"nll", "bits", "uniform", "unigram"}
+    text = describe(metrics)
+    assert "too few images for a comparable FID" in text
+    assert text.index("KID") < text.index("FID  "), "the unbiased measure comes first with few images"
+    assert "NOT the standard Inception weights" in text
+
+
+def test_a_folder_and_its_statistics_give_one_number_and_the_folder_is_measured_once(
+    run: Path, inception_weights: Path, tmp_path: Path
+) -> None:
+    folder = fill(tmp_path / "reference", 9, size=(32, 32))
+    first = evaluate(run, inception_weights, reference=str(folder))
+    cached = list((run / "evaluation").glob("*.npz"))
+    assert len(cached) == 1
+    images = ImageFolder(folder)
+    statistics = tmp_path / "reference.npz"
+    summarise(images.batches(50), len(images), extractor()).statistics.save(statistics)
+    second = evaluate(run, inception_weights, reference=str(statistics))
+    assert second["fid"]["value"] == pytest.approx(first["fid"]["value"], rel=1e-6)
+    assert "kid" in first
+    assert "kid" not in second, "statistics hold no single features"
+
+    for path in folder.iterdir():
+        content = path.stat()
+        path.write_bytes(b"x" * content.st_size)  # of the same size and age: only a cache can still measure it
+        os.utime(path, ns=(content.st_atime_ns, content.st_mtime_ns))
+    again = evaluate(run, inception_weights, reference=str(folder))
+    assert again["fid"]["value"] == first["fid"]["value"]
+
+
+def test_sizes_and_formats_that_differ_are_warned_of(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+    folder = fill(tmp_path / "reference", 6, size=(48, 40))
+    for path in list(folder.iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    metrics = evaluate(run, inception_weights, reference=str(folder))
+    size, kind = metrics["warnings"]
+    assert "samples are 32×32 and the reference is 40×48 pixels" in size
+    assert "samples are png and the reference is jpg" in kind
+    assert describe(metrics).count("warning ") == 2
+
+
+def test_an_interrupted_evaluation_leaves_nothing_half_written(
+    run: Path, inception_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fill(tmp_path / "reference", 6, size=(32, 32))
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("numpy.savez", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, inception_weights, reference=str(folder))
+    assert [path for path in (run / "evaluation").rglob("*") if path.is_file()] == []
+    monkeypatch.undo()
+    assert evaluate(run, inception_weights, reference=str(folder))["fid"]["value"] > 0
+
+
+def test_two_processes_give_the_numbers_of_one(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    one = evaluate(run, inception_weights)
+    for two in two_processes(evaluate, other, inception_weights):
+        assert two["fid"]["value"] == pytest.approx(one["fid"]["value"], rel=1e-6)
+        assert two["kid"]["mean"] == pytest.approx(one["kid"]["mean"], rel=1e-4, abs=1e-6)
+        assert two["inception_score"]["mean"] == pytest.approx(one["inception_score"]["mean"], rel=1e-6)
+
+
+def test_bad_references_are_one_line(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged.npz").write_bytes(b"no archive")
+    np.savez(tmp_path / "other.npz", means=np.zeros(3))
+    for name in ("missing", "empty", "damaged.npz", "other.npz"):
+        with pytest.raises(UserError, match=name) as error:
+            evaluate(run, inception_weights, reference=str(tmp_path / name))
+        assert "\n" not in str(error.value)
