@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from pydantic import Field
 
+from sampling import cas
 from sampling.features import FeatureSummary, Keep, holds_statistics, summarise, summarise_cached
 from sampling.fid import COMPARABLE
 from sampling.image_sets import Batch, ImageFolder
@@ -53,7 +54,7 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
         metrics = files.read_json(folder.metrics)
         if metrics["made_from"] == made_from and metrics["fid"]["value"] is not None:
             return metrics
-    metrics = {"made_from": made_from, **_from_training(folder)}
+    metrics = {"made_from": made_from, **_from_training(folder), **cas.kept(folder.metrics, made_from["samples"])}
     process = PartialState()
     try:
         weights = Path(config.inception_weights) if config.inception_weights else None
@@ -203,13 +204,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--reference", help="`validation`, a folder of images, or an .npz with mu and sigma")
     parser.add_argument("--inception-weights", help="weights file of the Inception network")
     parser.add_argument("--batch-size", type=int, help="images in one pass of the Inception network")
+    cas.add_options(parser)
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    cas_config = cas.take_options(given)
     folder = RunFolder.existing(given.pop("run"))
     samples = given.pop("samples", folder.samples)
     config = EvaluationConfig.load(folder.config, "evaluation")
     config = EvaluationConfig.parse(config.plain() | given, "vqvae2 evaluate")
+    experiment = cas.Experiment.open(folder, samples, cas_config) if cas_config else None
     metrics = evaluate_run(folder.path, config, samples)
     if PartialState().is_main_process:
+        if experiment:
+            metrics["cas"] = experiment.measure(PartialState().device or "cpu")
+            files.write_json(folder.metrics, metrics)
         print(describe(metrics), f"\n{folder.metrics}", file=sys.stdout)
 
 
@@ -236,6 +243,7 @@ def describe(metrics: dict[str, Any]) -> str:
         lines.append(f"Inception score  {score['mean']:.2f} ± {score['std']:.2f}")
     if "manifold" in metrics:
         lines.append("                 " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["manifold"].items()))
+    lines += cas.describe(metrics["cas"]) if "cas" in metrics else []
     if "protocol" in metrics:
         lines.append(_describe_protocol(metrics["protocol"]))
     lines += [f"warning          {warning}" for warning in metrics.get("warnings", [])]
@@ -248,6 +256,7 @@ def _describe_protocol(protocol: dict[str, Any]) -> str:
     weights = "standard" if protocol["standard_weights"] else "NOT the standard"
     return (
         f"protocol         {ours['count']} samples of {size} pixels, seed {ours['seed']}, against "
-        f"{reference['count'] or 'unknown'} of {reference['name']}; resize {protocol['resize']}, crop {protocol['crop']}; "
+        f"{reference['count'] or 'unknown'} of {reference['name']}; resize {protocol['resize']}, "
+        f"crop {protocol['crop']}; "
         f"{weights} Inception weights {protocol['inception_weights'][:8]}"
     )

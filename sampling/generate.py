@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sampling.decode import Choice
 from sampling.hierarchy import Generator
+from sampling.rejection import Rejection
 from vqvae2 import files
 from vqvae2.config import Config
 from vqvae2.data.images import to_bytes
@@ -129,13 +130,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--top-k", type=int, help="choose among the k likeliest codes; 0 for all")
     parser.add_argument("--top-p", type=float, help="choose among the likeliest codes of this total probability")
     parser.add_argument("--batch-size", type=int, help="images sampled at once")
+    parser.add_argument("--reject-to", type=float, metavar="FRACTION", help="sample more, keep this share of each class")
+    parser.add_argument("--classifier", help="which keeps them: resnet50 or another of torchvision, or a local file")
     parser.add_argument("--out", type=Path, help="folder to write to; RUN/samples by default")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     run, out = given.pop("run"), given.pop("out", None)
     config = SamplingConfig.load(RunFolder.existing(run).config, "sampling")
+    rejection = Rejection.plan(run, given.pop("reject_to", None), given.pop("classifier", None))
     choice = {name: given.pop(name) for name in ("temperature", "top_k", "top_p") if name in given}
     settings = config.plain() | given | {"choice": config.choice.plain() | choice}
-    folder = sample_run(run, SamplingConfig.parse(settings, "vqvae2 sample"), out)
+    config = SamplingConfig.parse(settings, "vqvae2 sample")
+    if rejection:
+        config = config.model_copy(update=rejection.enlarge(config.count, config.classes))
+    folder = sample_run(run, config, out)
+    if rejection:
+        folder = rejection.keep_best(folder, config.batch_size)
     if PartialState().is_main_process:
         print(f"{folder / 'grid.png'}\n{folder / 'images'}")
 

@@ -163,6 +163,12 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
 
+def test_bfloat16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
+    summary = train(Line(), config(precision="bf16", steps=80, learning_rate=0.1), tmp_path, workers=0)
+    assert summary["validation"]["weight"] > 1, "of a line whose weights sum to three, through dropout"
+    assert newest(tmp_path)["objective/layer.weight"].dtype == torch.float32
+
+
 def test_workers_change_nothing(tmp_path: Path) -> None:
     results = []
     for workers in (0, 2):

@@ -1,12 +1,22 @@
-"""Two processes with batch N end with the codebooks of one process with batch 2N, initialisation and restarts included."""
+"""Two processes with batch N end with what one process with batch 2N ends with."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.conftest import TINY
 from tests.inception_fixture import two_processes
 from train.autoencoder import AutoencoderObjective
 from vqvae2 import distributed
+from vqvae2.__main__ import main
+from vqvae2.data.codes import CodeStore
 from vqvae2.data.images import Item
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig
@@ -47,3 +57,39 @@ def test_codebooks_sums_and_restarts_are_those_of_one_process() -> None:
     for state in two_processes(trained, 0.4):
         for name, tensor in expected.items():
             torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The run folders of the training stages on one process and on two, launched as a person would."""
+    folder = tmp_path_factory.mktemp("launched")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY)
+    settings = ["--priors.top.model.dropout", "0", "--priors.bottom.model.dropout", "0"]
+    for processes in (1, 2):
+        common = [str(config), "--run", str(folder / str(processes)), *settings]
+        for command in (["train-autoencoder"], ["extract-codes"], ["train-prior", "--level", "bottom"]):
+            if processes == 1:
+                assert main([command[0], *common, *command[1:]]) == 0
+                continue
+            launch = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+            launch += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "vqvae2", command[0], *common, *command[1:]]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run([sys.executable, "-m", *launch], check=True, env=environment, capture_output=True)
+    return folder / "1", folder / "2"
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "prior-bottom"])
+def test_a_launched_stage_ends_with_the_weights_of_one_process(launched: tuple[Path, Path], stage: str) -> None:
+    one, two = (load_file(run / stage / "model.safetensors") for run in launched)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_launched_extraction_writes_the_same_store(launched: tuple[Path, Path]) -> None:
+    one, two = (CodeStore.open(run / "codes" / "train") for run in launched)
+    assert len(one) == len(two)
+    ours, theirs = one.read(range(len(one))), two.read(range(len(two)))
+    assert torch.equal(ours.label, theirs.label)
+    for first, second in zip(ours.codes, theirs.codes, strict=True):
+        assert (first == second).float().mean() > 0.99

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from train.experiment import Run, open_run, say
 from train.loop import Stage, to_device, train
-from vqvae2 import files
 from vqvae2.data.batches import InOrder, load
 from vqvae2.data.images import Images, Item, open_images, to_bytes, to_float
 from vqvae2.metrics.codebook import CodeUsage
@@ -112,8 +111,7 @@ def train_autoencoder(run: Run) -> None:
     if run.folder.autoencoder_weights.is_file():
         say(f"autoencoder: finished, {run.folder.autoencoder_weights}")
         return
-    summary = train(AutoencoderStage(run), run.experiment.autoencoder.training, folder, run.experiment.data.workers)
-    files.write_json(folder / "summary.json", summary)
+    train(AutoencoderStage(run), run.experiment.autoencoder.training, folder, run.experiment.data.workers)
 
 
 def main(arguments: list[str]) -> None:

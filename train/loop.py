@@ -23,6 +23,7 @@ from tqdm import tqdm
 from train.checkpoints import Checkpoints, TrainingState
 from train.history import History
 from train.signals import StopSignals
+from vqvae2 import files
 from vqvae2.config import Config
 from vqvae2.data.batches import Collection, TrainingOrder, load
 from vqvae2.errors import Stopped, UserError
@@ -156,12 +157,14 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
                     "and the same command goes on from it",
                     stop.value,
                 )
+    summary = {"steps": state.step, "seconds": round(state.seconds, 1), "validation": state.last_validation}
     if accelerator.is_main_process:
+        files.write_json(folder / "summary.json", summary)
         with state.averaged():
-            stage.save(folder / "model.safetensors")
+            stage.save(folder / "model.safetensors")  # last: with this file the stage counts as finished
     accelerator.end_training()
     accelerator.wait_for_everyone()
-    return {"steps": state.step, "seconds": round(state.seconds, 1), "validation": state.last_validation}
+    return summary
 
 
 def make_accelerator(precision: str = "no", folder: Path | None = None, accumulate: int = 1) -> Accelerator:

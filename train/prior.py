@@ -124,7 +124,7 @@ def train_prior(run: Run, level: str) -> None:
         say(f"prior-{level}: finished, {weights}")
         return
     stage = PriorStage(run, level)
-    files.write_json(folder / "summary.json", train(stage, stage.config.training, folder, run.experiment.data.workers))
+    train(stage, stage.config.training, folder, run.experiment.data.workers)
 
 
 def _open_store(run: Run, split: str) -> CodeStore:

@@ -7,6 +7,7 @@ from accelerate import PartialState
 
 from sampling.evaluate import describe, evaluate_run
 from sampling.generate import sample_run
+from sampling.report import write_report
 from train.autoencoder import train_autoencoder
 from train.experiment import Run, open_run, say
 from train.extract import extract_codes
@@ -15,7 +16,7 @@ from vqvae2 import files
 
 
 def run_all(run: Run) -> None:
-    """Train, extract, train the priors from coarse to fine, sample, evaluate; finished stages are skipped."""
+    """Train, extract, train the priors from coarse to fine, sample, evaluate, report; finished stages are skipped."""
     folder = run.folder
     train_autoencoder(run)
     extract_codes(run)
@@ -27,8 +28,9 @@ def run_all(run: Run) -> None:
     metrics = evaluate_run(folder.path, run.experiment.evaluation, samples)
     if PartialState().is_main_process:
         _keep_sampling_time(samples, sampled)
+        report = write_report(folder.path, samples)
         say(f"\n{describe(metrics)}\nseconds          {_seconds(run, samples)}\n\nPictures to open:")
-        say("\n".join(f"  {path}" for path in _pictures(run, samples) if path and path.is_file()))
+        say("\n".join(f"  {path}" for path in [report, *_pictures(run, samples)] if path and path.is_file()))
 
 
 def _keep_sampling_time(samples: Path, seconds: float) -> None:
@@ -46,8 +48,8 @@ def _seconds(run: Run, samples: Path) -> str:
         **{f"prior-{level}": run.folder.prior(level) for level in reversed(run.experiment.levels)},
         "samples": samples,
     }
-    seconds = {name: files.read_json(path / "summary.json")["seconds"] for name, path in stages.items()}
-    return ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    known = {name: path / "summary.json" for name, path in stages.items() if (path / "summary.json").is_file()}
+    return ", ".join(f"{name} {files.read_json(path)['seconds']:.0f}" for name, path in known.items())
 
 
 def _pictures(run: Run, samples: Path) -> list[Path | None]:

@@ -9,8 +9,8 @@ from importlib.metadata import entry_points, version
 
 from vqvae2.errors import Stopped, UserError
 
-# Read by OpenMP when torch is loaded: threads that wait sleep instead of spinning. Beside another busy process a training
-# step took fifteen times longer with spinning threads; on an idle machine it makes no difference that could be measured.
+# Read by OpenMP when torch is loaded: threads that wait sleep instead of spinning. Beside another busy process on two
+# cores a training step took fifteen times longer with spinning threads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 USAGE = """usage: vqvae2 COMMAND [ARGUMENTS]   (vqvae2 COMMAND --help explains one)
