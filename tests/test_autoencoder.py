@@ -9,7 +9,7 @@ from vqvae2 import checkpoint
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder, AutoencoderConfig, LevelConfig
 from vqvae2.models.blocks import grow, prime_factors, shrink
-from vqvae2.quantizers import EMAConfig, GradientConfig
+from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig
 
 
 def small(*strides: int, size: tuple[int, int] = (32, 32), channels: int = 3) -> Autoencoder:
@@ -116,6 +116,16 @@ def test_a_file_brings_back_the_same_network(tmp_path: Path) -> None:
     assert loaded.config == model.config
     assert not loaded.training
     assert len(str(loaded.digest)) == 64
+
+
+def test_every_kind_of_quantizer_survives_the_file(tmp_path: Path) -> None:
+    levels = (LevelConfig(stride=4, quantizer=FSQConfig(grid=(4, 3), dim=5)), LevelConfig(quantizer=GradientConfig()))
+    model = AutoencoderConfig(levels=levels, channels=8, residual_channels=4).build((16, 16)).eval()
+    model.save(tmp_path / "model.safetensors")
+    images = torch.rand(2, 3, 16, 16)
+    loaded = Autoencoder.load(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
+    assert [level.codes for level in loaded.maps] == [12, 512]
 
 
 def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqvae2.quantizers import EMAConfig, GradientConfig, Quantizer
+from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig, Quantizer
 from vqvae2.quantizers.base import rotate, straight_through
 from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest
 
@@ -17,6 +17,7 @@ CONFIGS = {
     "cosine": EMAConfig(codes=6, dim=4, kmeans=False, cosine=True),
     "projected": GradientConfig(codes=6, dim=4, kmeans=False, project_to=2),
     "rotation": EMAConfig(codes=6, dim=4, kmeans=False, gradient="rotation"),
+    "fsq": FSQConfig(grid=(3, 2), dim=4),
 }
 
 
@@ -221,3 +222,25 @@ def test_kmeans_puts_the_codebook_among_the_features_before_the_first_lookup(
     vectors = quantizer.state_dict()["embedding"].clone()
     quantizer(x)
     assert torch.equal(vectors, quantizer.state_dict()["embedding"]), "only the first batch initialises"
+
+
+@pytest.mark.parametrize("grid", [(2,), (3,), (8, 8, 8), (5, 4, 3, 2)])
+def test_fsq_reaches_every_code_and_no_other(grid: tuple[int, ...]) -> None:
+    quantizer = FSQConfig(grid=grid, dim=len(grid)).build().eval()
+    torch.nn.init.eye_(quantizer.project_in.weight)
+    torch.nn.init.zeros_(quantizer.project_in.bias)
+    uniform = torch.rand(20_000, len(grid), generator=torch.Generator().manual_seed(0)) * 1.998 - 0.999
+    codes = quantizer(uniform.atanh()).codes  # after tanh every cell of the grid is as likely
+    assert sorted(codes.unique().tolist()) == list(range(quantizer.codes))
+    every = torch.arange(quantizer.codes)[None]
+    assert len(quantizer.lookup(every)[0].T.unique(dim=0)) == quantizer.codes
+
+
+def test_fsq_passes_the_gradient_of_the_bounded_value() -> None:
+    quantizer = FSQConfig(grid=(7, 4), dim=2).build()
+    x = features(5, 2).requires_grad_()
+    values = quantizer(x).values
+    (found,) = torch.autograd.grad(values.sum(), x)
+    smooth = quantizer._leave(quantizer._bound(quantizer.project_in(x)))
+    (expected,) = torch.autograd.grad(smooth.sum(), x)
+    torch.testing.assert_close(found, expected)

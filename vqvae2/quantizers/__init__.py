@@ -6,13 +6,16 @@ from pydantic import Field
 
 from vqvae2.quantizers.base import Quantized, Quantizer
 from vqvae2.quantizers.ema import EMAConfig, EMAQuantizer
+from vqvae2.quantizers.fsq import FSQConfig, FSQuantizer
 from vqvae2.quantizers.gradient import GradientConfig, GradientQuantizer
 
-QuantizerConfig = Annotated[EMAConfig | GradientConfig, Field(discriminator="kind")]
+QuantizerConfig = Annotated[EMAConfig | GradientConfig | FSQConfig, Field(discriminator="kind")]
 
 __all__ = [
     "EMAConfig",
     "EMAQuantizer",
+    "FSQConfig",
+    "FSQuantizer",
     "GradientConfig",
     "GradientQuantizer",
     "Quantized",
