@@ -1,0 +1,144 @@
+"""The classification accuracy score: that it learns what there is to learn, nothing where there is nothing, and repeats."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sampling.cas import Augmented, CasConfig, accuracy, describe, rgb, train
+from sampling.classifier import ClassifierSpec, as_classifier, load_classifier
+from tests.test_commands import contents, fails
+from vqvae2.__main__ import main
+from vqvae2.data.images import Item
+from vqvae2.data.scenes import CLASSES
+
+COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40], [40, 200, 200], [200, 40, 200]])
+SPEC = ClassifierSpec(architecture="resnet18", classes=tuple("abcdef"), size=(8, 8))
+TRAINING = CasConfig(steps=25, batch_size=24)
+
+
+class Coloured:
+    """Noisy pictures of one colour each; the colour is the label unless the labels are shuffled."""
+
+    def __init__(self, count: int, seed: int, shuffled: bool = False) -> None:
+        rng = np.random.default_rng(seed)
+        colours = np.arange(count) % len(COLOURS)
+        noise = rng.normal(0, 25, (count, 3, 8, 8))
+        self.pixels = np.clip(COLOURS[colours][:, :, None, None] + noise, 0, 255).astype(np.uint8)
+        self.labels = rng.permutation(colours) if shuffled else colours
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Item:
+        return Item(torch.from_numpy(self.pixels[index]), int(self.labels[index]))
+
+
+def test_it_learns_the_label_from_the_colour_and_again_the_same() -> None:
+    network = train(Coloured(96, seed=0), SPEC, TRAINING)
+    found = accuracy(as_classifier(network, SPEC, ""), Coloured(120, seed=1), batch_size=50)
+    assert found["top1"] > 0.9
+    assert found["top5"] >= found["top1"]
+    assert not network.training
+    short = TRAINING.model_copy(update={"steps": 3})
+    state = torch.random.get_rng_state()
+    first, again = (train(Coloured(96, seed=0), SPEC, short).state_dict() for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = train(Coloured(96, seed=0), SPEC, short.model_copy(update={"seed": 1})).state_dict()
+    assert not torch.equal(first["fc.weight"], other["fc.weight"])
+
+
+def test_it_learns_nothing_from_shuffled_labels() -> None:
+    network = train(Coloured(96, seed=0, shuffled=True), SPEC, TRAINING)
+    assert accuracy(as_classifier(network, SPEC, ""), Coloured(120, seed=1), batch_size=50)["top1"] < 0.45
+
+
+def test_accuracy_is_recomputed_by_hand() -> None:
+    classifier = as_classifier(SPEC.build(), SPEC, "")
+    images = Coloured(20, seed=0)
+    order = classifier.log_probabilities(torch.from_numpy(images.pixels)).argsort(1, descending=True).numpy()
+    found = accuracy(classifier, images, batch_size=7)
+    assert found == {
+        "top1": float(np.mean(order[:, 0] == images.labels)),
+        "top5": float(np.mean((order[:, :5] == images.labels[:, None]).any(1))),
+    }
+    five = ClassifierSpec(architecture="resnet18", classes=tuple("abcde"), size=(8, 8))
+    assert set(accuracy(as_classifier(five.build(), five, ""), images, batch_size=7)) == {"top1"}
+
+
+def test_augmentation_moves_and_mirrors_and_depends_on_the_draw_alone() -> None:
+    picture = torch.arange(3 * 16 * 16, dtype=torch.int64).view(3, 16, 16).remainder(251).to(torch.uint8)
+    augmented = Augmented([Item(picture, 4)])  # pyright: ignore[reportArgumentType]
+    found = [augmented[0, draw] for draw in range(40)]
+    assert all(item.label == 4 and item.image.shape == picture.shape for item in found)
+    assert torch.equal(found[7].image, augmented[0, 7].image)
+    padded = torch.from_numpy(np.pad(picture.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect"))
+    crops = [padded[:, top : top + 16, left : left + 16] for top in range(5) for left in range(5)]
+    kinds = {
+        (place, mirrored)
+        for item in found
+        for place, crop in enumerate(crops)
+        for mirrored in (False, True)
+        if torch.equal(item.image, crop.flip(2) if mirrored else crop)
+    }
+    assert len(kinds) > 15
+    assert {mirrored for _, mirrored in kinds} == {False, True}
+
+
+def test_grey_and_transparent_images_become_rgb() -> None:
+    assert rgb(torch.full((2, 1, 4, 4), 9, dtype=torch.uint8)).shape == (2, 3, 4, 4)
+    assert rgb(torch.zeros(2, 4, 4, 4, dtype=torch.uint8)).shape == (2, 3, 4, 4)
+
+
+def test_the_command_reports_the_score_and_keeps_the_classifiers(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    command = ["evaluate", str(run), "--cas", "--cas-real", "--cas-steps", "2", "--cas-batch-size", "4"]
+    capsys.readouterr()
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((run / "evaluation" / "metrics.json").read_text())["cas"]
+    assert found["trained_on"] == found["real"]["trained_on"] == 5
+    assert found["tested_on"] == found["real"]["tested_on"] > 5
+    assert 0 <= found["top1"] <= found["top5"] <= 1
+    assert (found["model"], found["steps"], found["batch_size"], found["seed"]) == ("resnet18", 2, 4, 0)
+    assert found["warning"] == "too few samples for a comparable score: 5 (0 a class)"
+    assert found["warning"] in printed
+    assert [line for line in printed.splitlines() if line.startswith("CAS")] == describe(found)
+    assert len(describe(found)) == 2
+    classifier = load_classifier(str(run / "evaluation" / "classifier-real.safetensors"))
+    assert classifier.columns(CLASSES) == list(range(10))
+
+    before = contents(run)
+    monkeypatch.setattr("sampling.cas.train", None)  # a classifier that is there is not trained again
+    assert main(command) == 0
+    assert main(["evaluate", str(run)]) == 0  # and the score stays in the table
+    assert "CAS" in capsys.readouterr().out
+    assert contents(run) == before
+
+
+def test_bad_requests_are_one_line(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(finished_run)
+    evaluate = ["evaluate", str(finished_run)]
+    fails(capsys, [*evaluate, "--cas-steps", "5"], "--cas-steps", "add it")
+    fails(capsys, [*evaluate, "--cas-real"], "--cas-real", "add it")
+    fails(capsys, [*evaluate, "--cas", "--cas-steps", "0"], "steps", "greater than or equal to 1")
+    fails(capsys, [*evaluate, "--cas", "--cas-model", "vgg16"], "model", "resnet18")
+    fails(capsys, [*evaluate, "--cas", "--samples", str(tmp_path)], "manifest.json", "no such file")
+    samples = shutil.copytree(finished_run / "samples", tmp_path / "samples")
+    manifest = json.loads((samples / "manifest.json").read_text())
+    (samples / "manifest.json").write_text(json.dumps(manifest | {"labels": None, "class_names": []}))
+    fails(capsys, [*evaluate, "--cas", "--samples", str(samples)], str(samples), "without labels", "data.labels")
+    (samples / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["a", "b"]}))
+    fails(capsys, [*evaluate, "--cas", "--samples", str(samples)], "2 classes", "the 10 of the run's images")
+    assert contents(finished_run) == before

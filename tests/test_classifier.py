@@ -1,0 +1,129 @@
+"""Classifiers: torchvision's by name, one's own from a file, and the samples that they judge."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from sampling.classifier import Classifier, ClassifierSpec, LabelledSamples, as_classifier, load_classifier
+from sampling.classifier import save_classifier as save
+from vqvae2.errors import UserError
+
+NAME = "squeezenet1_1"
+IMAGES = torch.randint(0, 256, (3, 3, 40, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def cached_weights(home: Path) -> Path:
+    """Where torch keeps the weights of NAME, under another home."""
+    url = torchvision.models.get_model_weights(NAME).DEFAULT.url
+    path = home / "hub" / "checkpoints" / Path(url).name
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def test_a_torchvision_classifier_gives_what_torchvision_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    peer = torchvision.models.get_model(NAME, weights=None).eval()
+    torch.save(peer.state_dict(), cached_weights(tmp_path))
+    classifier = load_classifier(NAME)
+    found = classifier.log_probabilities(IMAGES)
+    transform = torchvision.models.get_model_weights(NAME).DEFAULT.transforms()
+    with torch.inference_mode():
+        expected = torch.cat([peer(transform(image)[None]) for image in IMAGES]).log_softmax(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert classifier.columns([f"n{index:08d}" for index in range(1000)]) == list(range(1000))
+    with pytest.raises(UserError, match=rf"--classifier {NAME}: tells 1000 classes, the run has 10"):
+        classifier.columns(["a"] * 10)
+
+
+def test_without_weights_the_message_says_which_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    with pytest.raises(UserError, match=r"cannot get its weights \(no network\): put https://.*pth at .*safetensors"):
+        load_classifier(NAME)
+
+
+def test_weights_that_are_a_program_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Program:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # pyright: ignore[reportReturnType]
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = cached_weights(tmp_path)
+    torch.save({"weight": Program()}, path)
+    with pytest.raises(UserError, match="cannot get its weights"):
+        load_classifier(NAME)
+    path.write_bytes(pickle.dumps(Program()))
+    with pytest.raises(UserError, match="cannot get its weights"):
+        load_classifier(NAME)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("size", [(16, 24), (72, 72)])
+def test_a_classifier_survives_its_file(tmp_path: Path, size: tuple[int, int]) -> None:
+    spec = ClassifierSpec(architecture="resnet18", classes=("cat", "dog", "owl"), size=size)
+    network = spec.build()
+    path = tmp_path / "classifier.safetensors"
+    save(path, network, spec, {"samples": "…"})
+    loaded = load_classifier(str(path))
+    expected = as_classifier(network, spec, "").log_probabilities(IMAGES)
+    assert torch.equal(loaded.log_probabilities(IMAGES), expected)
+    torch.testing.assert_close(expected.exp().sum(1), torch.ones(3))
+    assert loaded.columns(["owl", "cat"]) == [2, 0]
+    with pytest.raises(UserError, match="does not know the run's class 'emu'"):
+        loaded.columns(["cat", "emu"])
+
+
+def test_small_images_keep_their_size_in_the_first_layer() -> None:
+    for side, kept in ((64, 64), (65, 17)):
+        network = ClassifierSpec(architecture="resnet18", classes=("a", "b"), size=(side, side)).build()
+        stem = torch.nn.Sequential(*list(network.children())[:4])
+        assert stem(torch.zeros(1, 3, side, side)).shape == (1, 64, kept, kept)
+
+
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    spec = ClassifierSpec(architecture="resnet18", classes=("a", "b"), size=(16, 16))
+    path = tmp_path / "classifier.safetensors"
+    save(path, spec.build(), spec.model_copy(update={"classes": ("a", "b", "c")}), {})
+    with pytest.raises(UserError, match=r"fc.weight. has shape \(2, 512\)"):
+        load_classifier(str(path))
+    save(path, spec.build(), spec.model_copy(update={"architecture": "resnet7"}), {})
+    with pytest.raises(UserError, match="architecture"):
+        load_classifier(str(path))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged weights file"):
+        load_classifier(str(path))
+
+
+def test_preprocessing_is_per_image() -> None:
+    def preprocess(images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3))
+
+    classifier = Classifier(torch.nn.Linear(3, 5).eval(), preprocess, tuple("abcde"), "test", "")
+    whole = classifier.log_probabilities(IMAGES)
+    torch.testing.assert_close(whole[1:2], classifier.log_probabilities(IMAGES[1:2]))
+
+
+def test_samples_come_with_the_labels_of_their_manifest(finished_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished_run / "samples", tmp_path / "samples")
+    samples = LabelledSamples(folder)
+    assert [item.label for item in samples] == samples.labels == [0, 1, 2, 3, 4]  # pyright: ignore[reportGeneralTypeIssues]
+    assert samples[2].image.shape == (3, 32, 32)
+    (folder / "images" / "000003.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 5 images are missing, 000003.png the first"):
+        LabelledSamples(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"labels": None}))
+    with pytest.raises(UserError, match="samples without labels"):
+        LabelledSamples(folder)
