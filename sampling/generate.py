@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--top-k", type=int, help="choose among the k likeliest codes; 0 for all")
     parser.add_argument("--top-p", type=float, help="choose among the likeliest codes of this total probability")
     parser.add_argument("--batch-size", type=int, help="images sampled at once")
-    parser.add_argument("--reject-to", type=float, metavar="FRACTION", help="sample more, keep this share of each class")
+    parser.add_argument("--reject-to", type=float, metavar="FRACTION", help="sample more, keep this share")
     parser.add_argument("--classifier", help="which keeps them: resnet50 or another of torchvision, or a local file")
     parser.add_argument("--out", type=Path, help="folder to write to; RUN/samples by default")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}

@@ -1,4 +1,4 @@
-"""The pieces of an HTML page that needs no other file: sections, tables, pictures. Every piece escapes what it is given."""
+"""The pieces of an HTML page that needs no other file: sections, tables, pictures. Each escapes what it is given."""
 
 import base64
 import html
@@ -13,6 +13,7 @@ from PIL import Image
 from vqvae2.errors import UserError
 
 _COLUMN = 1042  # pixels across the page's column; a picture no wider is shown pixel by pixel
+_PHONE_COLUMNS = 5  # that a phone shows side by side; of a table with more, a row becomes a list
 _WIDEST = 2112  # pixels; a wider picture is shrunk, or a page of large images would take hundreds of megabytes
 
 
@@ -73,12 +74,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True))
     lines = []
     for number, (name, *cells) in enumerate(rows):
-        shown = "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(cells, kinds[1:], strict=True))
+        shown = "".join(
+            f'<td{kind} data-name="{escape(column)}">{escape(cell)}</td>'
+            for cell, kind, column in zip(cells, kinds[1:], header[1:], strict=True)
+        )
         last = ' class="total"' if total and number == len(rows) - 1 else ""
         lines.append(f'<tr{last}><th scope="row">{escape(name)}</th>{shown}</tr>')
     body = "\n".join(lines)
-    kind = "notes" if "Note" in words else "numbers"
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    kind = "notes" if words else "wide" if len(header) > _PHONE_COLUMNS else "narrow"
+    inside = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{inside}</table></div>'
 
 
 def facts(rows: Iterable[tuple[str, Any]], kind: str = "") -> str:
@@ -90,8 +95,9 @@ def facts(rows: Iterable[tuple[str, Any]], kind: str = "") -> str:
     return f'<table class="facts"><tbody>\n{lines}\n</tbody></table>'
 
 
-def picture(path: Path | None, alt: str, caption: str = "") -> str:
-    """A picture with all its bytes in the page; words in its place where it is not there."""
+def picture(path: Path | None, alt: str, caption: str = "", crisp: bool = True) -> str:
+    """A picture with all its bytes in the page, pixel by pixel where it is `crisp` and there is room; words in its
+    place where it is not there."""
     if path is None or not path.is_file():
         return missing(f"No picture yet: {alt}.")
     try:
@@ -100,10 +106,10 @@ def picture(path: Path | None, alt: str, caption: str = "") -> str:
             content = path.read_bytes() if width <= _WIDEST else _shrunk(image)
     except OSError as error:
         raise UserError(f"{path}: not a readable picture ({error}); delete it and make it again") from None
-    crisp = ' class="crisp"' if width <= _COLUMN else ""
+    kind = ' class="crisp"' if crisp and width <= _COLUMN else ""
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     below = f"\n<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    image = f'<img{crisp} alt="{escape(alt)}" width="{width}" height="{height}" src="{source}">'
+    image = f'<img{kind} alt="{escape(alt)}" width="{width}" height="{height}" src="{source}">'
     return f'<figure><div class="scroll">{image}</div>{below}</figure>'
 
 
@@ -132,7 +138,7 @@ def _spell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {'not known' if item is None else item}" for name, item in value.items())
+        return ", ".join(f"{name.replace('_', '-')} {item}" for name, item in value.items())
     if isinstance(value, list):
-        return " × ".join(map(str, value)) or "not known"
+        return " × ".join(map(str, value))
     return str(value)

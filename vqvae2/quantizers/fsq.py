@@ -32,7 +32,7 @@ class FSQConfig(Config):
 
 
 class FSQuantizer(Quantizer):
-    """Projects features to a few dimensions, bounds each and rounds it: no codebook, no loss, no dead codes by design."""
+    """Projects features to a few dimensions, bounds each and rounds it: no codebook, no loss, no code dies."""
 
     grid: Tensor
     basis: Tensor

@@ -1,0 +1,146 @@
+"""Checkpoints of the widely used PyTorch VQ-VAE-2, against its network written out again from the published layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vqvae2
+from vqvae2.__main__ import main
+from vqvae2.errors import UserError
+from vqvae2.models.importing import import_autoencoder
+
+C, R, D, K = 16, 6, 8, 12  # channel, residual channel, embed_dim, n_embed
+
+
+def stack(*layers: nn.Module) -> nn.Module:
+    holder = nn.Module()
+    holder.blocks = nn.Sequential(*layers)
+    return holder
+
+
+def down(inputs: int, outputs: int) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 4, 2, 1)
+
+
+def up(inputs: int, outputs: int) -> nn.Module:
+    return nn.ConvTranspose2d(inputs, outputs, 4, 2, 1)
+
+
+def same(inputs: int, outputs: int) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def residual() -> nn.Module:
+    holder = nn.Module()
+    holder.conv = nn.Sequential(nn.ReLU(), nn.Conv2d(C, R, 3, padding=1), nn.ReLU(), nn.Conv2d(R, C, 1))
+    holder.forward = lambda x: x + holder.conv(x)
+    return holder
+
+
+class Peer(nn.Module):
+    """The network, by the facts of its layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        relu = nn.ReLU
+        self.enc_b = stack(down(3, C // 2), relu(), down(C // 2, C), relu(), same(C, C), residual(), residual(), relu())
+        self.enc_t = stack(down(C, C // 2), relu(), same(C // 2, C), residual(), residual(), relu())
+        self.quantize_conv_t, self.quantize_conv_b = nn.Conv2d(C, D, 1), nn.Conv2d(D + C, D, 1)
+        self.dec_t = stack(same(D, C), residual(), residual(), relu(), up(C, D))
+        self.upsample_t = up(D, D)
+        self.dec = stack(same(2 * D, C), residual(), residual(), relu(), up(C, C // 2), relu(), up(C // 2, 3))
+        for name in ("quantize_t", "quantize_b"):
+            holder = nn.Module()
+            embed = torch.randn(D, K)
+            for key, value in (("embed", embed), ("cluster_size", torch.rand(K)), ("embed_avg", embed.clone())):
+                holder.register_buffer(key, value)
+            setattr(self, name, holder)
+
+    def quantize(self, x: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.permute(0, 2, 3, 1).reshape(-1, D)
+        distance = flat.pow(2).sum(1, keepdim=True) - 2 * flat @ embed + embed.pow(2).sum(0, keepdim=True)
+        codes = distance.argmin(1).view(x.shape[0], *x.shape[2:])
+        return F.embedding(codes, embed.T).permute(0, 3, 1, 2), codes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bottom = self.enc_b.blocks(x)
+        top = self.enc_t.blocks(bottom)
+        top, top_codes = self.quantize(self.quantize_conv_t(top), self.quantize_t.embed)
+        joined = torch.cat([self.dec_t.blocks(top), bottom], 1)
+        bottom, bottom_codes = self.quantize(self.quantize_conv_b(joined), self.quantize_b.embed)
+        return self.dec.blocks(torch.cat([self.upsample_t(top), bottom], 1)), bottom_codes, top_codes
+
+
+@pytest.fixture
+def peer() -> Peer:
+    torch.manual_seed(0)
+    peer = Peer().eval()
+    with torch.no_grad():  # codebooks made of features, so that many codes are used
+        bottom = peer.enc_b.blocks(torch.rand(8, 3, 32, 32) * 2 - 1)
+        features = peer.quantize_conv_t(peer.enc_t.blocks(bottom))
+        peer.quantize_t.embed.copy_(some_rows(features))
+        top, _ = peer.quantize(features, peer.quantize_t.embed)
+        peer.quantize_b.embed.copy_(some_rows(peer.quantize_conv_b(torch.cat([peer.dec_t.blocks(top), bottom], 1))))
+    return peer
+
+
+def some_rows(features: Tensor) -> Tensor:
+    rows = features.permute(0, 2, 3, 1).reshape(-1, D)
+    return rows[torch.randperm(len(rows))[:K]].T
+
+
+@pytest.mark.parametrize("form", ["bare", "model", "module"])
+def test_codes_and_reconstructions_are_the_peers(peer: Peer, tmp_path: Path, form: str) -> None:
+    state = peer.state_dict()
+    if form == "module":
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save({"model": state, "step": 7} if form == "model" else state, tmp_path / "peer.pt")
+    out = tmp_path / "ours.safetensors"
+    assert main(["import-vqvae", str(tmp_path / "peer.pt"), str(out), "--size", "32", "48"]) == 0
+    ours = vqvae2.load(out)
+    assert (ours.config.channels, ours.config.residual_channels, ours.config.residual_layers) == (C, R, 2)
+    images = torch.rand(3, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        expected, bottom, top = peer(images)
+    codes = ours.encode(images)
+    assert torch.equal(codes[0], bottom)
+    assert torch.equal(codes[1], top)
+    assert min(len(bottom.unique()), len(top.unique())) > K // 2, "the codebook is used"
+    torch.testing.assert_close(ours(images).images, expected, atol=1e-5, rtol=0)
+
+
+def test_other_layouts_are_refused_with_the_first_key_that_does_not_fit(peer: Peer, tmp_path: Path) -> None:
+    path = tmp_path / "peer.pt"
+    state = peer.state_dict()
+    for change, message in (
+        ({"decoder.weight": torch.zeros(1)}, "`decoder.weight` has no place"),
+        (state | {"dec.blocks.9.weight": torch.zeros(1)}, "`dec.blocks.9.weight` has no place"),
+        ({k: v for k, v in state.items() if k != "upsample_t.bias"}, "`upsample_t.bias` is missing"),
+        (state | {"enc_t.blocks.2.bias": torch.zeros(3)}, r"`enc_t.blocks.2.bias` has shape \(3,\), expected \(16,\)"),
+        ({"model": [1, 2]}, "holds no state dict"),
+    ):
+        torch.save(change, path)
+        with pytest.raises(UserError, match=message) as error:
+            import_autoencoder(path)
+        assert "\n" not in str(error.value)
+
+
+class Dangerous:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("a program has run",)
+
+
+def test_a_file_with_a_program_in_it_is_refused_and_the_program_does_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model": Dangerous()}, tmp_path / "bad.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    for name in ("bad.pt", "text.pt"):
+        with pytest.raises(UserError, match=f"{name}: not a file of weights alone"):
+            import_autoencoder(tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        import_autoencoder(tmp_path / "missing.pt")
+    assert "a program has run" not in capsys.readouterr().out
