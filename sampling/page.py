@@ -52,7 +52,7 @@ def stages(states: Iterable[tuple[str, str, str]]) -> str:
     """A strip of (name, state, detail)."""
     items = (
         f'<li class="{escape(state.replace(" ", "-"))}"><b>{escape(name)}</b>'
-        f"<span>{escape(' · '.join(filter(None, (state, detail))))}</span></li>"
+        f"<span>{escape(state)}</span><span>{escape(detail)}</span></li>"
         for name, state, detail in states
     )
     return f'<ol class="stages">{"".join(items)}</ol>'
@@ -103,7 +103,10 @@ def picture(path: Path | None, alt: str, caption: str = "", crisp: bool = True) 
     try:
         with Image.open(path) as image:
             width, height = image.size
-            content = path.read_bytes() if width <= _WIDEST else _shrunk(image)
+            content = path.read_bytes()
+            if width > _WIDEST:
+                width, height = _WIDEST, round(height * _WIDEST / width)
+                content = _resized(image, (width, height))
     except OSError as error:
         raise UserError(f"{path}: not a readable picture ({error}); delete it and make it again") from None
     kind = ' class="crisp"' if crisp and width <= _COLUMN else ""
@@ -128,9 +131,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _shrunk(image: Image.Image) -> bytes:
+def _resized(image: Image.Image, size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
-    image.resize((_WIDEST, round(image.height * _WIDEST / image.width)), Image.Resampling.LANCZOS).save(buffer, "PNG")
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -25,11 +25,11 @@ autoencoder:
   training: {steps: 6, batch_size: 8, log_every: 2, validate_every: 3, preview_every: 3, checkpoint_every: 2}
 priors:
   top:
-    model: {channels: 8, residual_channels: 8, kernel: 3, blocks: 1, layers: 1, heads: 2}
+    model: {kind: pixelsnail, channels: 8, residual_channels: 8, kernel: 3, blocks: 1, layers: 1, heads: 2}
     training: &training
       {steps: 4, batch_size: 8, average: 0.9, log_every: 2, validate_every: 2, preview_every: 2, checkpoint_every: 2}
   bottom:
-    model: {channels: 8, residual_channels: 8, kernel: 3, blocks: 1, layers: 1, attention: false, condition_layers: 1}
+    model: {kind: pixelcnn, channels: 8, kernel: 3, layers: 2, output_channels: 8, condition_layers: 1}
     training: *training
 sampling: {count: 5, batch_size: 3}
 """

@@ -46,6 +46,7 @@ def test_every_config_builds_and_is_written_back_the_same(name: str, tmp_path: P
         ("imagenet256", [(64, 64), (32, 32)]),
         ("ffhq1024", [(128, 128), (64, 64), (32, 32)]),
         ("cifar10", [(8, 8)]),
+        ("imagenet128", [(32, 32)]),
         ("demo", [(16, 16), (8, 8)]),
     ],
 )

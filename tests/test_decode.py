@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampling.decode import Choice, Noise, keep_top_k, keep_top_p, sample_level
-from tests.test_pixelsnail import build, inputs
+from tests.test_priors import build, inputs
 
 
 @given(seed=st.integers(0, 999), k=st.integers(1, 12))

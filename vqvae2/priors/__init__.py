@@ -1,7 +1,7 @@
 """Priors over code maps. A new one is a file here and its config in this union."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -10,9 +10,10 @@ from vqvae2 import checkpoint, files
 from vqvae2.config import Config
 from vqvae2.errors import UserError
 from vqvae2.priors.base import Prior, PriorSpec, Steps
+from vqvae2.priors.pixelcnn import PixelCNN, PixelCNNConfig
 from vqvae2.priors.pixelsnail import PixelSNAIL, PixelSNAILConfig
 
-PriorConfig = PixelSNAILConfig  # a union discriminated by `kind` once there are two
+PriorConfig = Annotated[PixelSNAILConfig | PixelCNNConfig, Field(discriminator="kind")]
 
 
 class _Stored(Config):
@@ -44,4 +45,15 @@ def load_prior(path: Path, device: torch.device | str = "cpu") -> Prior:
     return prior.to(device).eval().requires_grad_(False)
 
 
-__all__ = ["PixelSNAIL", "PixelSNAILConfig", "Prior", "PriorConfig", "PriorSpec", "Steps", "load_prior", "save_prior"]
+__all__ = [
+    "PixelCNN",
+    "PixelCNNConfig",
+    "PixelSNAIL",
+    "PixelSNAILConfig",
+    "Prior",
+    "PriorConfig",
+    "PriorSpec",
+    "Steps",
+    "load_prior",
+    "save_prior",
+]

@@ -15,14 +15,17 @@ from torch.nn.utils.parametrizations import weight_norm
 class CausalConv2d(nn.Module):
     """A convolution that sees `kernel` − 1 rows above, `kernel` columns wide, and what lies to the left on its row.
 
-    `strict` leaves out the position itself, as the first layer must. Only taps that are used have weights, in raster
-    order: 23 for kernel 5, or 22 when strict.
+    `strict` leaves out the position itself, as the first layer must; `rows_above` can be fewer, none for a convolution
+    along the row. Only taps that are used have weights, in raster order: 23 for kernel 5, or 22 when strict.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, strict: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, strict: bool = False, rows_above: int | None = None
+    ) -> None:
         super().__init__()
         self.kernel, self.padding = kernel, kernel // 2
-        self.above = (kernel - 1) * kernel  # taps on finished rows
+        self.rows_above = kernel - 1 if rows_above is None else rows_above
+        self.above = self.rows_above * kernel  # taps on finished rows
         self.current = kernel // 2 + (0 if strict else 1)  # taps on the current row
         self.weight = nn.Parameter(torch.empty(outputs, inputs, self.above + self.current))
         self.bias = nn.Parameter(torch.zeros(outputs))
@@ -30,9 +33,10 @@ class CausalConv2d(nn.Module):
         weight_norm(self, "weight")
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        unused = self.kernel**2 - self.weight.shape[2]  # the last taps in raster order
-        weight = F.pad(self.weight, (0, unused)).unflatten(2, (self.kernel, self.kernel))
-        x = F.pad(x, (self.padding, self.padding, self.kernel - 1, 0))
+        rows = self.rows_above + 1
+        unused = rows * self.kernel - self.weight.shape[2]  # the last taps in raster order
+        weight = F.pad(self.weight, (0, unused)).unflatten(2, (rows, self.kernel))
+        x = F.pad(x, (self.padding, self.padding, self.rows_above, 0))
         return F.conv2d(x, weight, self.bias)
 
     def walk(self, batch: int, width: int) -> "ConvWalk":
@@ -52,7 +56,7 @@ class ConvWalk:
         self.above = taps[: conv.above].reshape(-1, outputs)
         self.current = taps[conv.above :].reshape(-1, outputs)
         self.bias = conv.bias.detach()
-        self.rows = weight.new_zeros(batch, conv.kernel, columns, inputs)  # the last one is the current row
+        self.rows = weight.new_zeros(batch, conv.rows_above + 1, columns, inputs)  # the last one is the current row
         self.prepared = weight.new_empty(width, batch, outputs)
         last = self.rows[:, -1]
         self.slots = [last[:, conv.padding + column] for column in range(width)]
@@ -63,7 +67,7 @@ class ConvWalk:
         width, batch, outputs = self.prepared.shape
         if len(self.above) and row > 0:
             self.rows[:, :-1] = self.rows[:, 1:].clone()
-            finished = self.rows[:, :-1].unfold(2, self.kernel, 1)  # (B, kernel − 1, W, inputs, kernel)
+            finished = self.rows[:, :-1].unfold(2, self.kernel, 1)  # (B, rows above, W, inputs, kernel)
             finished = finished.permute(2, 0, 1, 4, 3).reshape(width * batch, -1)
             torch.addmm(self.bias, finished, self.above, out=self.prepared.view(width * batch, outputs))
         else:

@@ -1,4 +1,4 @@
-"""PixelSNAIL: causality by gradient and by perturbation, and two paths with the same logits at every position."""
+"""Every prior: causality by gradient and by perturbation, and two paths with the same logits at every position."""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,34 @@ import torch
 
 from vqvae2.errors import UserError
 from vqvae2.maps import MapSpec
-from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, Prior, PriorSpec, load_prior, save_prior
+from vqvae2.priors import (
+    PixelCNN,
+    PixelCNNConfig,
+    PixelSNAIL,
+    PixelSNAILConfig,
+    Prior,
+    PriorSpec,
+    load_prior,
+    save_prior,
+)
 from vqvae2.priors.base import incremental_logits
 
 CODES = 11
 
 
 def build(
-    size: tuple[int, int] = (5, 4), coarser: tuple[tuple[int, int], ...] = (), classes: int = 0, **settings: Any
-) -> PixelSNAIL:
+    size: tuple[int, int] = (5, 4),
+    coarser: tuple[tuple[int, int], ...] = (),
+    classes: int = 0,
+    kind: str = "pixelsnail",
+    **settings: Any,
+) -> PixelSNAIL | PixelCNN:
     torch.manual_seed(0)
-    config = PixelSNAILConfig(
-        **{"channels": 8, "residual_channels": 6, "kernel": 3, "blocks": 2, "layers": 1, "heads": 2} | settings
-    )
+    if kind == "pixelcnn":
+        config = PixelCNNConfig(**{"channels": 8, "kernel": 3, "layers": 3, "output_channels": 9} | settings)
+    else:
+        defaults = {"channels": 8, "residual_channels": 6, "kernel": 3, "blocks": 2, "layers": 1, "heads": 2}
+        config = PixelSNAILConfig(**defaults | settings)
     level, *others = (MapSpec(codes=CODES + i, height=h, width=w) for i, (h, w) in enumerate((size, *coarser)))
     return config.build(PriorSpec(level=level, coarser=tuple(others), classes=classes)).eval()
 
@@ -52,6 +67,21 @@ MATRIX: list[dict[str, Any]] = [
     {"size": (8, 4), "coarser": ((4, 2), (2, 1)), "kernel": 5},
     {"size": (6, 6), "coarser": ((6, 6), (2, 2)), "condition_layers": 2, "classes": 2},
     {"size": (4, 4), "coarser": ((1, 1),)},
+    *(
+        {"kind": "pixelcnn"} | settings
+        for settings in (
+            {},
+            {"kernel": 5, "layers": 1},
+            {"kernel": 7, "size": (9, 8)},
+            {"classes": 3},
+            {"size": (1, 1)},
+            {"size": (1, 6)},
+            {"size": (6, 1)},
+            {"size": (8, 6), "coarser": ((4, 3),), "classes": 3},
+            {"size": (8, 4), "coarser": ((4, 2), (2, 1)), "kernel": 5},
+            {"size": (6, 6), "coarser": ((6, 6), (2, 2)), "condition_layers": 0},
+        )
+    ),
 ]
 
 
@@ -97,8 +127,9 @@ def test_changing_a_code_changes_only_later_logits_and_attention_reaches_to_the_
                 assert differs[29], "attention sees everything before"
 
 
-def test_coarser_codes_and_labels_matter() -> None:
-    prior = build(size=(8, 6), coarser=((4, 3), (2, 1)), classes=3)
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn"])
+def test_coarser_codes_and_labels_matter(kind: str) -> None:
+    prior = build(size=(8, 6), coarser=((4, 3), (2, 1)), classes=3, kind=kind)
     given = inputs(prior)
     with torch.no_grad():
         before = prior(**given)
@@ -116,8 +147,9 @@ def test_wrong_coarser_maps_are_refused() -> None:
         prior(torch.zeros(1, 8, 6, dtype=torch.int64))
 
 
-def test_training_reaches_every_weight() -> None:
-    prior = build(size=(6, 6), coarser=((3, 3),), classes=2, output_layers=1).train()
+@pytest.mark.parametrize("settings", [{"output_layers": 1}, {"kind": "pixelcnn"}], ids=str)
+def test_training_reaches_every_weight(settings: dict[str, Any]) -> None:
+    prior = build(size=(6, 6), coarser=((3, 3),), classes=2, **settings).train()
     given = inputs(prior)
     torch.nn.functional.cross_entropy(prior(**given), given["codes"]).backward()
     for name, parameter in prior.named_parameters():
@@ -125,8 +157,9 @@ def test_training_reaches_every_weight() -> None:
         assert parameter.grad.any(), name
 
 
-def test_a_file_brings_back_the_same_prior(tmp_path: Path) -> None:
-    prior = build(size=(6, 6), coarser=((3, 3),), classes=2)
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn"])
+def test_a_file_brings_back_the_same_prior(tmp_path: Path, kind: str) -> None:
+    prior = build(size=(6, 6), coarser=((3, 3),), classes=2, kind=kind)
     path = tmp_path / "model.safetensors"
     save_prior(path, prior, prior.config, autoencoder="a" * 64)
     loaded = load_prior(path)
@@ -145,6 +178,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         ({"kernel": 4}, "odd"),
         ({"channels": 6, "heads": 2}, r"half the channels \(3\)"),
         ({"attention": (2,)}, "block 2"),
+        ({"kind": "pixelcnn", "kernel": 4}, "odd"),
     ):
         with pytest.raises(ValueError, match=message):
             build(**settings)

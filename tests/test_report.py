@@ -1,0 +1,321 @@
+"""The report page: whole, self-contained, escaped, the same every time, and shown by a real browser."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from sampling import page
+from sampling.report import write_report
+from vqvae2 import files
+from vqvae2.__main__ import main
+from vqvae2.errors import UserError
+
+HOSTILE = "<script>alert(1)</script>"
+SECTIONS = (
+    *("Reconstructions", "Samples", "Curves", "Codebooks", "Likelihood"),
+    *("Metrics", "Time", "Settings", "Made from"),
+)
+LOADS = {"src", "href", "srcset", "data", "action", "poster", "background"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, headings, and all text, as a browser would find them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+    def check_self_contained(self) -> None:
+        assert {tag for tag, _ in self.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base"})
+        for _, attributes in self.tags:
+            assert not any(name.startswith("on") for name in attributes)
+            for name in LOADS & attributes.keys():
+                assert str(attributes[name]).startswith("data:image/png;base64,")
+
+    def pictures(self) -> list[Image.Image]:
+        """Every picture, decoded, of the size that the page reserves for it."""
+        found = []
+        for tag, attributes in self.tags:
+            if tag == "img":
+                assert attributes["alt"]
+                picture = Image.open(io.BytesIO(base64.b64decode(str(attributes["src"]).partition(",")[2])))
+                picture.load()
+                assert (str(picture.width), str(picture.height)) == (attributes["width"], attributes["height"])
+                found.append(picture)
+        return found
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, with metrics as evaluation writes them."""
+    run = shutil.copytree(finished_run, tmp_path / "copy")
+    samples = files.digest(run / "samples" / "manifest.json")
+    few = "too few images for a comparable FID"
+    fid = {"value": 123.456, "text": f"123.46 (5 samples, 20 reference; {few})", "comparable": False}
+    metrics = {
+        "made_from": {"samples": samples, "autoencoder": "a" * 64, "reference": "validation"},
+        "fid": fid,
+        "rfid": {"value": 65.4, "text": f"65.40 (20 images; {few})", "comparable": False},
+        "kid": {"mean": 0.0123, "std": 0.004},
+        "inception_score": {"mean": 2.5, "std": 0.25},
+        "manifold": {"precision": 0.125, "recall": 0.25, "density": 1.5, "coverage": 0.75},
+        "warnings": [],
+        "protocol": {
+            "samples": {"count": 5, "size": [32, 32], "formats": {"png": 5}, "seed": 0, "autoencoder": "a" * 64},
+            "reference": {"name": "validation", "split": None, "count": 20, "size": None, "formats": {}},
+            "resize": "bicubic, antialiased",
+            "inception_weights": "b" * 64,
+            "standard_weights": True,
+            "versions": {"torch": "9.8.7", "scipy": "6.5.4"},
+        },
+    }
+    files.write_json(run / "evaluation" / "metrics.json", metrics)
+    return run
+
+
+def change(path: Path, edit: Callable[[dict], object]) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    files.write_json(path, value)
+
+
+def test_the_command_writes_a_self_contained_page_with_every_section(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    report = Page(run / "report.html")
+    report.check_self_contained()
+    assert tuple(report.headings) == SECTIONS
+    assert len(report.pictures()) == 7  # reconstructions, samples, two levels sampled, three pictures of curves
+    assert "No picture yet" not in report.text
+    assert "Not finished" not in report.text
+    with Image.open(run / "samples" / "grid.png") as grid:
+        assert np.array_equal(np.array(report.pictures()[1]), np.array(grid))
+
+
+def test_what_was_measured_stands_in_the_page(run: Path) -> None:
+    text = Page(write_report(run)).text
+    found = json.loads((run / "autoencoder" / "summary.json").read_text())["validation"]
+    assert f"{found['psnr']:.2f}" in text
+    bits = 0.0
+    for level, codes, positions in (("bottom", 16, 64), ("top", 12, 16)):
+        side = int(positions**0.5)
+        assert (
+            f"{level} {side} × {side} {codes} {found[f'usage_{level}']:.1%} {found[f'perplexity_{level}']:.1f}" in text
+        )
+        nll = json.loads((run / f"prior-{level}" / "summary.json").read_text())["validation"]
+        row = [f"{nll[name]:.3f}" for name in ("nll", "bits", "uniform", "unigram")]
+        assert f"{level} {side} × {side} {' '.join(row)} {nll['bits'] * positions:,.0f}" in text
+        bits += nll["bits"] * positions
+    assert f"all levels 80 codes {bits:,.0f}" in text
+    assert f"Codes of an image {bits:,.0f} bits" in text
+    assert f"{32 * 32 * 3 * 8:,}" in text
+    assert "1.500" in text
+    assert "samples, size 32 × 32" in text
+    manifest = json.loads((run / "samples" / "manifest.json").read_text())
+    for words in (manifest["autoencoder"], *manifest["priors"], "b" * 64, "scipy 6.5.4", "learning_rate: 0.0003"):
+        assert words in text
+
+
+def test_kid_comes_first_where_images_are_too_few_and_fid_where_they_are_not(run: Path) -> None:
+    text = Page(write_report(run)).text
+    assert "Measure Value Note KID 0.01230 ± 0.00400" in text
+    assert "FID 123.46 5 samples, 20 reference; too few images for a comparable FID" in text
+    fid = {"value": 12.5, "text": "12.50 (5000 samples, 5000 reference)", "comparable": True}
+    change(run / "evaluation" / "metrics.json", lambda metrics: metrics.update(fid=fid))
+    assert "Measure Value Note FID 12.50 5000 samples, 5000 reference" in Page(write_report(run)).text
+
+
+def test_metrics_of_other_samples_or_other_weights_are_marked(run: Path) -> None:
+    assert "evaluate again" not in Page(write_report(run)).text
+    change(run / "samples" / "manifest.json", lambda manifest: manifest.update(seed=7))
+    change(run / "evaluation" / "metrics.json", lambda metrics: metrics["protocol"].update(standard_weights=False))
+    change(run / "evaluation" / "metrics.json", lambda metrics: metrics.update(warnings=["sizes differ"]))
+    text = Page(write_report(run)).text
+    for words in ("Measured on other samples", "Not the standard Inception weights", "Sizes differ."):
+        assert words in text
+
+
+def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+    assert not list(run.glob(".*"))
+
+
+def test_hostile_names_and_values_are_text(run: Path, tmp_path: Path) -> None:
+    # A name cannot hold a slash; what remains would run all the same.
+    hostile = run.rename(tmp_path / "<img src=x onerror=alert(1)>&amp;'\"")
+    change(hostile / "samples" / "manifest.json", lambda manifest: manifest.update(class_names=[HOSTILE] * 10))
+    change(hostile / "evaluation" / "metrics.json", lambda metrics: metrics["fid"].update(value=None, text=HOSTILE))
+    change(
+        hostile / "evaluation" / "metrics.json",
+        lambda metrics: metrics["protocol"].update({HOSTILE: HOSTILE, '"><b>': {HOSTILE: [HOSTILE]}}),
+    )
+    settings = yaml.safe_load((hostile / "config.yaml").read_text())
+    settings["data"]["path"] = f"/images/x{HOSTILE}"
+    (hostile / "config.yaml").write_text(yaml.safe_dump(settings))
+    report = Page(write_report(hostile))
+    report.check_self_contained()
+    assert len(report.pictures()) == 7
+    assert report.text.count(hostile.name) == 2
+    assert report.text.count(HOSTILE) > 4
+    assert HOSTILE not in (hostile / "report.html").read_text()
+
+
+def test_names_that_are_no_unicode_are_shown(run: Path) -> None:
+    change(run / "samples" / "manifest.json", lambda manifest: manifest.update(class_names=["caf\udce9"] * 10))
+    assert "caf?" in Page(write_report(run)).text
+
+
+def test_a_run_that_has_only_begun_says_what_is_missing(run: Path) -> None:
+    for path in run.iterdir():
+        if path.name != "config.yaml":
+            shutil.rmtree(path)
+    report = Page(write_report(run))
+    report.check_self_contained()
+    assert tuple(report.headings) == SECTIONS
+    assert report.pictures() == []
+    assert report.text.count("not yet") == 6
+    for words in (
+        "Not finished yet",
+        "No picture yet: sampled images",
+        "No validation of the autoencoder",
+        "No validation of a prior",
+        "Not evaluated",
+        "No stage is finished",
+        "Digests and versions",
+    ):
+        assert words in report.text
+
+
+def test_a_run_under_way_shows_how_far_it_is(run: Path) -> None:
+    shutil.rmtree(run / "evaluation")
+    (run / "prior-bottom" / "model.safetensors").unlink()
+    (run / "prior-bottom" / "summary.json").unlink()
+    history = run / "prior-bottom" / "history.jsonl"
+    entry = {"step": 2, "validation/nll": 2.0, "validation/bits": 2.885, "validation/uniform": 2.77}
+    history.write_text(json.dumps(entry | {"validation/unigram": 2.5}) + "\n" + '{"step": 3, "tra')
+    (run / "samples" / "images" / "000004.png").unlink()
+    text = Page(write_report(run)).text
+    assert "prior-bottom under way step 2 of 4" in text
+    assert "samples under way 4 of 5 images" in text
+    assert "bottom 8 × 8 2.000 2.885 2.770 2.500 185" in text
+    history.unlink()
+    text = Page(write_report(run)).text
+    assert "prior-bottom not yet" in text
+    assert "bottom 8 × 8 – – – – –" in text
+    assert "all levels 80 codes –" in text
+
+
+def test_other_samples_can_be_shown(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert main(["sample", str(run), "--count", "2", "--seed", "9", "--out", str(other)]) == 0
+    assert main(["report", str(run), "--samples", str(other)]) == 0
+    text = Page(run / "report.html").text
+    assert "2 images in all; seed 9" in text
+    assert "Measured on other samples" in text
+
+
+def test_wide_pictures_are_shrunk(tmp_path: Path) -> None:
+    Image.new("RGB", (4224, 100)).save(tmp_path / "wide.png")
+    assert 'width="2112" height="50"' in page.picture(tmp_path / "wide.png", "wide")
+
+
+def test_a_time_is_shown_in_two_units() -> None:
+    shown = [page.duration(seconds) for seconds in (0.04, 9.96, 59.7, 206, 3599.6, 90000)]
+    assert shown == ["0.0 s", "10 s", "1 min 0 s", "3 min 26 s", "1 h 0 min", "25 h 0 min"]
+
+
+def test_what_cannot_be_shown_is_one_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "nowhere: not a run folder" in error
+    (run / "samples" / "grid.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"grid\.png: not a readable picture"):
+        write_report(run)
+    (run / "autoencoder" / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json: not valid JSON"):
+        write_report(run)
+    (run / "config.yaml").write_text("data: {size: 32}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: not the settings of a run"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_browser_shows_every_picture(run: Path, tmp_path: Path, width: int) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    colours = paint_pictures(run)
+    shot = tmp_path / "shot.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", f"--window-size={width},6000"]
+    url = write_report(run).resolve().as_uri()
+    subprocess.run([*command, "--hide-scrollbars", url], check=True, capture_output=True, timeout=120)
+    with Image.open(shot) as image:
+        pixels = np.array(image.convert("RGB")).astype(int)
+    assert pixels.shape == (6000, width, 3)
+    for colour in colours:
+        found = np.abs(pixels - colour).max(2) < 4
+        rows, columns = np.nonzero(found.any(1))[0], np.nonzero(found.any(0))[0]
+        assert found.sum() > 1000
+        # One whole rectangle, inside the page.
+        assert found.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        assert 0 < columns[0] < columns[-1] < width - 1
+    assert pixels.std() > 20
+    assert (pixels[:, -8:] == 255).all()  # nothing sticks out to the right
+
+
+def paint_pictures(run: Path) -> np.ndarray:
+    """Give every picture that the page shows a colour of its own; the colours."""
+    shown = [run / "samples" / "grid.png"]
+    for stage in ("autoencoder", "prior-top", "prior-bottom"):
+        shown += [max((run / stage / "previews").glob("*.png")), run / stage / "curves.png"]
+    colours = np.random.default_rng(0).choice([40, 90, 140, 190], (40, 3))
+    colours = np.unique(colours, axis=0)[: len(shown)]
+    for path, colour in zip(shown, colours, strict=True):
+        with Image.open(path) as image:
+            size = image.size
+        Image.new("RGB", size, tuple(colour.tolist())).save(path)
+    return colours
+
+
+def test_the_page_may_load_nothing(run: Path) -> None:
+    text = write_report(run).read_text()
+    assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in text
+    assert not re.search(r"@import|url\(", text)

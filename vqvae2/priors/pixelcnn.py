@@ -1,0 +1,186 @@
+"""Gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328), the prior of the first VQ-VAE paper.
+
+A vertical stack sees all rows above, a horizontal one what lies to the left on the row and, in every layer, the vertical
+one. Both see their input shifted by one (down, right), so that every later tap may include its own position. In sampling
+the vertical stack is evaluated once a row for all columns: nothing on the current row reaches it.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from vqvae2.config import Config
+from vqvae2.maps import CodeMaps
+from vqvae2.priors.base import Prior, PriorSpec, Steps
+from vqvae2.priors.conditioning import Conditioner
+from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map, repeat_to
+
+
+class PixelCNNConfig(Config):
+    """The network."""
+
+    kind: Literal["pixelcnn"] = "pixelcnn"
+    channels: int = Field(default=256, ge=1, description="hidden units")
+    kernel: int = Field(default=5, ge=3, description="columns of a convolution, odd; it sees half as many rows above")
+    layers: int = Field(default=15, ge=1)
+    output_channels: int = Field(default=512, ge=1, description="hidden units between the last layer and the logits")
+    condition_layers: int = Field(default=3, ge=0, description="residual blocks over the coarser levels' codes")
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PixelCNNConfig":
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, not {self.kernel}")
+        return self
+
+    def build(self, spec: PriorSpec) -> "PixelCNN":
+        """The network for code maps as in `spec`, with random weights."""
+        return PixelCNN(self, spec)
+
+
+class PixelCNN(Prior):
+    """See `Prior` for what goes in and comes out."""
+
+    def __init__(self, config: PixelCNNConfig, spec: PriorSpec) -> None:
+        super().__init__(spec)
+        self.config = config
+        channels = config.channels
+        self.conditioner = None
+        if Conditioner.needed(spec):
+            self.conditioner = Conditioner(spec, channels, config.kernel, config.condition_layers, config.dropout)
+        self.embedding = nn.Embedding(spec.level.codes, channels)
+        self.coordinates = Pointwise(2, channels)
+        self.layers = nn.ModuleList(
+            Layer(config, conditioned=self.conditioner is not None) for _ in range(config.layers)
+        )
+        self.hidden = Pointwise(channels, config.output_channels)
+        self.logits = Pointwise(config.output_channels, spec.level.codes)
+
+    def forward(
+        self, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b k h w"]:
+        self._check_coarser(coarser)
+        batch, height, width = codes.shape
+        condition = self.conditioner(batch, coarser, labels) if self.conditioner else None
+        coordinates = self.coordinates(coordinate_map(height, width, codes.device)[None])
+        embedded = self.embedding(codes).movedim(-1, 1)
+        down = F.pad(embedded, (0, 0, 1, 0))[:, :, :-1] + coordinates
+        right = F.pad(embedded, (1, 0))[:, :, :, :-1] + coordinates
+        for layer in self.layers:
+            down, right = layer(down, right, condition)
+        return self.logits(F.relu(self.hidden(F.relu(right))))
+
+    @torch.inference_mode()
+    def incremental(self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None) -> Steps:
+        self._check_coarser(coarser)
+        condition = self.conditioner(batch, coarser, labels) if self.conditioner else None
+        return _PixelCNNSteps(self, batch, condition)
+
+
+class Layer(nn.Module):
+    """One layer of both stacks; the horizontal one is residual."""
+
+    def __init__(self, config: PixelCNNConfig, conditioned: bool) -> None:
+        super().__init__()
+        channels, kernel = config.channels, config.kernel
+        self.rows = kernel // 2 + 1
+        self.vertical = weight_norm(nn.Conv2d(channels, 2 * channels, (self.rows, kernel)))
+        self.horizontal = CausalConv2d(channels, 2 * channels, kernel, rows_above=0)
+        self.across = Pointwise(2 * channels, 2 * channels)
+        self.out = Pointwise(channels, channels)
+        self.condition = Pointwise(channels, 2 * channels, bias=False) if conditioned else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, down: Tensor, right: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        side = self.horizontal.padding
+        vertical = self.vertical(F.pad(down, (side, side, self.rows - 1, 0)))
+        horizontal = self.horizontal(right) + self.across(vertical)
+        if self.condition is not None and condition is not None:
+            given = repeat_to(self.condition(condition), *vertical.shape[2:])
+            vertical, horizontal = vertical + given, horizontal + given
+        return gate(vertical, 1), right + self.out(self.dropout(gate(horizontal, 1)))
+
+
+def gate(x: Tensor, dim: int) -> Tensor:
+    """tanh of the first half times the logistic function of the second (eq. 2)."""
+    value, opening = x.chunk(2, dim)
+    return torch.tanh(value) * torch.sigmoid(opening)
+
+
+class _PixelCNNSteps(Steps):
+    def __init__(self, model: PixelCNN, batch: int, condition: Float[Tensor, "b c h w"] | None) -> None:
+        height, width = model.spec.level.shape
+        self.condition = None if condition is None else condition.permute(2, 3, 0, 1).contiguous()
+        self.height, self.width, self.batch = height, width, batch
+        self.embedding = model.embedding.weight.detach()
+        coordinates = coordinate_map(height, width, self.embedding.device).permute(1, 2, 0)
+        self.coordinates = model.coordinates.walk()(coordinates)  # (H, W, C)
+        self.above = self.embedding.new_zeros(width, batch, self.embedding.shape[1])  # embedded codes of a row
+        self.current = torch.zeros_like(self.above)
+        self.layers = [_LayerWalk(layer, batch, width) for layer in model.layers if isinstance(layer, Layer)]
+        self.hidden, self.to_logits = model.hidden.walk(), model.logits.walk()
+        self.row = 0
+
+    @torch.inference_mode()
+    def begin_row(self, row: int) -> None:
+        self.row = row
+        if row > 0:
+            self.above, self.current = self.current, self.above
+        condition = None if self.condition is None else self.condition[row * len(self.condition) // self.height]
+        down = self.above + self.coordinates[row][:, None]
+        for layer in self.layers:
+            down = layer.begin_row(row, down, condition)
+
+    @torch.inference_mode()
+    def logits(self, column: int) -> Float[Tensor, "b k"]:
+        right = self.coordinates[self.row, column].expand(self.batch, -1)
+        if column > 0:
+            right = right + self.current[column - 1]
+        for layer in self.layers:
+            right = layer.at(column, right)
+        return self.to_logits(F.relu(self.hidden(F.relu(right))))
+
+    @torch.inference_mode()
+    def feed(self, column: int, codes: Int[Tensor, " b"]) -> None:
+        self.current[column] = F.embedding(codes, self.embedding)
+
+
+class _LayerWalk:
+    def __init__(self, layer: Layer, batch: int, width: int) -> None:
+        weight = layer.vertical.weight.detach()  # (2C, C, rows, kernel), weight norm folded
+        outputs, channels, rows, self.kernel = weight.shape
+        self.weight = weight.permute(2, 3, 1, 0).reshape(-1, outputs)
+        self.bias = layer.vertical.bias.detach() if layer.vertical.bias is not None else None
+        self.side = self.kernel // 2
+        self.rows = weight.new_zeros(rows, width + 2 * self.side, batch, channels)
+        self.horizontal = layer.horizontal.walk(batch, width)
+        self.across, self.out = layer.across.walk(), layer.out.walk()
+        self.condition = layer.condition.walk() if layer.condition else None
+        self.width = width
+
+    def begin_row(self, row: int, down: Float[Tensor, "w b c"], condition: Tensor | None) -> Float[Tensor, "w b c"]:
+        """Take in a row of the vertical stack, prepare the horizontal one, and give the vertical stack's output."""
+        if row > 0:
+            self.rows[:-1] = self.rows[1:].clone()
+        self.rows[-1, self.side : self.side + self.width] = down
+        windows = self.rows.unfold(1, self.kernel, 1)  # (rows, W, B, C, kernel)
+        windows = windows.permute(1, 2, 0, 4, 3).reshape(self.width * down.shape[1], -1)
+        vertical = F.linear(windows, self.weight.T, self.bias).view(self.width, down.shape[1], -1)
+        prepared = self.across(vertical)
+        if self.condition is not None and condition is not None:
+            given = self.condition(condition)
+            if 1 < len(given) < self.width:
+                given = given.repeat_interleave(self.width // len(given), 0)
+            vertical, prepared = vertical + given, prepared + given
+        self.horizontal.begin_row(row, prepared)
+        return gate(vertical, 2)
+
+    def at(self, column: int, right: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
+        """The horizontal stack's output at this column."""
+        self.horizontal.put(column, right)
+        return right + self.out(gate(self.horizontal.at(column), 1))
