@@ -306,8 +306,13 @@ def paint_pictures(run: Path) -> np.ndarray:
     shown = [run / "samples" / "grid.png"]
     for stage in ("autoencoder", "prior-top", "prior-bottom"):
         shown += [max((run / stage / "previews").glob("*.png")), run / stage / "curves.png"]
-    colours = np.random.default_rng(0).choice([40, 90, 140, 190], (40, 3))
-    colours = np.unique(colours, axis=0)[: len(shown)]
+    bright, dark = 230, 30  # no grey among them, which letters have
+    colours = np.array(
+        [
+            *((bright, dark, dark), (dark, bright, dark), (dark, dark, bright), (bright, bright, dark)),
+            *((bright, dark, bright), (dark, bright, bright), (bright, 130, dark)),
+        ]
+    )
     for path, colour in zip(shown, colours, strict=True):
         with Image.open(path) as image:
             size = image.size

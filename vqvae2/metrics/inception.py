@@ -4,9 +4,9 @@ The network is TensorFlow's of 2015-12-05 as ported in pytorch-fid; other weight
 """
 
 import http.client
-import pickle
 import socket
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -167,7 +167,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError):
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, SafetensorError):
         raise UserError(f"{path}: damaged, or not a file of weights alone; get {WEIGHTS_NAME} anew") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: not a state dict (names and tensors); expected {WEIGHTS_NAME}")

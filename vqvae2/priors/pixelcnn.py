@@ -1,8 +1,8 @@
 """Gated PixelCNN (van den Oord et al. 2016, arXiv 1606.05328), the prior of the first VQ-VAE paper.
 
-A vertical stack sees all rows above, a horizontal one what lies to the left on the row and, in every layer, the vertical
-one. Both see their input shifted by one (down, right), so that every later tap may include its own position. In sampling
-the vertical stack is evaluated once a row for all columns: nothing on the current row reaches it.
+A vertical stack sees all rows above, a horizontal one what lies to the left on the row and, in every layer, the
+vertical one. Both see their input shifted by one (down, right), so that every later tap may include its own position.
+In sampling the vertical stack is evaluated once a row for all columns: nothing on the current row reaches it.
 """
 
 from typing import Literal
