@@ -89,7 +89,8 @@ class Layer(nn.Module):
         super().__init__()
         channels, kernel = config.channels, config.kernel
         self.rows = kernel // 2 + 1
-        self.vertical = weight_norm(nn.Conv2d(channels, 2 * channels, (self.rows, kernel)))
+        self.vertical = nn.Conv2d(channels, 2 * channels, (self.rows, kernel))
+        weight_norm(self.vertical, "weight")
         self.horizontal = CausalConv2d(channels, 2 * channels, kernel, rows_above=0)
         self.across = Pointwise(2 * channels, 2 * channels)
         self.out = Pointwise(channels, channels)
