@@ -71,7 +71,7 @@ def take_options(given: dict[str, Any]) -> CasConfig | None:
     """The settings in parsed options, which are removed from `given`; None without `--cas`."""
     wanted = given.pop("cas", False)
     settings = {name: given.pop(name) for name in list(given) if name.startswith("cas_")}
-    settings = {name.removeprefix("cas_"): value for name, value in settings.items() if value not in (None, False)}
+    settings = {name.removeprefix("cas_"): value for name, value in settings.items() if value is not False}
     if settings and not wanted:
         raise UserError(f"--cas-{next(iter(settings)).replace('_', '-')}: works with --cas alone; add it")
     return CasConfig.parse(settings, "--cas") if wanted else None
@@ -101,13 +101,13 @@ class Augmented(Dataset[Item]):
         return Item(torch.from_numpy(pixels.copy()), label)
 
 
+@torch.random.fork_rng(devices=[])
 def train(
     images: Collection, spec: ClassifierSpec, config: CasConfig, device: torch.device | str = "cpu", workers: int = 0
 ) -> nn.Module:
     """A network trained from nothing: AdamW, cosine schedule, mirrored and moved images. The seed decides it (CPU)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = spec.build().to(device)
+    torch.manual_seed(config.seed)
+    network = spec.build().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     order = TrainingOrder(len(images), config.batch_size, start=0, stop=config.steps, seed=config.seed)

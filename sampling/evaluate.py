@@ -217,7 +217,7 @@ def main(arguments: list[str]) -> None:
         if experiment:
             metrics["cas"] = experiment.measure(PartialState().device or "cpu")
             files.write_json(folder.metrics, metrics)
-        print(describe(metrics), f"\n{folder.metrics}", file=sys.stdout)
+        print(f"{describe(metrics)}\n{folder.metrics}", file=sys.stdout)
 
 
 def describe(metrics: dict[str, Any]) -> str:

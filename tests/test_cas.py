@@ -1,4 +1,4 @@
-"""The classification accuracy score: that it learns what there is to learn, nothing where there is nothing, and repeats."""
+"""The classification accuracy score: that it learns what there is to learn, and nothing where there is nothing."""
 
 import json
 import shutil

@@ -9,18 +9,24 @@ import pytest
 import torch
 import torchvision
 
-from sampling.classifier import Classifier, ClassifierSpec, LabelledSamples, as_classifier, load_classifier
-from sampling.classifier import save_classifier as save
+from sampling.classifier import (
+    Classifier,
+    ClassifierSpec,
+    LabelledSamples,
+    as_classifier,
+    load_classifier,
+    save_classifier,
+)
 from vqvae2.errors import UserError
 
 NAME = "squeezenet1_1"
+WEIGHTS = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
 IMAGES = torch.randint(0, 256, (3, 3, 40, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def cached_weights(home: Path) -> Path:
     """Where torch keeps the weights of NAME, under another home."""
-    url = torchvision.models.get_model_weights(NAME).DEFAULT.url
-    path = home / "hub" / "checkpoints" / Path(url).name
+    path = home / "hub" / "checkpoints" / Path(WEIGHTS.url).name
     path.parent.mkdir(parents=True)
     return path
 
@@ -32,7 +38,7 @@ def test_a_torchvision_classifier_gives_what_torchvision_gives(tmp_path: Path, m
     torch.save(peer.state_dict(), cached_weights(tmp_path))
     classifier = load_classifier(NAME)
     found = classifier.log_probabilities(IMAGES)
-    transform = torchvision.models.get_model_weights(NAME).DEFAULT.transforms()
+    transform = WEIGHTS.transforms()
     with torch.inference_mode():
         expected = torch.cat([peer(transform(image)[None]) for image in IMAGES]).log_softmax(1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -64,7 +70,7 @@ def test_weights_that_are_a_program_are_not_run(tmp_path: Path, monkeypatch: pyt
     torch.save({"weight": Program()}, path)
     with pytest.raises(UserError, match="cannot get its weights"):
         load_classifier(NAME)
-    path.write_bytes(pickle.dumps(Program()))
+    path.write_bytes(pickle.dumps(Program(), protocol=2))
     with pytest.raises(UserError, match="cannot get its weights"):
         load_classifier(NAME)
     assert not (tmp_path / "ran").exists()
@@ -75,7 +81,7 @@ def test_a_classifier_survives_its_file(tmp_path: Path, size: tuple[int, int]) -
     spec = ClassifierSpec(architecture="resnet18", classes=("cat", "dog", "owl"), size=size)
     network = spec.build()
     path = tmp_path / "classifier.safetensors"
-    save(path, network, spec, {"samples": "…"})
+    save_classifier(path, network, spec, {"samples": "…"})
     loaded = load_classifier(str(path))
     expected = as_classifier(network, spec, "").log_probabilities(IMAGES)
     assert torch.equal(loaded.log_probabilities(IMAGES), expected)
@@ -95,10 +101,10 @@ def test_small_images_keep_their_size_in_the_first_layer() -> None:
 def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     spec = ClassifierSpec(architecture="resnet18", classes=("a", "b"), size=(16, 16))
     path = tmp_path / "classifier.safetensors"
-    save(path, spec.build(), spec.model_copy(update={"classes": ("a", "b", "c")}), {})
+    save_classifier(path, spec.build(), spec.model_copy(update={"classes": ("a", "b", "c")}), {})
     with pytest.raises(UserError, match=r"fc.weight. has shape \(2, 512\)"):
         load_classifier(str(path))
-    save(path, spec.build(), spec.model_copy(update={"architecture": "resnet7"}), {})
+    save_classifier(path, spec.build(), spec.model_copy(update={"architecture": "resnet7"}), {})
     with pytest.raises(UserError, match="architecture"):
         load_classifier(str(path))
     path.write_bytes(path.read_bytes()[:1000])
@@ -118,7 +124,7 @@ def test_preprocessing_is_per_image() -> None:
 def test_samples_come_with_the_labels_of_their_manifest(finished_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished_run / "samples", tmp_path / "samples")
     samples = LabelledSamples(folder)
-    assert [item.label for item in samples] == samples.labels == [0, 1, 2, 3, 4]  # pyright: ignore[reportGeneralTypeIssues]
+    assert [samples[number].label for number in range(5)] == samples.labels == [0, 1, 2, 3, 4]
     assert samples[2].image.shape == (3, 32, 32)
     (folder / "images" / "000003.png").unlink()
     with pytest.raises(UserError, match=r"1 of 5 images are missing, 000003.png the first"):

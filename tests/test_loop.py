@@ -197,6 +197,17 @@ def test_validation_sees_the_averaged_weights_and_training_goes_on_with_its_own(
     assert entries(tmp_path)[-1]["validation/weight"] == pytest.approx(float(averaged.sum()))
 
 
+def test_validation_and_training_values_are_logged_apart(tmp_path: Path) -> None:
+    train(Line(), config(steps=10, validate_every=5, log_every=4), tmp_path, workers=0)
+    logged = entries(tmp_path)
+    assert [entry["step"] for entry in logged if "validation/weight" in entry] == [5, 10]
+    assert [entry["step"] for entry in logged if "train/loss" in entry] == [4, 8, 10]
+    assert all(entry.keys() in ({"step", "validation/weight"}, TRAINING_KEYS) for entry in logged)
+
+
+TRAINING_KEYS = {"step", "train/loss", "train/error", "train/learning_rate"}
+
+
 def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
     settings = config(steps=110, warmup_steps=10, schedule="cosine", learning_rate=1.0)
     assert [settings.rate(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])

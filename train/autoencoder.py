@@ -53,7 +53,7 @@ class AutoencoderStage(Stage):
         self.objective = AutoencoderObjective(self.network)
         self.batch_size = config.codes.batch_size
         self.curves = {
-            "reconstruction error": ["train/reconstruction", "validation/mse"],
+            "reconstruction error": ["train/reconstruction", "validation/reconstruction"],
             "PSNR in dB": ["validation/psnr"],
             "codes in use": [f"validation/usage_{name}" for name in config.levels],
         }
@@ -99,6 +99,7 @@ def validate_autoencoder(
     errors.reduce()
     error = errors.result()
     values = {"mse": error.mse, "psnr": error.psnr, "ssim": error.ssim}
+    values["reconstruction"] = 4 * error.mse  # in the unit of the training term: images in [-1, 1], not [0, 1]
     for name, usage in zip(level_names(len(usages)), usages, strict=True):
         usage.reduce()
         values |= {f"usage_{name}": usage.usage, f"perplexity_{name}": usage.perplexity}

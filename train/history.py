@@ -35,7 +35,11 @@ class History:
         """Write the means since the last call; the same values under names like `train/loss`."""
         means = {name: total / self._steps for name, total in self._sums.items()} | (also or {})
         self._sums, self._steps = {}, 0
-        entry = {f"{split}/{name}": value for name, value in means.items()}
+        return self.write(step, split, means)
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> dict[str, float]:
+        """Write values as they are; the same under names like `validation/nll`."""
+        entry = {f"{split}/{name}": value for name, value in values.items()}
         self.entries.append({"step": step} | entry)
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:

@@ -139,8 +139,7 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
             if done % config.validate_every == 0 or done == config.steps:
                 with state.averaged():
                     values = stage.validate(accelerator)
-                history.gather(values)
-                accelerator.log(history.log(done, "validation"), step=done)
+                accelerator.log(history.write(done, "validation", values), step=done)
                 state.last_validation = values
             if accelerator.is_main_process and (done % config.preview_every == 0 or done == config.steps):
                 with state.averaged():
