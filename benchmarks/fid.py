@@ -1,7 +1,7 @@
 """FID against pytorch-fid in one run: the Fréchet distance at 2048 dimensions, and the whole command on two folders.
 
-    python benchmarks/fid.py                                    # pictures drawn by chance
-    python benchmarks/fid.py --first A --second B --count 2000  # at most so many files of two folders
+    python -m benchmarks.fid                                    # pictures drawn by chance
+    python -m benchmarks.fid --first A --second B --count 2000  # at most so many files of two folders
 
 Weights are random, so that nothing is downloaded: times and agreement do not depend on them.
 """
@@ -115,7 +115,7 @@ def folders(first: Path | None, second: Path | None, count: int, work: Path) -> 
 
 def run_command(which: str, weights: Path, sides: list[Path]) -> dict[str, float]:
     """One command in a process of its own: seconds, peak MiB, and what it printed."""
-    code = [sys.executable, __file__, "--command", which, "--weights", str(weights), *map(str, sides)]
+    code = [sys.executable, "-m", "benchmarks.fid", "--command", which, "--weights", str(weights), *map(str, sides)]
     lines = subprocess.run(code, check=True, capture_output=True, text=True, env=os.environ).stdout.splitlines()
     value = next(float(line.removeprefix("FID:")) for line in lines if line.startswith("FID:"))
     return json.loads(lines[-1]) | {"fid": value}
