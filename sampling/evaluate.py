@@ -20,6 +20,7 @@ from vqvae2 import distributed, files
 from vqvae2.config import Config
 from vqvae2.data.batches import InOrder, load
 from vqvae2.data.images import DataConfig, Images, open_images, to_bytes, to_float
+from vqvae2.errors import UserError
 from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailable, load_inception
 from vqvae2.metrics.kernel import kernel_distance
 from vqvae2.metrics.manifold import manifold
@@ -68,11 +69,16 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
     return metrics
 
 
-def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, str]:
+def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, str | None]:
+    if not (samples / "manifest.json").is_file():
+        raise UserError(f"{samples}: no samples; make them with `vqvae2 sample {folder.path}`")
+    reference = Path(config.reference)
     return {
         "samples": files.digest(samples / "manifest.json"),
         "autoencoder": files.digest(folder.autoencoder_weights),
         "reference": config.reference,
+        "reference_digest": open_image_set(reference).digest() if reference.is_dir() else None,
+        "inception_weights": config.inception_weights,
     }
 
 

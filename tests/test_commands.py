@@ -62,7 +62,16 @@ def test_run_does_all_stages_and_the_second_time_skips_them(
     command += ["--evaluation.inception-weights", str(inception_weights)]
     assert main(command) == 0
     first = capsys.readouterr().out
-    for words in ("PSNR", "codes bottom", "prior top", "unigram", "too few images", "grid.png", "seconds"):
+    for words in (
+        "PSNR",
+        "codes bottom",
+        "prior top",
+        "unigram",
+        "too few images",
+        "grid.png",
+        "seconds",
+        "report.html",
+    ):
         assert words in first
     before = contents(tmp_path / "run")
     assert main(command) == 0

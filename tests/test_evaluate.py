@@ -135,3 +135,6 @@ def test_bad_references_are_one_line(run: Path, inception_weights: Path, tmp_pat
         with pytest.raises(UserError, match=name) as error:
             evaluate(run, inception_weights, reference=str(tmp_path / name))
         assert "\n" not in str(error.value)
+    shutil.rmtree(run / "samples")
+    with pytest.raises(UserError, match="no samples; make them with `vqvae2 sample"):
+        evaluate(run, inception_weights)
