@@ -84,12 +84,19 @@ def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> di
 
 def _from_training(folder: RunFolder) -> dict[str, Any]:
     """What the stages measured on the whole validation split."""
-    levels = level_names(len(Autoencoder.load(folder.autoencoder_weights).maps))
+    autoencoder = Autoencoder.load(folder.autoencoder_weights)
+    levels = level_names(len(autoencoder.maps))
+    likelihood = {level: files.read_json(folder.prior(level) / "summary.json")["validation"] for level in levels}
+    bits = sum(likelihood[level]["bits"] * spec.size for level, spec in zip(levels, autoencoder.maps, strict=True))
+    height, width = autoencoder.size
     found = files.read_json(folder.autoencoder / "summary.json")["validation"]
     return {
         "reconstruction": {name: found[name] for name in ("mse", "psnr", "ssim")},
         "codes": {level: {name: found[f"{name}_{level}"] for name in ("usage", "perplexity")} for level in levels},
-        "likelihood": {level: files.read_json(folder.prior(level) / "summary.json")["validation"] for level in levels},
+        "likelihood": likelihood,
+        # Of the codes of all levels; a dimension is one channel of one pixel.
+        "bits_per_image": bits,
+        "bits_per_dimension": bits / (autoencoder.image_channels * height * width),
     }
 
 
@@ -237,6 +244,10 @@ def describe(metrics: dict[str, Any]) -> str:
             f"prior {level:<10} NLL {found['nll']:.3f} nats per code; uniform {found['uniform']:.3f}, "
             f"unigram {found['unigram']:.3f} ({1 - found['nll'] / found['unigram']:.0%} below)"
         )
+    lines.append(
+        f"codes of an image {metrics['bits_per_image']:,.0f} bits, "
+        f"{metrics['bits_per_dimension']:.4f} bits per dimension"
+    )
     distances = [f"FID              {metrics['fid']['text']}"]
     if "kid" in metrics:
         kid = f"KID              {metrics['kid']['mean']:.5f} ± {metrics['kid']['std']:.5f}"

@@ -61,6 +61,10 @@ def test_metrics_json_carries_the_protocol(run: Path, inception_weights: Path) -
     assert {"torch", "torchvision", "pytorch-fid", "scipy", "pillow"} == protocol["versions"].keys()
     assert metrics["reconstruction"].keys() == {"mse", "psnr", "ssim"}
     assert metrics["likelihood"]["top"].keys() >= {"nll", "bits", "uniform", "unigram"}
+    levels = metrics["likelihood"]
+    bits = 64 * levels["bottom"]["nll"] / np.log(2) + 16 * levels["top"]["nll"] / np.log(2)
+    assert metrics["bits_per_image"] == pytest.approx(bits)
+    assert metrics["bits_per_dimension"] == pytest.approx(bits / (3 * 32 * 32))
     text = describe(metrics)
     assert "too few images for a comparable FID" in text
     assert text.index("KID") < text.index("FID  "), "the unbiased measure comes first with few images"
