@@ -81,6 +81,15 @@ def test_run_does_all_stages_and_the_second_time_skips_them(
     assert contents(tmp_path / "run") == before
 
 
+def test_stages_of_different_precision_run_one_after_the_other(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], inception_weights: Path
+) -> None:
+    command = ["run", str(tiny_config), "--run", str(tmp_path / "run"), "--priors.top.training.accumulate", "2"]
+    command += ["--autoencoder.training.precision", "bf16", "--priors.bottom.training.precision", "bf16"]
+    assert main([*command, "--evaluation.inception-weights", str(inception_weights)]) == 0
+    assert "PSNR" in capsys.readouterr().out
+
+
 def test_without_inception_weights_everything_else_is_reported(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

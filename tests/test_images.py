@@ -14,7 +14,7 @@ from vqvae2.errors import UserError
 def picture(path: Path, width: int = 40, height: int = 30, mode: str = "RGB", seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    Image.fromarray(pixels, "RGBA").convert("RGB").convert(mode).save(path)
+    Image.fromarray(pixels).convert("RGB").convert(mode).save(path)
     return path
 
 

@@ -3,29 +3,17 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from train.loop import Stage, TrainingConfig, train
 from vqvae2.errors import Stopped, UserError
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings for the life of a process; every test wants its own."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    yield
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 class Numbers:
@@ -108,7 +96,6 @@ def test_stopping_and_going_on_gives_the_weights_of_one_run_bit_for_bit(tmp_path
     with pytest.raises(Stopped, match=rf"stopped by SIGTERM at step {stop_at}; .*same command goes on") as stopped:
         train(Line(stop_at), config(), broken, workers=0)
     assert stopped.value.status == 143
-    _reset()
     again = train(Line(), config(), broken, workers=0)
     one, other = newest(straight), newest(broken)
     assert one.keys() == other.keys()
@@ -116,11 +103,6 @@ def test_stopping_and_going_on_gives_the_weights_of_one_run_bit_for_bit(tmp_path
         assert torch.equal(one[name], other[name]), name
     assert again["validation"] == summary["validation"]
     assert [entry["step"] for entry in entries(broken)] == [entry["step"] for entry in entries(straight)]
-
-
-def _reset() -> None:
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
@@ -131,7 +113,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         train(stage, config(), broken, workers=0)
     assert [path.name for path in (broken / "checkpoints").iterdir()] == ["00000004"]
-    _reset()
     train(Line(), config(), broken, workers=0)
     for name, tensor in newest(straight).items():
         assert torch.equal(tensor, newest(broken)[name]), name
@@ -145,7 +126,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path: Pat
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(bytes(content))
-    _reset()
     with pytest.warns(UserWarning, match="00000012: damaged checkpoint; using the one before it"):
         train(Line(), config(), straight, workers=0)
     for name, tensor in expected.items():
@@ -159,7 +139,6 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
         stage.objective.dropout = nn.Dropout(0)
         train(stage, config(accumulate=accumulate), tmp_path / str(accumulate), workers=0)
         results.append(stage.objective.layer.weight.detach().clone())
-        _reset()
     torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
 
@@ -175,7 +154,6 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
         stage = Line()
         train(stage, config(), tmp_path / str(workers), workers=workers)
         results.append(stage.objective.layer.weight.detach().clone())
-        _reset()
     assert torch.equal(*results)
 
 

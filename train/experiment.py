@@ -2,10 +2,11 @@
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from pydantic import Field, model_validator
 
 from sampling.evaluate import EvaluationConfig
@@ -119,8 +120,6 @@ def open_run(command: str, arguments: list[str], description: str, level: bool =
 
 
 def _check_builds(experiment: Experiment) -> None:
-    import torch
-
     with torch.device("meta"):
         experiment.autoencoder.network.build(experiment.data.shape, experiment.data.channels)
 
@@ -143,8 +142,5 @@ def _begin(experiment: Experiment, folder: RunFolder) -> RunFolder:
 
 def say(text: str) -> None:
     """A line for the person at the terminal, from the main process alone."""
-    from accelerate import PartialState
-
     if PartialState().is_main_process:
         print(text, flush=True)
-        sys.stdout.flush()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -168,6 +169,9 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
 
 def make_accelerator(precision: str = "no", folder: Path | None = None, accumulate: int = 1) -> Accelerator:
     """Accelerate's handle on devices and processes, with a TensorBoard log in `folder`/logs."""
+    # Accelerate keeps one precision for the life of a process; the stages of a run may each have their own.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=accumulate,
