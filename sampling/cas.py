@@ -219,10 +219,10 @@ class Experiment:
         return {**found, **counts, "classifier": path.name, **settings}
 
 
-def kept(metrics: Path, samples_digest: str) -> dict[str, Any]:
+def kept(metrics: Path, samples_digest: str | None) -> dict[str, Any]:
     """The score that metrics.json holds already, where it is of these samples."""
     before = files.read_json(metrics) if metrics.is_file() else {}
-    same = before.get("made_from", {}).get("samples") == samples_digest
+    same = samples_digest and before.get("made_from", {}).get("samples") == samples_digest
     return {"cas": before["cas"]} if same and "cas" in before else {}
 
 

@@ -121,7 +121,9 @@ def _from_file(path: Path, device: torch.device) -> Classifier:
         raise UserError(f"--classifier {path}: only weights in safetensors are read; give {_OWN}")
     tensors, metadata = checkpoint.load(path)
     if metadata.get("network") != "classifier":
-        raise UserError(f"{path}: holds a {metadata.get('network')}, not a classifier; give {_OWN}")
+        raise UserError(
+            f"{path}: weights of another kind ({metadata.get('network')}), not of a classifier; give {_OWN}"
+        )
     spec = ClassifierSpec.parse(metadata.get("config"), str(path))
     with torch.device("meta"):
         network = spec.build()

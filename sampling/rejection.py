@@ -108,7 +108,7 @@ class Rejection:
         samples = LabelledSamples(folder)
         made_from = {
             "fraction": self.fraction,
-            "classifier": self.classifier.source,
+            "classifier": Path(self.classifier.source).name,
             "classifier_digest": self.classifier.digest,
             "candidates_digest": files.digest(folder / "manifest.json"),
         }

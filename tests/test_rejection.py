@@ -135,7 +135,7 @@ def test_bad_requests_are_one_line_and_sample_nothing(
     foreign.write_bytes(b"pickled")
     fails(capsys, [*both, str(foreign)], "weights.pth", "only weights in safetensors")
     autoencoder = finished_run / "autoencoder" / "model.safetensors"
-    fails(capsys, [*both, str(autoencoder)], "model.safetensors", "holds a autoencoder, not a classifier")
+    fails(capsys, [*both, str(autoencoder)], "model.safetensors", "(autoencoder), not of a classifier")
     spec = ClassifierSpec(architecture="resnet18", classes=CLASSES[1:], size=(16, 16))
     save_classifier(judge, spec.build(), spec, {})
     fails(capsys, [*both, str(judge)], "does not know the run's class", CLASSES[0])
