@@ -128,7 +128,7 @@ def command(which: str, weights: Path, sides: list[str]) -> None:
         fid.main(["--inception-weights", str(weights), *sides])
     else:
         warnings.simplefilter("ignore")
-        inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights)
+        inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
         sys.argv = ["pytorch-fid", *sides]
         fid_score.main()
     seconds = time.perf_counter() - start

@@ -5,11 +5,11 @@ Beside them the samples that they judge or learn from: what `vqvae2 sample` wrot
 
 import difflib
 import http.client
-import pickle
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -142,7 +142,7 @@ def _from_torchvision(name: str, device: torch.device) -> Classifier:
         # Downloads, and proves that the file is data alone: what builds the network would unpickle anything.
         weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         network = torchvision.models.get_model(name, weights=weights, progress=False)
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException, UnpicklingError) as error:
         raise UserError(
             f"--classifier {name}: cannot get its weights ({str(error).splitlines()[0]}): put {weights.url} "
             f"at {path}, or give {_OWN}"

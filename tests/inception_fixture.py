@@ -79,7 +79,9 @@ def pytorch_fid_command(*arguments: str) -> str:
 
     printed = io.StringIO()
     with (
-        mock.patch("pytorch_fid.inception.load_state_dict_from_url", return_value=torch.load(weights())),
+        mock.patch(
+            "pytorch_fid.inception.load_state_dict_from_url", return_value=torch.load(weights(), weights_only=True)
+        ),
         mock.patch.object(peer, "linalg", mock.Mock(sqrtm=sqrtm)),
         mock.patch.object(peer, "tqdm", lambda items: items),
         mock.patch("sys.argv", ["pytorch-fid", "--num-workers", "0", "--device", "cpu", *arguments]),

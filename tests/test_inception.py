@@ -23,7 +23,9 @@ def images(n: int = 2, height: int = 33, width: int = 50) -> torch.Tensor:
 
 @pytest.fixture
 def peer_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytorch_fid.inception.load_state_dict_from_url", lambda *_, **__: torch.load(weights()))
+    monkeypatch.setattr(
+        "pytorch_fid.inception.load_state_dict_from_url", lambda *_, **__: torch.load(weights(), weights_only=True)
+    )
 
 
 @pytest.mark.usefixtures("peer_weights")

@@ -28,7 +28,10 @@ def test_is_the_number_of_torch_fidelity(subsets: int, size: int, seed: int) -> 
 
 def test_is_its_definition() -> None:
     x, y = (side[:5].numpy().astype(np.float64) for side in sets())
-    k = lambda a, b: (a @ b / len(a) + 1) ** 3  # noqa: E731
+
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return (a @ b / len(a) + 1) ** 3
+
     within = sum(k(z[i], z[j]) for z in (x, y) for i in range(5) for j in range(5) if i != j) / 20
     between = sum(k(a, b) for a in x for b in y) / 25
     assert squared_mmd(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(within - 2 * between, rel=1e-12)

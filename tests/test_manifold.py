@@ -30,7 +30,10 @@ def test_precision_and_recall_are_those_of_torch_fidelity(k: int) -> None:
 
 def direct(generated: np.ndarray, reference: np.ndarray, k: int) -> tuple[float, float]:
     """Equations 2 and 3 of Naeem et al."""
-    distance = lambda a, b: np.linalg.norm(a[:, None] - b[None], axis=2)  # noqa: E731
+
+    def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(a[:, None] - b[None], axis=2)
+
     radii = np.sort(distance(reference, reference), axis=1)[:, k]
     inside = distance(generated, reference) < radii
     return inside.sum() / (k * len(generated)), inside.any(0).mean()
