@@ -42,10 +42,12 @@ class Conditioner(nn.Module):
         assert features is not None, "a prior without coarser levels and labels has no conditioner"
         return features
 
-    @staticmethod
-    def needed(spec: PriorSpec) -> bool:
-        """Whether there is anything to condition on."""
-        return bool(spec.coarser or spec.classes)
+    @classmethod
+    def if_needed(
+        cls, spec: PriorSpec, channels: int, kernel: int, layers: int, dropout: float
+    ) -> "Conditioner | None":
+        """A conditioner where the spec has anything to condition on."""
+        return cls(spec, channels, kernel, layers, dropout) if spec.coarser or spec.classes else None
 
 
 class _Residual(nn.Module):

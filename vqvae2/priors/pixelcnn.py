@@ -50,9 +50,7 @@ class PixelCNN(Prior):
         super().__init__(spec)
         self.config = config
         channels = config.channels
-        self.conditioner = None
-        if Conditioner.needed(spec):
-            self.conditioner = Conditioner(spec, channels, config.kernel, config.condition_layers, config.dropout)
+        self.conditioner = Conditioner.if_needed(spec, channels, config.kernel, config.condition_layers, config.dropout)
         self.embedding = nn.Embedding(spec.level.codes, channels)
         self.coordinates = Pointwise(2, channels)
         self.layers = nn.ModuleList(

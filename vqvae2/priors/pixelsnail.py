@@ -68,9 +68,7 @@ class PixelSNAIL(Prior):
         super().__init__(spec)
         self.config = config
         channels, dropout = config.channels, config.dropout
-        self.conditioner = None
-        if Conditioner.needed(spec):
-            self.conditioner = Conditioner(spec, channels, config.kernel, config.condition_layers, dropout)
+        self.conditioner = Conditioner.if_needed(spec, channels, config.kernel, config.condition_layers, config.dropout)
         self.embedding = nn.Embedding(spec.level.codes, channels)
         self.first = CausalConv2d(channels, channels, config.kernel, strict=True)
         self.coordinates = Pointwise(2, channels)
