@@ -9,9 +9,9 @@ from importlib.metadata import entry_points, version
 
 from vqvae2.errors import Stopped, UserError
 
-# Read by OpenMP when torch is loaded: threads that wait sleep instead of spinning. Beside another busy process on two
-# cores a training step took fifteen times longer with spinning threads.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read by OpenMP when torch is loaded: threads that wait spin for microseconds, then sleep. With OpenMP's own, far longer
+# spinning a training step took many times as long beside another busy process; see docs/results.md.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 USAGE = """usage: vqvae2 COMMAND [ARGUMENTS]   (vqvae2 COMMAND --help explains one)
 
