@@ -9,7 +9,7 @@ from importlib.metadata import entry_points, version
 
 from vqvae2.errors import Stopped, UserError
 
-# Read by OpenMP when torch is loaded: threads that wait spin for microseconds, then sleep. With OpenMP's own, far longer
+# Read by OpenMP when torch is loaded: threads that wait spin for microseconds, then sleep. With OpenMP's own, longer
 # spinning a training step took many times as long beside another busy process; see docs/results.md.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
