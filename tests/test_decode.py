@@ -59,8 +59,9 @@ def test_an_image_depends_on_the_seed_and_its_number_not_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize("choice", [Choice(), Choice(temperature=0.7, top_k=5), Choice(top_p=0.8)], ids=str)
-def test_the_incremental_sampler_gives_the_codes_of_a_naive_one(choice: Choice) -> None:
-    prior = build(size=(5, 6), coarser=((5, 3),))
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
+def test_the_incremental_sampler_gives_the_codes_of_a_naive_one(choice: Choice, kind: str) -> None:
+    prior = build(size=(5, 6), coarser=((5, 3),), kind=kind)
     coarser = inputs(prior, batch=3)["coarser"]
     found = sample_level(prior, Noise(0, range(3), 0), choice, coarser)
     noise = Noise(0, range(3), 0)

@@ -15,6 +15,8 @@ from vqvae2.priors import (
     PixelSNAILConfig,
     Prior,
     PriorSpec,
+    Transformer,
+    TransformerConfig,
     load_prior,
     save_prior,
 )
@@ -29,10 +31,12 @@ def build(
     classes: int = 0,
     kind: str = "pixelsnail",
     **settings: Any,
-) -> PixelSNAIL | PixelCNN:
+) -> PixelSNAIL | PixelCNN | Transformer:
     torch.manual_seed(0)
     if kind == "pixelcnn":
         config = PixelCNNConfig(**{"channels": 8, "kernel": 3, "layers": 3, "output_channels": 9} | settings)
+    elif kind == "transformer":
+        config = TransformerConfig(**{"channels": 16, "layers": 2, "heads": 2} | settings)
     else:
         defaults = {"channels": 8, "residual_channels": 6, "kernel": 3, "blocks": 2, "layers": 1, "heads": 2}
         config = PixelSNAILConfig(**defaults | settings)
@@ -82,6 +86,21 @@ MATRIX: list[dict[str, Any]] = [
             {"size": (6, 6), "coarser": ((6, 6), (2, 2)), "condition_layers": 0},
         )
     ),
+    *(
+        {"kind": "transformer"} | settings
+        for settings in (
+            {},
+            {"layers": 1, "heads": 4, "feed_forward": 4.0},
+            {"size": (9, 8)},
+            {"classes": 3},
+            {"size": (1, 1)},
+            {"size": (1, 6)},
+            {"size": (6, 1)},
+            {"size": (8, 6), "coarser": ((4, 3),), "classes": 3},
+            {"size": (8, 4), "coarser": ((4, 2), (2, 1))},
+            {"size": (6, 6), "coarser": ((6, 6), (2, 2)), "condition_layers": 0},
+        )
+    ),
 ]
 
 
@@ -127,7 +146,7 @@ def test_changing_a_code_changes_only_later_logits_and_attention_reaches_to_the_
                 assert differs[29], "attention sees everything before"
 
 
-@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn"])
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
 def test_coarser_codes_and_labels_matter(kind: str) -> None:
     prior = build(size=(8, 6), coarser=((4, 3), (2, 1)), classes=3, kind=kind)
     given = inputs(prior)
@@ -147,7 +166,38 @@ def test_wrong_coarser_maps_are_refused() -> None:
         prior(torch.zeros(1, 8, 6, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("settings", [{"output_layers": 1}, {"kind": "pixelcnn"}], ids=str)
+@pytest.mark.parametrize("kind", ["pixelcnn", "transformer"])
+def test_changing_a_code_of_other_priors_changes_later_logits_only(kind: str) -> None:
+    prior = build(size=(4, 5), kind=kind)
+    codes = inputs(prior, batch=1)["codes"]
+    with torch.no_grad():
+        before = prior(codes)[0].flatten(1)
+        for position in range(20):
+            changed = codes.clone()
+            changed.view(-1)[position] = (changed.view(-1)[position] + 1) % CODES
+            differs = (prior(changed)[0].flatten(1) - before).abs().amax(0) > 0
+            assert not differs[: position + 1].any(), position
+            if position < 19:
+                assert differs[position + 1 :].any(), position
+            if kind == "transformer":
+                assert differs[position + 1 :].all(), "attention sees everything before"
+
+
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
+def test_recomputing_blocks_changes_no_gradient(kind: str) -> None:
+    prior = build(size=(6, 6), coarser=((3, 3),), classes=2, kind=kind, dropout=0.3).train()
+    given, gradients = inputs(prior), []
+    for recompute in (False, True):
+        prior.recompute = recompute
+        prior.zero_grad()
+        torch.manual_seed(0)
+        torch.nn.functional.cross_entropy(prior(**given), given["codes"]).backward()
+        gradients.append([parameter.grad for parameter in prior.parameters()])
+    for kept, computed_again in zip(*gradients, strict=True):
+        torch.testing.assert_close(computed_again, kept, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"output_layers": 1}, {"kind": "pixelcnn"}, {"kind": "transformer"}], ids=str)
 def test_training_reaches_every_weight(settings: dict[str, Any]) -> None:
     prior = build(size=(6, 6), coarser=((3, 3),), classes=2, **settings).train()
     given = inputs(prior)
@@ -157,7 +207,7 @@ def test_training_reaches_every_weight(settings: dict[str, Any]) -> None:
         assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn"])
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
 def test_a_file_brings_back_the_same_prior(tmp_path: Path, kind: str) -> None:
     prior = build(size=(6, 6), coarser=((3, 3),), classes=2, kind=kind)
     path = tmp_path / "model.safetensors"
@@ -179,6 +229,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         ({"channels": 6, "heads": 2}, r"half the channels \(3\)"),
         ({"attention": (2,)}, "block 2"),
         ({"kind": "pixelcnn", "kernel": 4}, "odd"),
+        ({"kind": "transformer", "channels": 12}, r"four times heads \(8\)"),
     ):
         with pytest.raises(ValueError, match=message):
             build(**settings)

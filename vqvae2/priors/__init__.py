@@ -12,8 +12,9 @@ from vqvae2.errors import UserError
 from vqvae2.priors.base import Prior, PriorSpec, Steps
 from vqvae2.priors.pixelcnn import PixelCNN, PixelCNNConfig
 from vqvae2.priors.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from vqvae2.priors.transformer import Transformer, TransformerConfig
 
-PriorConfig = Annotated[PixelSNAILConfig | PixelCNNConfig, Field(discriminator="kind")]
+PriorConfig = Annotated[PixelSNAILConfig | PixelCNNConfig | TransformerConfig, Field(discriminator="kind")]
 
 
 class _Stored(Config):
@@ -54,6 +55,8 @@ __all__ = [
     "PriorConfig",
     "PriorSpec",
     "Steps",
+    "Transformer",
+    "TransformerConfig",
     "load_prior",
     "save_prior",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vqvae2.config import Config
 from vqvae2.maps import CodeMaps, MapSpec
@@ -24,6 +25,7 @@ class Prior(nn.Module, ABC):
 
     digest: str | None = None  # SHA-256 of the file the weights came from
     made_from: dict[str, Any]  # digests of what it was trained on
+    recompute = False  # whether training computes each block twice instead of keeping what is inside it
 
     def __init__(self, spec: PriorSpec) -> None:
         super().__init__()
@@ -42,6 +44,12 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def incremental(self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None) -> "Steps":
         """The same logits one position at a time, for sampling, with folded copies of the weights."""
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Any:
+        """One block of the forward pass, with gradient checkpointing (Chen et al. 2016) where asked for."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def _check_coarser(self, coarser: CodeMaps) -> None:
         expected = tuple(level.shape for level in self.spec.coarser)

@@ -1,8 +1,7 @@
 """Causal layers, each with its two paths: `forward` over whole maps, and a twin that walks position by position.
 
-Maps are (B, C, H, W). A walk keeps, for every causal convolution, the last `kernel` rows of its input. What finished
-rows contribute is evaluated once a row for all columns as one matrix product; a position then costs only the few taps
-on its own row, read as a view of the buffer.
+Maps are (B, C, H, W). What finished rows contribute to a causal convolution is evaluated once a row for all columns
+(`rows.py`); a position then costs only the few taps on its own row, read as a view of the buffer that holds it.
 """
 
 import torch
@@ -10,6 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+
+from vqvae2.priors import rows
+from vqvae2.priors.rows import RowsWalk
 
 
 class CausalConv2d(nn.Module):
@@ -33,15 +35,25 @@ class CausalConv2d(nn.Module):
         weight_norm(self, "weight")
 
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        rows = self.rows_above + 1
-        unused = rows * self.kernel - self.weight.shape[2]  # the last taps in raster order
-        weight = F.pad(self.weight, (0, unused)).unflatten(2, (rows, self.kernel))
+        weight = self.weight  # made anew, from its norms and directions, each time it is asked for
+        above = self.taps_above(weight)
+        if self.above and rows.tiled(above, x.shape[3]) and not torch.is_autocast_enabled(x.device.type):
+            finished = F.pad(x, (self.padding, self.padding, self.rows_above, -1))
+            current = F.conv2d(F.pad(x, (self.padding, 0)), weight[:, :, None, self.above :], self.bias)
+            return current[..., : x.shape[3]] + rows.conv2d(finished, above)
+        count = self.rows_above + 1
+        unused = count * self.kernel - weight.shape[2]  # the last taps in raster order
+        weight = F.pad(weight, (0, unused)).unflatten(2, (count, self.kernel))
         x = F.pad(x, (self.padding, self.padding, self.rows_above, 0))
         return F.conv2d(x, weight, self.bias)
 
     def walk(self, batch: int, width: int) -> "ConvWalk":
         """The incremental twin for a batch of maps of this width."""
         return ConvWalk(self, batch, width)
+
+    def taps_above(self, weight: Tensor) -> Float[Tensor, "o i r k"]:
+        """The taps on finished rows."""
+        return weight[:, :, : self.above].unflatten(2, (self.rows_above, self.kernel))
 
 
 class ConvWalk:
@@ -50,31 +62,26 @@ class ConvWalk:
     def __init__(self, conv: CausalConv2d, batch: int, width: int) -> None:
         weight = conv.weight.detach()  # weight norm folded
         outputs, inputs, _ = weight.shape
-        columns = width + 2 * conv.padding
-        taps = weight.permute(2, 1, 0)  # (taps, inputs, outputs), the order of a flattened window
-        self.kernel = conv.kernel
-        self.above = taps[: conv.above].reshape(-1, outputs)
-        # Transposed in memory: for a single row of input that reads weights twice as fast on a CPU.
-        self.current = taps[conv.above :].reshape(-1, outputs).T.contiguous().T
-        self.bias = conv.bias.detach()
-        self.rows = weight.new_zeros(batch, conv.rows_above + 1, columns, inputs)  # the last one is the current row
-        self.prepared = weight.new_empty(width, batch, outputs)
-        last = self.rows[:, -1]
-        self.slots = [last[:, conv.padding + column] for column in range(width)]
-        self.windows = [last[:, column : column + conv.current].flatten(1) for column in range(width)]
+        self.above = RowsWalk(conv.taps_above(weight), batch, width) if conv.above else None
+        # (O, taps · I): the order of a flattened window
+        self.current = weight[:, :, conv.above :].transpose(1, 2).reshape(outputs, -1).contiguous()
+        self.bias = conv.bias.detach()[:, None]
+        self.row = weight.new_zeros(batch, width + conv.padding, inputs)  # the current one
+        # Batch last: for a few columns a processor multiplies weights from the left half as fast again.
+        self.prepared = weight.new_empty(width, outputs, batch)
+        self.slots = [self.row[:, conv.padding + column] for column in range(width)]
+        self.windows = [self.row[:, column : column + conv.current].flatten(1).T for column in range(width)]
+        self.padding = conv.padding
 
-    def begin_row(self, row: int, extra: Tensor | None = None) -> None:
-        """Evaluate the taps on finished rows for every column; `extra` (W or 1, B, outputs) is added to the result."""
-        width, batch, outputs = self.prepared.shape
-        if len(self.above) and row > 0:
-            self.rows[:, :-1] = self.rows[:, 1:].clone()
-            finished = self.rows[:, :-1].unfold(2, self.kernel, 1)  # (B, rows above, W, inputs, kernel)
-            finished = finished.permute(2, 0, 1, 4, 3).reshape(width * batch, -1)
-            torch.addmm(self.bias, finished, self.above, out=self.prepared.view(width * batch, outputs))
+    def begin_row(self, row: int, extra: Float[Tensor, "w b o"] | None = None) -> None:
+        """Evaluate the taps on finished rows for every column; `extra` (W or 1, B, O) is added to the result."""
+        if self.above is not None and row > 0:
+            self.above.push(self.row[:, self.padding :])
+            torch.add(self.above.contribution(), self.bias, out=self.prepared)
         else:
             self.prepared.copy_(self.bias)
         if extra is not None:
-            self.prepared += extra
+            self.prepared += extra.transpose(1, 2)
 
     def put(self, column: int, values: Float[Tensor, "b i"]) -> None:
         """Set the convolution's input at this column of the current row."""
@@ -82,7 +89,7 @@ class ConvWalk:
 
     def at(self, column: int) -> Float[Tensor, "b o"]:
         """The convolution's output at this column."""
-        return torch.addmm(self.prepared[column], self.windows[column], self.current)
+        return torch.addmm(self.prepared[column], self.current, self.windows[column]).T
 
 
 class Pointwise(nn.Module):
@@ -202,7 +209,8 @@ class CausalAttention(nn.Module):
         return AttentionWalk(self, batch, height, width)
 
     def _split(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b heads n e"]:
-        return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3)
+        # Contiguous, without which no fused kernel takes it and all N × N weights would be kept.
+        return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3).contiguous()
 
 
 class AttentionWalk:

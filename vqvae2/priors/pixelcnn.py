@@ -19,6 +19,7 @@ from vqvae2.maps import CodeMaps
 from vqvae2.priors.base import Prior, PriorSpec, Steps
 from vqvae2.priors.conditioning import Conditioner
 from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map, repeat_to
+from vqvae2.priors.rows import RowsWalk
 
 
 class PixelCNNConfig(Config):
@@ -70,7 +71,7 @@ class PixelCNN(Prior):
         down = F.pad(embedded, (0, 0, 1, 0))[:, :, :-1] + coordinates
         right = F.pad(embedded, (1, 0))[:, :, :, :-1] + coordinates
         for layer in self.layers:
-            down, right = layer(down, right, condition)
+            down, right = self._run(layer, down, right, condition)
         return self.logits(F.relu(self.hidden(F.relu(right))))
 
     @torch.inference_mode()
@@ -152,11 +153,8 @@ class _PixelCNNSteps(Steps):
 class _LayerWalk:
     def __init__(self, layer: Layer, batch: int, width: int) -> None:
         weight = layer.vertical.weight.detach()  # (2C, C, rows, kernel), weight norm folded
-        outputs, channels, rows, self.kernel = weight.shape
-        self.weight = weight.permute(2, 3, 1, 0).reshape(-1, outputs)
-        self.bias = layer.vertical.bias.detach() if layer.vertical.bias is not None else None
-        self.side = self.kernel // 2
-        self.rows = weight.new_zeros(rows, width + 2 * self.side, batch, channels)
+        self.vertical = RowsWalk(weight, batch, width)
+        self.bias = weight.new_zeros(()) if layer.vertical.bias is None else layer.vertical.bias.detach()
         self.horizontal = layer.horizontal.walk(batch, width)
         self.across, self.out = layer.across.walk(), layer.out.walk()
         self.condition = layer.condition.walk() if layer.condition else None
@@ -164,12 +162,8 @@ class _LayerWalk:
 
     def begin_row(self, row: int, down: Float[Tensor, "w b c"], condition: Tensor | None) -> Float[Tensor, "w b c"]:
         """Take in a row of the vertical stack, prepare the horizontal one, and give the vertical stack's output."""
-        if row > 0:
-            self.rows[:-1] = self.rows[1:].clone()
-        self.rows[-1, self.side : self.side + self.width] = down
-        windows = self.rows.unfold(1, self.kernel, 1)  # (rows, W, B, C, kernel)
-        windows = windows.permute(1, 2, 0, 4, 3).reshape(self.width * down.shape[1], -1)
-        vertical = F.linear(windows, self.weight.T, self.bias).view(self.width, down.shape[1], -1)
+        self.vertical.push(down.transpose(0, 1))
+        vertical = self.vertical.contribution().transpose(1, 2) + self.bias
         prepared = self.across(vertical)
         if self.condition is not None and condition is not None:
             given = self.condition(condition)

@@ -90,9 +90,9 @@ class PixelSNAIL(Prior):
         coordinates = coordinate_map(height, width, codes.device).expand(batch, -1, -1, -1)
         x = self.first(self.embedding(codes).movedim(-1, 1)) + self.coordinates(coordinates)
         for block in self.blocks:
-            x = block(x, coordinates, condition)
+            x = self._run(block, x, coordinates, condition)
         for layer in self.output:
-            x = layer(x)
+            x = self._run(layer, x)
         return self.logits(F.elu(x))
 
     @torch.inference_mode()

@@ -1,0 +1,83 @@
+"""What each way of quantizing makes of the same photographs in the same number of steps.
+
+    python -m benchmarks.codebooks FOLDER [--steps 1000] [--size 128] [--out runs/codebooks] [--only ema …]
+
+Two levels of 512 codes, 64 hidden units, batches of 16; every variant starts from the same seed and sees the same
+images in the same order. Use, perplexity and PSNR are over the whole held-out split. An interrupted run goes on where
+it was stopped; a finished variant is not trained again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from train.autoencoder import train_autoencoder
+from train.experiment import Experiment, Run
+from vqvae2.run_folder import RunFolder
+
+EMA: dict[str, Any] = {"kind": "ema", "codes": 512, "dim": 64}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "EMA": EMA,
+    "EMA, random start, no restarts": EMA | {"kmeans": False, "restart_below": 0.0},
+    "EMA, cosine": EMA | {"cosine": True},
+    "EMA, rotation trick": EMA | {"gradient": "rotation"},
+    "EMA, projected to 8": EMA | {"project_to": 8},
+    "FSQ 8 × 8 × 8": {"kind": "fsq", "grid": (8, 8, 8), "dim": 64},
+    "gradient": EMA | {"kind": "gradient"},
+}
+
+
+def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -> Experiment:
+    """The experiment of one variant; its priors are never trained."""
+    training = {
+        "steps": steps,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "warmup_steps": 50,
+        "validate_every": max(1, steps // 4),
+        "preview_every": steps,
+        "checkpoint_every": max(1, steps // 4),
+    }
+    prior = {"model": {"kind": "pixelsnail", "channels": 8, "heads": 1}, "training": {"steps": 1}}
+    plain = {
+        "data": {"path": str(folder), "size": size, "validation": 0.05, "workers": 0},
+        "autoencoder": {
+            "channels": 64,
+            "residual_channels": 32,
+            "levels": [{"stride": 4, "quantizer": quantizer}, {"stride": 2, "quantizer": quantizer}],
+            "training": training,
+        },
+        "priors": {"top": prior, "bottom": prior},
+    }
+    return Experiment.parse(plain, "benchmarks.codebooks")
+
+
+def main() -> None:
+    """Train the variants and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="photographs")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("runs/codebooks"))
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    options = parser.parse_args()
+    print(
+        "| quantizer | use bottom / top | perplexity bottom / top | PSNR | seconds |\n|---|---|---|---|---|", flush=True
+    )
+    for name in options.only:
+        run = RunFolder(options.out / name.lower().replace(",", "").replace(" ", "-"))
+        train_autoencoder(Run(experiment(options.folder, VARIANTS[name], options.size, options.steps), run))
+        summary = json.loads((run.autoencoder / "summary.json").read_text(encoding="utf-8"))
+        value = summary["validation"]
+        print(
+            f"| {name} | {value['usage_bottom']:.1%} / {value['usage_top']:.1%} "
+            f"| {value['perplexity_bottom']:.0f} / {value['perplexity_top']:.0f} "
+            f"| {value['psnr']:.2f} | {summary['seconds']:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
