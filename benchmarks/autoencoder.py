@@ -116,6 +116,7 @@ def main() -> None:
     for name in ("ours", "plain"):
         pipes[name], theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, name == "plain", options), daemon=True).start()
+        theirs.close()  # a process that fails then ends the other end too
     times: dict[str, list[float]] = {name: [] for name in pipes}
     for _ in range(options.steps + 2):
         for name, pipe in pipes.items():

@@ -2,7 +2,7 @@
 
     python -m benchmarks.codebooks FOLDER [--steps 1000] [--size 128] [--out runs/codebooks] [--only ema …]
 
-Two levels of 512 codes, 64 hidden units, batches of 16; every variant starts from the same seed and sees the same
+Two levels of 512 codes, 32 hidden units, batches of 16; every variant starts from the same seed and sees the same
 images in the same order. Use, perplexity and PSNR are over the whole held-out split. An interrupted run goes on where
 it was stopped; a finished variant is not trained again.
 """
@@ -44,7 +44,7 @@ def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -
     plain = {
         "data": {"path": str(folder), "size": size, "validation": 0.05, "workers": 0},
         "autoencoder": {
-            "channels": 64,
+            "channels": 32,
             "residual_channels": 32,
             "levels": [{"stride": 4, "quantizer": quantizer}, {"stride": 2, "quantizer": quantizer}],
             "training": training,

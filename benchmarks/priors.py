@@ -1,0 +1,195 @@
+"""A training step of the priors of a 256 px model, against a plain one of the same network, in one run.
+
+    python -m benchmarks.priors [--levels top bottom] [--batch 2] [--steps 3] [--threads 2]
+
+The networks are those of benchmarks/sampling.py. The plain step is what common implementations do: codes as one-hot
+maps into convolutions, square kernels with zeros where they must not look, attention as a masked N × N matrix, weight
+norm as a chain of operations, Adam updating one tensor after the other. Each step lives in a process of its own, so
+that peak memory is its own; they take turns, so that a busy machine slows both. Times are medians.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from multiprocessing.connection import Connection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.sampling import BOTTOM, TOP, build
+from vqvae2.priors.layers import coordinate_map
+
+CHANNELS, KERNEL, HEADS, DROPOUT = 256, 5, 8, 0.1
+
+
+class PlainConv(nn.Module):
+    """A weight-normalised convolution; a causal one has a square kernel with zeros where it must not look."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1, causal: str = "") -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
+        nn.init.kaiming_uniform_(self.direction, a=5**0.5)
+        self.size = nn.Parameter(self.direction.detach().flatten(1).norm(dim=1)[:, None, None, None])
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        side = kernel // 2
+        self.padding = (side, side, kernel - 1, 0) if causal else (side, side, side, side)
+        taps = torch.ones(kernel, kernel)
+        if causal:
+            taps[-1, side + (causal != "strict") :] = 0
+        self.register_buffer("taps", taps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.direction.pow(2).sum((1, 2, 3), keepdim=True).sqrt()
+        return F.conv2d(F.pad(x, self.padding), self.size * self.direction / norm * self.taps, self.bias)
+
+
+class PlainResidual(nn.Module):
+    """The gated block of PixelSNAIL."""
+
+    def __init__(
+        self, channels: int, hidden: int, kernel: int = 1, causal: str = "", extra: int = 0, condition: bool = False
+    ) -> None:
+        super().__init__()
+        self.first = PlainConv(channels, hidden, kernel, causal)
+        self.second = PlainConv(hidden, 2 * channels, kernel, causal)
+        self.extra = PlainConv(extra, hidden) if extra else None
+        self.condition = PlainConv(CHANNELS, 2 * channels) if condition else None
+        self.dropout = nn.Dropout(DROPOUT)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
+        hidden = self.first(F.elu(x))
+        if self.extra is not None:
+            hidden = hidden + self.extra(F.elu(extra))
+        hidden = self.second(self.dropout(F.elu(hidden)))
+        if self.condition is not None:
+            hidden = hidden + self.condition(condition)
+        value, gate = hidden.chunk(2, 1)
+        return x + value * torch.sigmoid(gate)
+
+
+class PlainAttention(nn.Module):
+    """Attention with all weights of all pairs of positions, masked."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        wide, narrow, self.width = 2 * CHANNELS + 2, CHANNELS + 2, CHANNELS // 2
+        self.key_block, self.query_block = PlainResidual(wide, CHANNELS), PlainResidual(narrow, CHANNELS)
+        self.key, self.value = PlainConv(wide, self.width), PlainConv(wide, self.width)
+        self.query = PlainConv(narrow, self.width)
+        self.register_buffer("mask", torch.tril(torch.ones(positions, positions)).bool())
+
+    def forward(self, inputs: Tensor, features: Tensor, coordinates: Tensor) -> Tensor:
+        wide = self.key_block(torch.cat([inputs, features, coordinates], 1))
+        narrow = self.query_block(torch.cat([features, coordinates], 1))
+        query, key, value = (
+            x.flatten(2).unflatten(1, (HEADS, -1)).transpose(2, 3)
+            for x in (self.query(narrow), self.key(wide), self.value(wide))
+        )
+        weights = query @ key.transpose(2, 3) / (self.width // HEADS) ** 0.5
+        weights = weights.masked_fill(~self.mask, -1e4).softmax(3)
+        return (weights @ value).transpose(2, 3).reshape(len(inputs), self.width, *inputs.shape[2:])
+
+
+class PlainPixelSNAIL(nn.Module):
+    """The prior of a level: 4 blocks of 4 residual blocks."""
+
+    def __init__(self, level: str) -> None:
+        super().__init__()
+        self.spec, self.attends = (TOP, True) if level == "top" else (BOTTOM, False)
+        self.first = PlainConv(self.spec.codes, CHANNELS, KERNEL, "strict")
+        self.coordinates = PlainConv(2, CHANNELS)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                PlainResidual(CHANNELS, CHANNELS, KERNEL, "causal", condition=not self.attends) for _ in range(4)
+            )
+            for _ in range(4)
+        )
+        self.attention = nn.ModuleList(PlainAttention(self.spec.size) for _ in range(4 * self.attends))
+        self.merge = nn.ModuleList(
+            PlainResidual(CHANNELS, CHANNELS, extra=CHANNELS // 2) for _ in range(4 * self.attends)
+        )
+        stack = [PlainConv(TOP.codes, CHANNELS, KERNEL)] + [PlainResidual(CHANNELS, CHANNELS, KERNEL) for _ in range(3)]
+        self.stack = None if self.attends else nn.Sequential(*stack)
+        self.logits = PlainConv(CHANNELS, self.spec.codes)
+
+    def forward(self, codes: Tensor, coarser: tuple[Tensor, ...]) -> Tensor:
+        condition = None
+        if self.stack is not None:
+            condition = self.stack(_one_hot(coarser[0], TOP.codes))
+            condition = F.interpolate(condition, size=self.spec.shape, mode="nearest")
+        coordinates = coordinate_map(*self.spec.shape, codes.device).expand(len(codes), -1, -1, -1)
+        x = self.first(_one_hot(codes, self.spec.codes)) + self.coordinates(coordinates)
+        for index, block in enumerate(self.blocks):
+            before = x
+            for layer in block:
+                x = layer(x, condition)
+            if self.attends:
+                x = self.merge[index](x, extra=self.attention[index](before, x, coordinates))
+        return self.logits(F.elu(x))
+
+
+def _one_hot(codes: Tensor, count: int) -> Tensor:
+    return F.one_hot(codes, count).permute(0, 3, 1, 2).float()
+
+
+def serve(pipe: Connection, plain: bool, level: str, options: argparse.Namespace) -> None:
+    """One step for each request; the answer is its seconds, or at the end the peak memory in bytes."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    prior = (PlainPixelSNAIL(level) if plain else build(level)).train()
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-4, fused=not plain, foreach=False)
+    spec = TOP if level == "top" else BOTTOM
+    codes = torch.randint(spec.codes, (options.batch, *spec.shape))
+    coarser = () if level == "top" else (torch.randint(TOP.codes, (options.batch, *TOP.shape)),)
+    pipe.send(sum(parameter.numel() for parameter in prior.parameters()))
+    while pipe.recv():
+        started = time.perf_counter()
+        F.cross_entropy(prior(codes, coarser), codes).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        pipe.send(time.perf_counter() - started)
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def main() -> None:
+    """Print time and memory of both steps for each level, and their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--levels", nargs="+", default=["top", "bottom"], choices=["top", "bottom"])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each, after one that is not")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    sums = {"ours": 0.0, "plain": 0.0}
+    for level in options.levels:
+        pipes: dict[str, Connection] = {}
+        for name in sums:
+            pipes[name], theirs = context.Pipe()
+            context.Process(target=serve, args=(theirs, name == "plain", level, options), daemon=True).start()
+            theirs.close()  # a process that fails then ends the other end too
+        weights = {name: pipe.recv() for name, pipe in pipes.items()}
+        times: dict[str, list[float]] = {name: [] for name in pipes}
+        for _ in range(options.steps + 1):
+            for name, pipe in pipes.items():
+                pipe.send(True)
+                times[name].append(pipe.recv())
+        taken, memory = {}, {}
+        for name, pipe in pipes.items():
+            pipe.send(False)
+            taken[name], memory[name] = statistics.median(times[name][1:]), pipe.recv()
+            sums[name] += taken[name]
+            print(
+                f"{level}, {name}: {weights[name] / 1e6:.1f} M weights, {taken[name]:.2f} s "
+                f"(from {min(times[name][1:]):.2f} to {max(times[name][1:]):.2f}), "
+                f"peak memory {memory[name] / 2**20:.0f} MiB"
+            )
+        ratios = taken["ours"] / taken["plain"], memory["ours"] / memory["plain"]
+        print(f"{level}: time {ratios[0]:.2f} ×, memory {ratios[1]:.2f} × the plain step's", flush=True)
+    print(f"together: {sums['ours']:.1f} s and {sums['plain']:.1f} s, {sums['ours'] / sums['plain']:.2f} ×")
+
+
+if __name__ == "__main__":
+    main()
