@@ -2,7 +2,7 @@
 
     python -m benchmarks.codebooks FOLDER [--steps 1000] [--size 128] [--out runs/codebooks] [--only ema …]
 
-Two levels of 512 codes, 32 hidden units, batches of 16; every variant starts from the same seed and sees the same
+Two levels of 512 codes, 32 hidden units, batches of 8; every variant starts from the same seed and sees the same
 images in the same order. Use, perplexity and PSNR are over the whole held-out split. An interrupted run goes on where
 it was stopped; a finished variant is not trained again.
 """
@@ -32,7 +32,7 @@ def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -
     """The experiment of one variant; its priors are never trained."""
     training = {
         "steps": steps,
-        "batch_size": 16,
+        "batch_size": 8,
         "learning_rate": 1e-3,
         "schedule": "cosine",
         "warmup_steps": 50,

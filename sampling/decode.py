@@ -1,16 +1,17 @@
 """Sampling one level's codes: the walk over positions, temperature, top-k, top-p, and each image's own noise."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from vqvae2.config import Config
 from vqvae2.maps import CodeMaps
-from vqvae2.priors import Prior
+from vqvae2.priors import Prior, Steps
 
 
 class Choice(Config):
@@ -51,21 +52,54 @@ def keep_top_p(logits: Float[Tensor, "b k"], share: float) -> Float[Tensor, "b k
 class Noise:
     """Exponential variates for each image from its own stream, a function of (seed, image, level) alone.
 
-    They are drawn on the CPU, so that a GPU samples the same images.
+    An image is a number, or a pair of an image's number and a variant's. They are drawn on the CPU, so that a GPU
+    samples the same images.
     """
 
-    def __init__(self, seed: int, images: Sequence[int], level: int) -> None:
+    def __init__(self, seed: int, images: Sequence[int | tuple[int, int]], level: int) -> None:
+        keys = [image if isinstance(image, tuple) else (image,) for image in images]
         self.generators = [
             torch.Generator().manual_seed(
-                int(np.random.SeedSequence((seed, image, level)).generate_state(1, np.uint64)[0] >> 1)
+                int(np.random.SeedSequence((seed, *key, level)).generate_state(1, np.uint64)[0] >> 1)
             )
-            for image in images
+            for key in keys
         ]
 
     def row(self, width: int, codes: int) -> Float[Tensor, "w b k"]:
         """The variates of the next row of positions."""
         rows = [torch.empty(width, codes).exponential_(generator=generator) for generator in self.generators]
         return torch.stack(rows, 1)
+
+
+class Known(NamedTuple):
+    """Codes of which some are kept and the others sampled."""
+
+    codes: Int[Tensor, "b h w"]
+    keep: Bool[Tensor, "b h w"]
+
+
+class Guided(Steps):
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): one walk over a batch of twice the size.
+
+    Its logits are u + scale · (c − u), c with the labels and u without: 0 ignores the labels, 1 follows the model,
+    more exaggerates what the label changes.
+    """
+
+    def __init__(self, prior: Prior, coarser: CodeMaps, labels: Int[Tensor, " b"], scale: float) -> None:
+        without = torch.full_like(labels, prior.spec.classes)
+        doubled = tuple(codes.repeat(2, 1, 1) for codes in coarser)
+        self.steps = prior.incremental(2 * len(labels), doubled, torch.cat([labels, without]))
+        self.scale = scale
+
+    def begin_row(self, row: int) -> None:
+        self.steps.begin_row(row)
+
+    def logits(self, column: int) -> Float[Tensor, "b k"]:
+        conditional, unconditional = self.steps.logits(column).float().chunk(2)
+        return unconditional + self.scale * (conditional - unconditional)
+
+    def feed(self, column: int, codes: Int[Tensor, " b"]) -> None:
+        self.steps.feed(column, codes.repeat(2))
 
 
 @torch.inference_mode()
@@ -76,22 +110,45 @@ def sample_level(
     coarser: CodeMaps = (),
     labels: Int[Tensor, " b"] | None = None,
     progress: Callable[[int], object] = lambda positions: None,
+    guidance: float = 1.0,
+    known: Known | None = None,
 ) -> Int[Tensor, "b h w"]:
     """Sample the code maps of one level for a batch of images, computing each position once.
 
-    `coarser` are the maps that condition it, finest first; `progress` is called with the positions done.
+    `coarser` are the maps that condition it, finest first; `progress` is called with the positions done. Where `known`
+    says so, its codes stand instead of sampled ones. `guidance` other than 1 needs labels.
     """
     height, width = prior.spec.level.shape
     batch = len(noise.generators)
     device = next(prior.parameters()).device
     codes = torch.zeros(batch, height, width, dtype=torch.int64, device=device)
-    steps = prior.incremental(batch, coarser, labels)
-    for row in range(height):
+    rows = height  # to walk: what follows the last sampled code need not be
+    if known is not None:
+        codes.copy_(known.codes)
+        sampled = (~known.keep).any(2).any(0).nonzero()
+        rows = int(sampled.max()) + 1 if len(sampled) else 0
+    if rows == 0:
+        progress(codes.numel())
+        return codes
+    steps = _steps(prior, batch, coarser, labels, guidance)
+    for row in range(rows):
         steps.begin_row(row)
         variates = noise.row(width, prior.spec.level.codes).to(device, non_blocking=True)
         for column in range(width):
             chosen = choice(steps.logits(column), variates[column])
+            if known is not None:
+                chosen = torch.where(known.keep[:, row, column], known.codes[:, row, column], chosen)
             steps.feed(column, chosen)
             codes[:, row, column] = chosen
         progress(batch * width)
+    if rows < height:
+        progress(batch * width * (height - rows))
     return codes
+
+
+def _steps(prior: Prior, batch: int, coarser: CodeMaps, labels: Int[Tensor, " b"] | None, guidance: float) -> Steps:
+    if guidance == 1:
+        return prior.incremental(batch, coarser, labels)
+    if labels is None:
+        raise ValueError(f"guidance {guidance:g} needs labels to be guided by")
+    return Guided(prior, coarser, labels, guidance)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from pydantic import Field
 
 from sampling import cas
@@ -16,6 +15,7 @@ from sampling.features import FeatureSummary, Keep, holds_statistics, summarise,
 from sampling.fid import COMPARABLE
 from sampling.image_sets import Batch, ImageFolder
 from sampling.image_sets import open_images as open_image_set
+from sampling.processes import processes
 from vqvae2 import distributed, files
 from vqvae2.config import Config
 from vqvae2.data.batches import InOrder, load
@@ -56,7 +56,7 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
         if metrics["made_from"] == made_from and metrics["fid"]["value"] is not None:
             return metrics
     metrics = {"made_from": made_from, **_from_training(folder), **cas.kept(folder.metrics, made_from["samples"])}
-    process = PartialState()
+    process = processes()
     try:
         weights = Path(config.inception_weights) if config.inception_weights else None
         extractor = load_inception(weights, device=torch.device(process.device or "cpu"))
@@ -226,9 +226,9 @@ def main(arguments: list[str]) -> None:
     config = EvaluationConfig.parse(config.plain() | given, "vqvae2 evaluate")
     experiment = cas.Experiment.open(folder, samples, cas_config) if cas_config else None
     metrics = evaluate_run(folder.path, config, samples)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         if experiment:
-            metrics["cas"] = experiment.measure(PartialState().device or "cpu")
+            metrics["cas"] = experiment.measure(processes().device or "cpu")
             files.write_json(folder.metrics, metrics)
         print(f"{describe(metrics)}\n{folder.metrics}", file=sys.stdout)
 

@@ -89,7 +89,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[
 def facts(rows: Iterable[tuple[str, Any]], kind: str = "") -> str:
     """Names with what belongs to each, as two columns; lists, mappings and truth values are spelled out."""
     lines = "\n".join(
-        f'<tr><th scope="row">{escape(name.replace("_", " "))}</th><td class="{kind}">{escape(_spell(value))}</td></tr>'
+        f'<tr><th scope="row">{escape(name.replace("_", " "))}</th><td class="{kind}">{escape(spell(value))}</td></tr>'
         for name, value in rows
     )
     return f'<table class="facts"><tbody>\n{lines}\n</tbody></table>'
@@ -131,17 +131,19 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def spell(value: Any) -> str:
+    """A JSON value in words; a mapping inside a mapping stands in brackets."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        items = ((name.replace("_", "-"), item) for name, item in value.items())
+        return ", ".join(f"{name} {f'({spell(item)})' if isinstance(item, dict) else item}" for name, item in items)
+    if isinstance(value, list):
+        return " × ".join(map(str, value))
+    return str(value)
+
+
 def _resized(image: Image.Image, size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
     image.resize(size, Image.Resampling.LANCZOS).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _spell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', '-')} {item}" for name, item in value.items())
-    if isinstance(value, list):
-        return " × ".join(map(str, value))
-    return str(value)

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 from sampling.classifier import Classifier, LabelledSamples, load_classifier
+from sampling.outputs import write_grids
+from sampling.processes import processes
 from vqvae2 import distributed, files
 from vqvae2.data.batches import InOrder, load
 from vqvae2.data.codes import CodeStore
 from vqvae2.errors import UserError
-from vqvae2.pictures import read_png, save_grid
 from vqvae2.run_folder import RunFolder
-
-_GRID_IMAGES = 64
 
 
 def select(scores: Sequence[float], labels: Sequence[int], fraction: float) -> list[int]:
@@ -83,7 +81,7 @@ class Rejection:
         classes = CodeStore.open(RunFolder.existing(run).code_store("train")).header.classes
         if not classes:
             raise UserError("--reject-to: this run has no class labels (data.labels is `none`), so none to be sure of")
-        classifier = load_classifier(source, PartialState().device or "cpu")
+        classifier = load_classifier(source, processes().device or "cpu")
         classifier.columns(classes)
         return cls(fraction, classifier, classes)
 
@@ -101,7 +99,7 @@ class Rejection:
     def keep_best(self, folder: Path, batch_size: int) -> Path:
         """Judge the candidates in `folder`; the folder `accepted` in it, laid out as one that `vqvae2 sample` wrote.
 
-        It holds images/, grid.png, manifest.json, and rejection.json, which says who was chosen and how sure the
+        It holds images/, grid.png, classes.png, manifest.json, and rejection.json, which says who was chosen and how sure the
         classifier was. It is written at once or not at all. Where it holds what was chosen otherwise it is kept, and
         the name is accepted-2 and so on.
         """
@@ -116,9 +114,9 @@ class Rejection:
         if accepted.is_dir():
             return accepted
         scores = self._scores(samples, batch_size)
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             _write(accepted, samples, scores, select(scores, samples.labels, self.fraction), made_from)
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
         return accepted
 
     def _scores(self, samples: LabelledSamples, batch_size: int) -> list[float]:
@@ -160,9 +158,7 @@ def _write(
         (partial / "images").mkdir(parents=True)
         for image, candidate in enumerate(kept):
             shutil.copyfile(samples.path(candidate), partial / "images" / f"{image:06d}.png")
-        shown = min(len(kept), _GRID_IMAGES)
-        pictures = [read_png(samples.path(candidate)) for candidate in kept[:shown]]
-        save_grid(partial / "grid.png", torch.stack(pictures), columns=max(1, round(shown**0.5)))
+        write_grids(partial, len(kept), labels, samples.classes)
         manifest = samples.manifest | {"count": len(kept), "labels": labels, "rejection": made_from}
         files.write_json(partial / "manifest.json", manifest)
         files.write_json(partial / "rejection.json", record)

@@ -18,6 +18,7 @@ from vqvae2.run_folder import RunFolder
 
 _NONE = "–"
 _CLASSES = 24  # that a caption names
+_ROWS = {"reconstruction": "all codes true", "sampled": "all codes sampled"}  # of the diagnosis
 _NOTES = {
     "KID": "unbiased for any number of images; lower is better",
     "Inception score": "higher is better; it does not see the reference",
@@ -34,8 +35,8 @@ def write_report(run: Path, samples: Path | None = None) -> Path:
     UserError where `run` is not a run folder or a file in it is damaged; a stage that is not finished is no error.
     """
     view = read_run(RunFolder.existing(run), samples)
-    sections = (_header, _reconstructions, _samples, _curves, _codebooks, _likelihood, _metrics, _timings, _origin)
-    text = page.page(view.name, (section(view) for section in sections))
+    sections = (_header, _reconstructions, _samples, _diagnosis, _curves, _codebooks, _likelihood, _metrics, _timings)
+    text = page.page(view.name, (section(view) for section in (*sections, _origin)))
     path = view.folder.path / "report.html"
     # Names of files that are no UTF-8 reach Python as lone surrogates, which cannot be written.
     files.write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
@@ -89,9 +90,27 @@ def _samples(view: View) -> str:
     return page.section("Samples", *parts)
 
 
+def _diagnosis(view: View) -> str:
+    """Held-out images with more and more of their codes sampled, and what the numbers warn of."""
+    parts = [page.note(f"{warning[:1].upper()}{warning[1:]}.", "warn") for warning in view.warnings]
+    if view.diagnosis is None:
+        missing = page.missing("Not diagnosed yet; vqvae2 diagnose shows which part makes samples look wrong.")
+        return page.section("Diagnosis", *parts, missing)
+    levels = {f"true-{level}": f"true codes from the {level} level up" for level in view.maps}
+    names = [(levels | _ROWS).get(name, name) for name in view.diagnosis["rows"]]
+    caption = (
+        f"The same held-out images, row by row: {'; '.join(names)}. If the first row looks wrong, the autoencoder is the "
+        "cause; if one between does, the prior of a level sampled there; if only the last does, the top prior."
+    )
+    if view.manifest and view.manifest["priors"] != view.diagnosis["priors"]:
+        parts.append(page.note("Made with other weights than the samples; diagnose again.", "warn"))
+    picture = view.folder.path / "diagnosis" / "diagnosis.png"
+    shown = page.picture(picture, "held-out images with more and more of their codes sampled", caption)
+    return page.section("Diagnosis", *parts, shown)
+
+
 def _about_samples(manifest: dict[str, Any]) -> str:
-    settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in manifest["choice"].items())
-    about = f"{manifest['count']:,} images in all; seed {manifest['seed']}, {settings}."
+    about = f"{manifest['count']:,} images in all; seed {manifest['seed']}, {page.spell(manifest['choice'])}."
     labels: list[int] = manifest["labels"] or []
     used = list(dict.fromkeys(labels))
     if not used:

@@ -3,6 +3,7 @@
 Everything comes from settings and JSON that the stages have left there; no weights are read.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sampling.judge import judge_codebooks, judge_prior
 from vqvae2 import files
 from vqvae2.config import read_yaml
 from vqvae2.data.codes import CodeStore
@@ -41,6 +43,8 @@ class View:
     stages: dict[str, Stage]  # in the order of work
     manifest: dict[str, Any] | None
     metrics: dict[str, Any] | None
+    diagnosis: dict[str, Any] | None  # what `vqvae2 diagnose` says of its pictures
+    warnings: tuple[str, ...]  # about what the stages have measured
 
     @property
     def name(self) -> str:
@@ -73,8 +77,12 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> View:
         "samples": _sampling(samples),
         "evaluation": Stage("finished" if folder.metrics.is_file() else "not yet"),
     }
+    warnings = judge_codebooks(trained.values, names)
+    for name in names:
+        warnings += judge_prior(name, _entries(folder.prior(name) / "history.jsonl"))
     levels = dict(zip(names, maps, strict=True))
-    return View(folder, samples, data, levels, stages, _json(samples / "manifest.json"), _json(folder.metrics))
+    manifest, diagnosis = _json(samples / "manifest.json"), _json(folder.path / "diagnosis" / "diagnosis.json")
+    return View(folder, samples, data, levels, stages, manifest, _json(folder.metrics), diagnosis, tuple(warnings))
 
 
 def _training(folder: Path, steps: int) -> Stage:
@@ -90,14 +98,19 @@ def _training(folder: Path, steps: int) -> Stage:
 def _history(path: Path) -> tuple[int, dict[str, float]]:
     """The last step that was logged, and the values of the last validation."""
     step, values = 0, {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the half line that a killed process may leave
-        step = entry["step"]
+    for entry in _entries(path):
+        step = int(entry["step"])
         values |= {name.removeprefix("validation/"): entry[name] for name in entry if name.startswith("validation/")}
     return step, values
+
+
+def _entries(path: Path) -> list[dict[str, float]]:
+    """What was logged, in the order of steps."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # the half line that a killed process may leave
+            entries.append(json.loads(line))
+    return entries
 
 
 def _extraction(folder: RunFolder) -> Stage:

@@ -48,6 +48,8 @@ class Regression(nn.Module):
 
 
 class Line(Stage):
+    judged_by = "weight"
+
     def __init__(self, stop_at: int | None = None) -> None:
         self.name, self.training_data, self.curves = "line", Numbers(), {"loss": ["train/loss"]}
         torch.manual_seed(0)
@@ -69,7 +71,7 @@ class Line(Stage):
     def save(self, path: Path) -> None:
         torch.save(self.objective.state_dict(), path)
 
-    def after_update(self) -> None:
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         self.updates += 1
         if self.updates == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -109,10 +111,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(Line(), config(), straight, workers=0)
     stage = Line()
-    stage.after_update = lambda: (_ for _ in ()).throw(ZeroDivisionError) if len(entries(broken)) > 2 else None
+    stage.after_update = lambda _: (_ for _ in ()).throw(ZeroDivisionError) if len(entries(broken)) > 2 else None
     with pytest.raises(ZeroDivisionError):
         train(stage, config(), broken, workers=0)
-    assert [path.name for path in (broken / "checkpoints").iterdir()] == ["00000004"]
+    kept = sorted(path.name for path in (broken / "checkpoints").iterdir())
+    assert kept == ["00000004", "00000005"], "every fourth, and the best validation's"
     train(Line(), config(), broken, workers=0)
     for name, tensor in newest(straight).items():
         assert torch.equal(tensor, newest(broken)[name]), name
@@ -195,6 +198,29 @@ def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
         config(warmup_steps=12)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    train(Line(), config(checkpoint_every=2, keep_checkpoints=3), tmp_path, workers=0)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000008", "00000010", "00000012"]
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    train(Line(), config(checkpoint_every=2, keep_checkpoints=2), tmp_path, workers=0)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000005", "00000010", "00000012"]
+
+
+class Rising(Line):
+    """Its validation falls to its lowest at step 4, then rises."""
+
+    def validate(self, accelerator: Accelerator) -> dict[str, float]:
+        return {"weight": abs(self.updates - 4.0) + 1}
+
+
+def test_training_ends_early_with_the_best_weights(tmp_path: Path) -> None:
+    settings = {"steps": 20, "batch_size": 4, "validate_every": 2, "checkpoint_every": 100, "keep_checkpoints": 1}
+    until_best = TrainingConfig(**settings | {"steps": 4})
+    four, early = Rising(), Rising()
+    train(four, until_best, tmp_path / "four", workers=0)
+    summary = train(early, TrainingConfig(**settings, patience=3), tmp_path / "early", workers=0)
+    assert summary["steps"] == 4
+    assert summary["validation"] == {"weight": 1.0}
+    kept = sorted(path.name for path in (tmp_path / "early" / "checkpoints").iterdir())
+    assert kept == ["00000004", "00000010"], "the best, and the newest"
+    assert torch.equal(early.objective.layer.weight, four.objective.layer.weight)
+    (tmp_path / "early" / "model.safetensors").unlink()  # killed before the result was written
+    assert train(Rising(), TrainingConfig(**settings, patience=3), tmp_path / "early", workers=0) == summary
+    assert train(Rising(), TrainingConfig(**settings), tmp_path / "all", workers=0)["steps"] == 20

@@ -23,7 +23,7 @@ from vqvae2.errors import UserError
 
 HOSTILE = "<script>alert(1)</script>"
 SECTIONS = (
-    *("Reconstructions", "Samples", "Curves", "Codebooks", "Likelihood"),
+    *("Reconstructions", "Samples", "Diagnosis", "Curves", "Codebooks", "Likelihood"),
     *("Metrics", "Time", "Settings", "Made from"),
 )
 LOADS = {"src", "href", "srcset", "data", "action", "poster", "background"}

@@ -63,19 +63,21 @@ def test_codebooks_sums_and_restarts_are_those_of_one_process() -> None:
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The run folders of the training stages on one process and on two, launched as a person would."""
     folder = tmp_path_factory.mktemp("launched")
-    config = folder / "tiny.yaml"
-    config.write_text(TINY)
     settings = ["--priors.top.model.dropout", "0", "--priors.bottom.model.dropout", "0"]
     for processes in (1, 2):
-        common = [str(config), "--run", str(folder / str(processes)), *settings]
+        config = folder / f"{processes}.yaml"
+        config.write_text(f"{TINY}run: {folder / str(processes)}\n")
+        common = [str(config), *settings]
         for command in (["train-autoencoder"], ["extract-codes"], ["train-prior", "--level", "bottom"]):
             if processes == 1:
                 assert main([command[0], *common, *command[1:]]) == 0
                 continue
-            launch = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-            launch += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "vqvae2", command[0], *common, *command[1:]]
+            # `accelerate launch --cpu` starts one process whatever it is told; this is what it runs for GPUs.
+            launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vqvae2"]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, "-m", *launch], check=True, env=environment, capture_output=True)
+            arguments = [sys.executable, "-m", *launch, command[0], *common, *command[1:]]
+            done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
     return folder / "1", folder / "2"
 
 

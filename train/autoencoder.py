@@ -7,63 +7,114 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from train.experiment import Run, open_run, say
-from train.loop import Stage, to_device, train
+from train.loop import Opponent, Stage, to_device, train
+from train.losses import Adversary, DiscriminatorObjective, LossConfig, PerceptualDistance, TrainingUsage
 from vqvae2.data.batches import InOrder, load
 from vqvae2.data.images import Images, Item, open_images, to_bytes, to_float
 from vqvae2.metrics.codebook import CodeUsage
 from vqvae2.metrics.reconstruction import ReconstructionStatistics
 from vqvae2.models import Autoencoder
 from vqvae2.pictures import save_grid, side_by_side
+from vqvae2.quantizers import GradientQuantizer
 from vqvae2.run_folder import level_names
 
 _PREVIEW_IMAGES = 16
 
 
 class AutoencoderObjective(nn.Module):
-    """Reconstruction error plus what the quantizers add (van den Oord et al. 2017, eq. 3)."""
+    """Error of the reconstruction plus what the quantizers add (van den Oord et al. 2017, eq. 3)."""
 
-    def __init__(self, network: Autoencoder) -> None:
+    def __init__(
+        self,
+        network: Autoencoder,
+        loss: LossConfig | None = None,
+        perceptual: PerceptualDistance | None = None,
+        adversary: Adversary | None = None,
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.config = network, loss or LossConfig()
+        self.perceptual, self.adversary = perceptual, adversary
         self.names = level_names(len(network.maps))
+        self.usage = TrainingUsage({name: level.codes for name, level in zip(self.names, network.maps, strict=True)})
 
     def forward(self, batch: Item) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its terms for uint8 images (B, C, H, W)."""
+        """The loss and its terms, unweighted, for uint8 images (B, C, H, W)."""
         images = to_float(batch.image)
         reconstruction = self.network(images)
-        terms = {"reconstruction": (reconstruction.images.float() - images).square().mean()}
-        loss = terms["reconstruction"]
+        made = reconstruction.images.float()
+        difference = made - images
+        loss = difference.abs().mean() if self.config.pixel == "l1" else difference.square().mean()
+        terms = {self.config.pixel_term: loss}
         for name, level in zip(self.names, reconstruction.levels, strict=True):
             loss = loss + level.loss
             terms |= {f"{term}_{name}": value for term, value in level.terms.items()}
+        if self.perceptual:
+            terms["perceptual"] = self.perceptual(made, images)
+            loss = loss + self.config.perceptual.weight * terms["perceptual"]
+        if self.adversary and self.adversary.active:
+            terms["adversarial"] = self.adversary(images, made)
+            loss = loss + self.config.adversarial.weight * terms["adversarial"]
+        if self.network.training:
+            self.usage.update(reconstruction.levels)
         return loss, terms
 
 
 class AutoencoderStage(Stage):
     """The autoencoder of an experiment."""
 
-    name = "autoencoder"
+    name, judged_by = "autoencoder", "mse"
 
     def __init__(self, run: Run) -> None:
         self.run = run
         config = run.experiment
+        loss, shape, channels = config.autoencoder.loss, config.data.shape, config.data.channels
+        perceptual = loss.perceptual.build(shape)  # before all else: it may want what cannot be had
         self.training_data, self.validation_data = open_images(config.data)
         torch.manual_seed(config.autoencoder.training.seed)
-        self.network = config.autoencoder.network.build(config.data.shape, config.data.channels)
-        self.objective = AutoencoderObjective(self.network)
+        self.network = config.autoencoder.network.build(shape, channels)
+        self.adversary = None
+        if loss.adversarial.weight:
+            self.adversary = Adversary(loss.adversarial, loss.adversarial.discriminator.build(shape, channels))
+            self.opponent = Opponent(
+                "discriminator",
+                DiscriminatorObjective(self.adversary.discriminator),
+                loss.adversarial.learning_rate,
+                loss.adversarial.betas,
+                loss.adversarial.start,
+            )
+        self.objective = objective = AutoencoderObjective(self.network, loss, perceptual, self.adversary)
+        self.usage = objective.usage
         self.batch_size = config.codes.batch_size
         self.curves = {
             "reconstruction error": ["train/reconstruction", "validation/reconstruction"],
             "PSNR in dB": ["validation/psnr"],
-            "codes in use": [f"validation/usage_{name}" for name in config.levels],
+            "codes in use": [f"{split}/usage_{name}" for name in config.levels for split in ("train", "validation")],
         }
+        if len(loss.terms) > 1:
+            self.curves["terms of the loss"] = [f"train/{term}" for term in loss.terms]
 
     @property
     def trained(self) -> nn.Module:
         return self.network
 
-    def after_update(self) -> None:
+    def before_update(self, step: int) -> None:
+        if self.adversary:
+            self.adversary.active = step >= self.adversary.config.start
+
+    def for_opponent(self) -> tuple[Tensor, Tensor]:
+        """Images in [-1, 1] and their reconstructions, those of the latest batch."""
+        assert self.adversary is not None
+        assert self.adversary.latest is not None
+        return self.adversary.latest
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         self.network.update_codebooks()
+        for quantizer in self.network.quantizers:
+            if isinstance(quantizer, GradientQuantizer) and quantizer.restarted is not None:
+                forget(optimizer, quantizer.embedding, quantizer.restarted)
+
+    def gathered(self) -> dict[str, float]:
+        return self.usage.take()
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         return validate_autoencoder(self.network, self.validation_data, self.batch_size, accelerator)
@@ -79,6 +130,14 @@ class AutoencoderStage(Stage):
 
     def save(self, path: Path) -> None:
         self.network.save(path, data=self.run.experiment.data.path, config=self.run.experiment.autoencoder.plain())
+
+
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
+    """Set the moments of a parameter's rows to zero where `rows` (K,) is true: they belong to vectors that are gone."""
+    for moment in optimizer.state.get(parameter, {}).values():
+        if moment.shape == parameter.shape:
+            moment.masked_fill_(rows[:, None], 0)
 
 
 @torch.inference_mode()

@@ -1,11 +1,12 @@
 """The state of a training run, and its checkpoints: one safetensors file each, in a folder named for the step."""
 
 import contextlib
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +15,42 @@ from vqvae2 import checkpoint, files
 from vqvae2.errors import UserError
 
 
+class Optimized(NamedTuple):
+    """An objective with all its weights, and the optimizer that moves them."""
+
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
 class TrainingState:
-    """Everything that a step reads and changes: weights, their average, the optimizer's moments, the step."""
+    """Everything that a step reads and changes: weights, their average, the optimizers' moments, the step.
+
+    `optimized` is by prefix of the names in a file: "" for what is trained, one for each opponent.
+    """
 
     def __init__(
         self,
         network: nn.Module,
-        objective: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimized: dict[str, Optimized],
         average: float | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        self.network, self.objective, self.optimizer, self.scaler = network, objective, optimizer, scaler
+        self.network, self.optimized, self.scaler = network, optimized, scaler
         self.decay = average
         self.average = {name: p.detach().clone() for name, p in network.named_parameters()} if average else {}
         self.step = 0
         self.seconds = 0.0
         self.last_validation: dict[str, float] = {}
+        self.best_step, self.best_value = 0, math.inf  # of the value that judges the network, lower is better
+        self.stale = 0  # validations since then
+
+    def judge(self, value: float) -> bool:
+        """Take in a validation's value; whether it is the best so far."""
+        better = value < self.best_value
+        self.stale = 0 if better else self.stale + 1
+        if better:
+            self.best_step, self.best_value = self.step, value
+        return better
 
     @torch.no_grad()
     def advance(self, seconds: float) -> None:
@@ -59,10 +79,11 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
-        named = {f"objective/{name}": tensor for name, tensor in self.objective.state_dict().items()}
-        named |= {f"average/{name}": tensor for name, tensor in self.average.items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            named |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in values.items()}
+        named = {f"average/{name}": tensor for name, tensor in self.average.items()}
+        for prefix, (objective, optimizer) in self.optimized.items():
+            named |= {f"{prefix}objective/{name}": tensor for name, tensor in objective.state_dict().items()}
+            for index, values in optimizer.state_dict()["state"].items():
+                named |= {f"{prefix}optimizer/{index}/{name}": torch.as_tensor(v) for name, v in values.items()}
         return named
 
     def metadata(self) -> dict[str, Any]:
@@ -71,57 +92,64 @@ class TrainingState:
             "step": self.step,
             "seconds": self.seconds,
             "last_validation": self.last_validation,
+            "best": [self.best_step, self.best_value, self.stale] if self.best_step else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
 
-    def restore(self, path: Path, device: torch.device) -> None:
+    def restore(self, path: Path) -> None:
         """Take over the state in a file."""
         tensors, metadata = checkpoint.load(path)
-        groups: dict[str, dict[str, Tensor]] = {"objective": {}, "average": {}, "optimizer": {}}
+        groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, rest = name.split("/", 1)
-            groups[kind][rest] = tensor
-        checkpoint.fill(self.objective, groups["objective"], path)
-        if groups["average"].keys() != self.average.keys():
+            groups.setdefault(kind, {})[rest] = tensor
+        for prefix, (objective, optimizer) in self.optimized.items():
+            checkpoint.fill(objective, groups.get(f"{prefix}objective", {}), path)
+            _fill_moments(optimizer, groups.get(f"{prefix}optimizer", {}))
+        averages = groups.get("average", {})
+        if averages.keys() != self.average.keys():
             raise UserError(f"{path}: made with another setting of `average`")
-        _set(self.average, groups["average"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in groups["optimizer"].items():
-            index, value = name.split("/", 1)
-            moments.setdefault(int(index), {})[value] = tensor.to(device)
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        _set(self.average, averages)
         if self.scaler and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
         self.step, self.seconds = metadata["step"], metadata["seconds"]
         self.last_validation = metadata["last_validation"]
+        self.best_step, self.best_value, self.stale = metadata.get("best") or (0, math.inf, 0)
 
 
 class Checkpoints:
-    """The newest few checkpoints in a folder; a damaged one is passed over for the one before it."""
+    """The newest few checkpoints in a folder, and the best; a damaged one is passed over for the one before it."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
     def save(self, state: TrainingState) -> None:
-        """Write a checkpoint, complete or not at all, then remove the oldest ones."""
-        with files.atomic(self.folder / f"{state.step:08d}") as partial:
+        """Write a checkpoint, complete or not at all, then remove the oldest ones but the best."""
+        with files.atomic(self._of(state.step)) as partial:
             partial.mkdir()
             checkpoint.save(partial / "state.safetensors", state.tensors(), state.metadata())
             digest = files.digest(partial / "state.safetensors")
             (partial / "state.sha256").write_text(f"{digest}  state.safetensors\n")
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+            if old != self._of(state.best_step):
+                shutil.rmtree(old)
 
-    def restore(self, state: TrainingState, device: torch.device) -> bool:
+    def restore(self, state: TrainingState) -> bool:
         """Take over the newest checkpoint that is undamaged; whether there was one."""
         for folder in reversed(self.all()):
             file = folder / "state.safetensors"
             if not file.is_file() or not _is_intact(file):
                 warnings.warn(f"{folder}: damaged checkpoint; using the one before it", stacklevel=2)
                 continue
-            state.restore(file, device)
+            state.restore(file)
             return True
         return False
+
+    def restore_best(self, state: TrainingState) -> None:
+        """Take over the checkpoint of the best validation, if it is there and undamaged."""
+        file = self._of(state.best_step) / "state.safetensors"
+        if file.is_file() and _is_intact(file):
+            state.restore(file)
 
     def all(self) -> list[Path]:
         """Folders of the checkpoints, oldest first."""
@@ -131,10 +159,26 @@ class Checkpoints:
         """The newest one."""
         return next(reversed(self.all()), None)
 
+    def _of(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
+
 
 def _is_intact(file: Path) -> bool:
     note = file.with_name("state.sha256")
     return note.is_file() and note.read_text().split()[:1] == [files.digest(file)]
+
+
+def _fill_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give an optimizer its state; `tensors` are named INDEX/VALUE, and none where it has made no step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, value = name.split("/", 1)
+        parameter = parameters[int(index)]
+        # In the memory order of the weights, be it channels last: a fused optimizer walks through both side by side.
+        like = parameter if tensor.shape == parameter.shape else tensor
+        moments.setdefault(int(index), {})[value] = torch.empty_like(like, device=parameter.device).copy_(tensor)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
 
 @torch.no_grad()

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from pydantic import Field, model_validator
 
 from sampling.evaluate import EvaluationConfig
 from sampling.generate import SamplingConfig
+from sampling.processes import processes
 from train.loop import TrainingConfig
+from train.losses import LossConfig
 from vqvae2 import files
 from vqvae2.config import Config, differences, read_yaml
 from vqvae2.data.images import DataConfig
@@ -31,13 +32,25 @@ _FREE = (
     "training.keep_checkpoints",
     "training.compile",
     "training.accumulate",
+    "recompute",
+    "autoencoder.loss.perceptual.weights",
 )
 
 
 class AutoencoderSection(AutoencoderConfig):
-    """The network and how it is trained."""
+    """The network, what its reconstructions are judged by, and how it is trained."""
 
+    loss: LossConfig = LossConfig()
     training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> "AutoencoderSection":
+        if self.loss.adversarial.weight and self.training.precision == "fp16":
+            raise ValueError(
+                "loss.adversarial: two optimizers cannot share the loss scale that training.precision fp16 needs; "
+                "use bf16, or no mixed precision"
+            )
+        return self
 
     @property
     def network(self) -> AutoencoderConfig:
@@ -55,6 +68,12 @@ class PriorSection(Config):
     """One level's prior and how it is trained."""
 
     model: PriorConfig
+    label_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of training images shown without their label, for guidance"
+    )
+    recompute: bool = Field(
+        default=False, description="gradient checkpointing: less memory, blocks are computed a second time"
+    )
     training: TrainingConfig
 
 
@@ -116,7 +135,9 @@ def open_run(command: str, arguments: list[str], description: str, level: bool =
     experiment = experiment.model_copy(update={"run": str(path)})
     # Refused before anything is written: sizes that do not divide.
     _check_builds(experiment)
-    return Run(experiment, _begin(experiment, RunFolder(path))), known.level if level else ""
+    with processes().main_process_first():  # the others then find what it has written
+        folder = _begin(experiment, RunFolder(path))
+    return Run(experiment, folder), known.level if level else ""
 
 
 def _check_builds(experiment: Experiment) -> None:
@@ -136,11 +157,12 @@ def _begin(experiment: Experiment, folder: RunFolder) -> RunFolder:
                 )
     elif folder.path.is_dir() and any(folder.path.iterdir()):
         raise UserError(f"{folder.path}: not empty and not a run folder; choose another with --run")
-    files.write_text(folder.config, experiment.yaml())
+    if processes().is_main_process:
+        files.write_text(folder.config, experiment.yaml())
     return folder
 
 
 def say(text: str) -> None:
     """A line for the person at the terminal, from the main process alone."""
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(text, flush=True)

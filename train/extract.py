@@ -1,17 +1,23 @@
 """Stage 2: encode every image once and keep its codes in LMDB."""
 
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from train.experiment import Run, open_run, say
 from train.loop import make_accelerator, to_device
 from vqvae2 import files
 from vqvae2.data.batches import load
-from vqvae2.data.codes import PER_VALUE, CodeHeader, CodeStore, CodeWriter
+from vqvae2.data.codes import PER_VALUE, UNREADABLE, CodeHeader, CodeStore, CodeWriter
 from vqvae2.data.images import Images, open_images, to_float
 from vqvae2.models import Autoencoder
 
@@ -26,10 +32,20 @@ def extract_codes(run: Run) -> None:
     accelerator = make_accelerator()
     network = Autoencoder.load(run.folder.autoencoder_weights, accelerator.device)
     started = time.monotonic()
-    for split, images in zip(stores, open_images(run.experiment.data), strict=True):
+    for split, images in zip(stores, open_images(run.experiment.data, data_index(run)), strict=True):
         _extract(run, network, images, split, accelerator)
     if accelerator.is_main_process:
         files.write_json(run.folder.codes / "summary.json", {"seconds": round(time.monotonic() - started, 1)})
+
+
+def data_index(run: Run) -> Path:
+    """Where the index of a large data set is kept."""
+    return run.folder.path / "data-index.safetensors"
+
+
+def wants_flip(run: Run) -> bool:
+    """Whether the training store is to hold mirror images too (`codes.flip`)."""
+    return bool(getattr(run.experiment.codes, "flip", False))
 
 
 def _finished(path: Path, digest: str | None) -> bool:
@@ -41,43 +57,90 @@ def _finished(path: Path, digest: str | None) -> bool:
     return header.complete
 
 
+class Record(NamedTuple):
+    """One record to be: an image or its mirror; `UNREADABLE` in the place of the label where there is none."""
+
+    image: UInt8[Tensor, "c h w"]
+    label: int
+
+
+class Records(Dataset[Record]):
+    """The images of a split as the records of its store; with `flip` each is followed by its mirror image."""
+
+    def __init__(self, images: Images, flip: bool) -> None:
+        self.images, self.flip = images, flip
+
+    def __len__(self) -> int:
+        return len(self.images) * (2 if self.flip else 1)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
+        """Records in order; the two of one image are decoded once."""
+        at, item, records = -1, None, []
+        for number in numbers:
+            index, mirrored = divmod(number, 2) if self.flip else (number, 0)
+            if index != at:
+                at, item = index, self.images.read(index)
+            if item is None:
+                config = self.images.config
+                records.append(Record(torch.zeros(config.channels, *config.shape, dtype=torch.uint8), UNREADABLE))
+            else:
+                records.append(Record(item.image.flip(2) if mirrored else item.image, item.label))
+        return records
+
+    def names(self, numbers: Sequence[int]) -> list[str]:
+        """Names of the images that records are of."""
+        names = self.images.names
+        return [names[number // 2 if self.flip else number] for number in numbers]
+
+
 def _extract(run: Run, network: Autoencoder, images: Images, split: str, accelerator: Accelerator) -> None:
     path = run.folder.code_store(split)
     if _finished(path, network.digest):
         return
+    records = Records(images, flip=split == "train" and wants_flip(run))
     header = CodeHeader(
         levels=network.maps,
-        count=len(images),
+        count=len(records),
         classes=images.classes,
         split=split,
         source=run.experiment.data.path,
+        data=images.digest(),
+        flip=records.flip,
         autoencoder=str(network.digest),
     )
     if accelerator.is_main_process:
         CodeWriter(path, header).close()
     accelerator.wait_for_everyone()
-    writer = CodeWriter(path, header)
-    mine = writer.missing()[accelerator.process_index :: accelerator.num_processes]
-    values = [range(number * PER_VALUE, min((number + 1) * PER_VALUE, len(images))) for number in mine]
-    batches = load(images, [list(value) for value in values], run.experiment.data.workers)
-    bar = tqdm(
-        desc=f"codes of {split}", total=sum(map(len, values)), unit="image", disable=not accelerator.is_main_process
-    )
-    for number, batch in zip(mine, batches, strict=True):
-        with torch.inference_mode():
-            parts = [
-                network.encode(to_float(to_device(part, accelerator.device)))
-                for part in batch.image.split(run.experiment.codes.batch_size)
-            ]
-        writer.write(number, [torch.cat(level) for level in zip(*parts, strict=True)], batch.label)
-        bar.update(len(batch.label))
-    bar.close()
+    with closing(CodeWriter(path, header)) as writer:
+        mine = writer.missing()[accelerator.process_index :: accelerator.num_processes]
+        _write(run, network, records, writer, mine, accelerator)
+        accelerator.wait_for_everyone()
+        unreadable = writer.unreadable()
+        images.refuse_many([record // 2 for record in unreadable[::2]] if records.flip else unreadable)
+        if accelerator.is_main_process:
+            writer.finish()
+            if unreadable:
+                say(f"codes of {split}: {len(unreadable):,} of {header.count:,} records left out: unreadable images")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        writer.finish()
-    else:
-        writer.close()
-    accelerator.wait_for_everyone()
+
+
+def _write(
+    run: Run, network: Autoencoder, records: Records, writer: CodeWriter, mine: list[int], accelerator: Accelerator
+) -> None:
+    """Encode this process's values of the store."""
+    values = [list(range(number * PER_VALUE, min((number + 1) * PER_VALUE, len(records)))) for number in mine]
+    batches = load(records, values, run.experiment.data.workers)
+    split, main = writer.header.split, accelerator.is_main_process
+    with tqdm(desc=f"codes of {split}", total=sum(map(len, values)), unit="image", disable=not main) as bar:
+        for number, value, batch in zip(mine, values, batches, strict=True):
+            with torch.inference_mode():
+                parts = [
+                    network.encode(to_float(to_device(part, accelerator.device)))
+                    for part in batch.image.split(run.experiment.codes.batch_size)
+                ]
+            codes = [torch.cat(level) for level in zip(*parts, strict=True)]
+            writer.write(number, codes, batch.label, records.names(value))
+            bar.update(len(value))
 
 
 def main(arguments: list[str]) -> None:

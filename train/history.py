@@ -14,8 +14,7 @@ class History:
     def __init__(self, folder: Path, writes: bool) -> None:
         self.path, self.writes = folder / "history.jsonl", writes
         self.entries: list[dict[str, float]] = []
-        self._sums: dict[str, float] = {}
-        self._steps = 0
+        self._gathered: dict[str, list[float]] = {}
 
     def resume(self, step: int) -> None:
         """Forget what was logged after `step`: it is about to happen again."""
@@ -28,13 +27,12 @@ class History:
     def gather(self, values: dict[str, float]) -> None:
         """Take in the values of one step."""
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps += 1
+            self._gathered.setdefault(name, []).append(value)
 
     def log(self, step: int, split: str, also: dict[str, float] | None = None) -> dict[str, float]:
         """Write the means since the last call; the same values under names like `train/loss`."""
-        means = {name: total / self._steps for name, total in self._sums.items()} | (also or {})
-        self._sums, self._steps = {}, 0
+        means = {name: sum(values) / len(values) for name, values in self._gathered.items()} | (also or {})
+        self._gathered = {}
         return self.write(step, split, means)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> dict[str, float]:

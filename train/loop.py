@@ -4,24 +4,29 @@ A stage brings its data, its objective and its pictures; the loop brings devices
 learning-rate schedule, averaged weights, validation, logs, checkpoints and resuming. One unit counts progress: the
 step, one update of the weights from one global batch. Random numbers of a step depend on (seed, step, process) alone,
 so the same command goes on from any checkpoint to the same result.
+
+A stage may have an opponent, a second network trained against the first. Both gradients of a step are taken at the
+weights that the step began with, so accumulated batches, and several processes, still come to what one batch would.
 """
 
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train.checkpoints import Checkpoints, TrainingState
+from train.checkpoints import Checkpoints, Optimized, TrainingState
 from train.history import History
 from train.signals import StopSignals
 from vqvae2 import files
@@ -52,7 +57,10 @@ class TrainingConfig(Config):
     validate_every: int = Field(default=1000, ge=1)
     preview_every: int = Field(default=5000, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay")
+    keep_checkpoints: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay, with the best")
+    patience: int | None = Field(
+        default=None, ge=1, description="end after so many validations without a better one, with the best weights"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
@@ -70,6 +78,17 @@ class TrainingConfig(Config):
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True)
+class Opponent:
+    """A second network, trained beside the first by an optimizer of its own; no part of the result."""
+
+    name: str  # of its loss in the log
+    objective: nn.Module  # what `Stage.for_opponent` gives → (loss to minimise, other terms by name)
+    learning_rate: float  # at its peak; it follows the schedule of the first network's
+    betas: tuple[float, float]
+    start: int = 0  # the step from which it is trained
+
+
 class Stage(ABC):
     """What differs between training an autoencoder and training a prior.
 
@@ -81,7 +100,10 @@ class Stage(ABC):
     training_data: Collection
     curves: dict[str, list[str]]  # panels of the curve picture: title → names of logged values
 
+    judged_by: str  # the value of `validate` that tells better networks from worse, lower is better
+
     objective: nn.Module  # around the network: batch on the device → (loss to minimise, other terms by name)
+    opponent: Opponent | None = None
 
     @property
     @abstractmethod
@@ -100,54 +122,68 @@ class Stage(ABC):
     def save(self, path: Path) -> None:
         """Write the network's weights with what they were made from."""
 
-    def after_update(self) -> None:
-        """Called after every update of the weights; most stages have nothing to do."""
+    def before_update(self, step: int) -> None:
+        """Called before every update of the weights with the step's number, from 0; most stages have nothing to do."""
+
+    def for_opponent(self) -> Any:
+        """What the opponent learns from: something that the objective keeps of the batch it has just seen."""
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after every update of the weights, with their optimizer; most stages have nothing to do."""
+
+    def gathered(self) -> dict[str, float]:
+        """What the stage itself has gathered since the last call, for the log; every process asks for it."""
+        return {}
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """An objective and its optimizer, as Accelerate wraps them."""
+
+    loss: str  # its name in the log
+    objective: nn.Module
+    optimizer: AcceleratedOptimizer
+    pace: float  # its learning rate over the first one's
+    start: int
 
 
 def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> dict[str, Any]:
     """Train until `config.steps`, from the newest checkpoint in `folder`; the last validation's values and the time."""
     accelerator = make_accelerator(config.precision, folder, config.accumulate)
-    objective = stage.objective
-    optimizer = torch.optim.AdamW(
-        objective.parameters(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    wrapped, optimizer = accelerator.prepare(torch.compile(objective) if config.compile else objective, optimizer)
-    state = TrainingState(stage.trained, objective, optimizer.optimizer, config.average, accelerator.scaler)
+    learners = _learners(stage, config, accelerator)
+    state = TrainingState(stage.trained, _optimized(stage, learners), config.average, accelerator.scaler)
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
     history = History(folder, accelerator.is_main_process)
-    if checkpoints.restore(state, accelerator.device):
+    if checkpoints.restore(state):
         accelerator.print(f"{stage.name}: going on from step {state.step:,} of {config.steps:,}")
     history.resume(state.step)
-    values: dict[str, float] = {}
     started = time.monotonic() - state.seconds
     with StopSignals() as signals, _progress(stage.name, state.step, config.steps, accelerator) as bar:
-        for step, batches in _steps(stage, config, accelerator, state.step, workers):
+        ended = state.step == config.steps or _exhausted(state, config)
+        for step, batches in () if ended else _steps(stage, config, accelerator, state.step, workers):
             seed_step(config.seed, step, accelerator.process_index)
-            terms = _update(wrapped, optimizer, batches, config, step, accelerator, checkpoints)
-            stage.after_update()
+            terms = _update(stage, learners, batches, config, step, accelerator, checkpoints)
             state.advance(time.monotonic() - started)
             bar.update()
             done = state.step
             history.gather(terms)
             if done % config.log_every == 0 or done == config.steps:
-                shown = history.log(done, "train", {"learning_rate": config.rate(step)})
+                shown = history.log(done, "train", {"learning_rate": config.rate(step)} | stage.gathered())
                 accelerator.log(shown, step=done)
                 bar.set_postfix_str(f"loss {shown['train/loss']:.4f}")
+            better = False
             if done % config.validate_every == 0 or done == config.steps:
                 with state.averaged():
-                    values = stage.validate(accelerator)
-                accelerator.log(history.write(done, "validation", values), step=done)
-                state.last_validation = values
-            if accelerator.is_main_process and (done % config.preview_every == 0 or done == config.steps):
+                    state.last_validation = stage.validate(accelerator)
+                accelerator.log(history.write(done, "validation", state.last_validation), step=done)
+                better = state.judge(state.last_validation[stage.judged_by])
+            ended = done == config.steps or _exhausted(state, config)
+            if accelerator.is_main_process and (done % config.preview_every == 0 or ended):
                 with state.averaged():
                     stage.preview(folder / "previews" / f"{done:08d}.png")
                 history.draw(folder / "curves.png", stage.curves, stage.name)
             stop = signals.received(accelerator)
-            if done % config.checkpoint_every == 0 or done == config.steps or stop:
+            if done % config.checkpoint_every == 0 or better or ended or stop:
                 if accelerator.is_main_process:
                     checkpoints.save(state)
                 accelerator.wait_for_everyone()
@@ -157,14 +193,23 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
                     "and the same command goes on from it",
                     stop.value,
                 )
+            if ended:
+                break
+    if config.patience:
+        checkpoints.restore_best(state)
     summary = {"steps": state.step, "seconds": round(state.seconds, 1), "validation": state.last_validation}
     if accelerator.is_main_process:
         files.write_json(folder / "summary.json", summary)
         with state.averaged():
             stage.save(folder / "model.safetensors")  # last: with this file the stage counts as finished
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not `end_training`, which parts the processes: more stages may follow
+        tracker.finish()
     accelerator.wait_for_everyone()
     return summary
+
+
+def _exhausted(state: TrainingState, config: TrainingConfig) -> bool:
+    return config.patience is not None and state.stale >= config.patience
 
 
 def make_accelerator(precision: str = "no", folder: Path | None = None, accumulate: int = 1) -> Accelerator:
@@ -173,6 +218,7 @@ def make_accelerator(precision: str = "no", folder: Path | None = None, accumula
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without which processes without GPUs would not find each other
         mixed_precision=precision,
         gradient_accumulation_steps=accumulate,
         log_with="tensorboard" if folder else None,
@@ -215,9 +261,38 @@ def _steps(
         yield step, [to_device(next(micro), accelerator.device) for _ in range(config.accumulate)]
 
 
+def _learners(stage: Stage, config: TrainingConfig, accelerator: Accelerator) -> list[_Learner]:
+    """The stage's objective, and its opponent where it has one, ready to be trained."""
+    learners = []
+    first = Opponent("loss", stage.objective, config.learning_rate, config.betas)
+    for index, each in enumerate([first, stage.opponent] if stage.opponent else [first]):
+        optimizer = torch.optim.AdamW(
+            each.objective.parameters(),
+            lr=each.learning_rate,
+            betas=each.betas,
+            weight_decay=0 if index else config.weight_decay,
+            fused=True,
+        )
+        module = torch.compile(each.objective) if config.compile else each.objective
+        wrapped, optimizer = accelerator.prepare(module, optimizer)
+        learners.append(_Learner(each.name, wrapped, optimizer, each.learning_rate / config.learning_rate, each.start))
+    return learners
+
+
+def _optimized(stage: Stage, learners: Sequence[_Learner]) -> dict[str, Optimized]:
+    """What checkpoints hold, by prefix."""
+    objectives = {"": stage.objective} | (
+        {f"{stage.opponent.name}-": stage.opponent.objective} if stage.opponent else {}
+    )
+    return {
+        prefix: Optimized(objective, learner.optimizer.optimizer)
+        for (prefix, objective), learner in zip(objectives.items(), learners, strict=True)
+    }
+
+
 def _update(
-    objective: nn.Module,
-    optimizer: Any,
+    stage: Stage,
+    learners: Sequence[_Learner],
     batches: list[Any],
     config: TrainingConfig,
     step: int,
@@ -225,16 +300,32 @@ def _update(
     checkpoints: Checkpoints,
 ) -> dict[str, float]:
     """One update of the weights; the mean of each loss term over its micro-batches."""
+    stage.before_update(step)
+    learners = [learner for learner in learners if step >= learner.start]
     sums: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        group["lr"] = config.rate(step)
     for batch in batches:
-        with accelerator.accumulate(objective), accelerator.autocast():
-            loss, terms = objective(batch)
-            accelerator.backward(loss)
-            for name, term in ({"loss": loss} | terms).items():
-                sums[name] = sums.get(name, 0) + term.detach().float() / len(batches)
+        with accelerator.accumulate(*(learner.objective for learner in learners)), accelerator.autocast():
+            for index, learner in enumerate(learners):
+                loss, terms = learner.objective(stage.for_opponent() if index else batch)
+                accelerator.backward(loss)
+                for name, term in ({learner.loss: loss} | terms).items():
+                    sums[name] = sums.get(name, 0) + term.detach().float() / len(batches)
     means = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    _check_finite(means, step, checkpoints)
+    for index, learner in enumerate(learners):
+        if config.clip_norm:
+            norm = accelerator.clip_grad_norm_(learner.objective.parameters(), config.clip_norm)
+            name = f"gradient_norm_{learner.loss}" if index else "gradient_norm"
+            means[name] = float(norm if norm is not None else math.nan)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = learner.pace * config.rate(step)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+    stage.after_update(learners[0].optimizer.optimizer)
+    return means
+
+
+def _check_finite(means: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
     for name, value in means.items():
         if not math.isfinite(value):
             good = checkpoints.newest()
@@ -243,12 +334,6 @@ def _update(
                 f"step {step + 1}: the loss term `{name}` is {value}; {where}; "
                 "lower the learning rate, set clip_norm, or use precision bf16 instead of fp16"
             )
-    if config.clip_norm:
-        norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
-        means["gradient_norm"] = float(norm if norm is not None else math.nan)
-    optimizer.step()
-    optimizer.zero_grad()
-    return means
 
 
 def _progress(name: str, start: int, stop: int, accelerator: Accelerator) -> tqdm:

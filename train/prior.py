@@ -26,21 +26,30 @@ _PREVIEW_IMAGES = 8
 
 
 class PriorObjective(nn.Module):
-    """Negative log-likelihood of one level's codes, in nats per code."""
+    """Negative log-likelihood of one level's codes, in nats per code.
 
-    def __init__(self, network: Prior, level: int) -> None:
+    In training a share `label_dropout` of the images comes without its label, so that the network learns both
+    distributions that classifier-free guidance compares (Ho and Salimans 2022, arXiv 2207.12598).
+    """
+
+    def __init__(self, network: Prior, level: int, label_dropout: float = 0.0) -> None:
         super().__init__()
-        self.network, self.level = network, level
+        self.network, self.level, self.label_dropout = network, level, label_dropout
 
     def forward(self, batch: Coded) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss for a batch of codes of all levels; it has no other terms."""
         labels = batch.label if self.network.spec.classes else None
+        if labels is not None and self.label_dropout and self.training:
+            dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
+            labels = labels.masked_fill(dropped, self.network.spec.classes)
         logits = self.network(batch.codes[self.level], batch.codes[self.level + 1 :], labels)
         return F.cross_entropy(logits.float(), batch.codes[self.level]), {}
 
 
 class PriorStage(Stage):
     """The prior of one level of an experiment."""
+
+    judged_by = "nll"
 
     def __init__(self, run: Run, level: str) -> None:
         self.run, self.name = run, f"prior-{level}"
@@ -54,7 +63,8 @@ class PriorStage(Stage):
         self.config = run.experiment.priors[level]
         torch.manual_seed(self.config.training.seed)
         self.network = self.config.model.build(spec)
-        self.objective = PriorObjective(self.network, self.level)
+        self.network.recompute = self.config.recompute
+        self.objective = PriorObjective(self.network, self.level, self.config.label_dropout)
         self.autoencoder = Autoencoder.load(run.folder.autoencoder_weights)
         self.unigram = self._unigram_entropy()
         self.curves = {"nats per code": ["train/loss", "validation/nll", "validation/uniform", "validation/unigram"]}
@@ -91,6 +101,7 @@ class PriorStage(Stage):
 
     def save(self, path: Path) -> None:
         made_from = {"autoencoder": self.autoencoder.digest, "codes": self.codes_digest}
+        made_from["label_dropout"] = self.config.label_dropout
         save_prior(path, self.network, self.config.model, **made_from)
 
     def _unigram_entropy(self) -> float:

@@ -3,10 +3,9 @@
 import time
 from pathlib import Path
 
-from accelerate import PartialState
-
 from sampling.evaluate import describe, evaluate_run
 from sampling.generate import sample_run
+from sampling.processes import processes
 from sampling.report import write_report
 from train.autoencoder import train_autoencoder
 from train.experiment import Run, open_run, say
@@ -26,7 +25,7 @@ def run_all(run: Run) -> None:
     samples = sample_run(folder.path, run.experiment.sampling)
     sampled = time.monotonic() - started
     metrics = evaluate_run(folder.path, run.experiment.evaluation, samples)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         _keep_sampling_time(samples, sampled)
         report = write_report(folder.path, samples)
         say(f"\n{describe(metrics)}\nseconds          {_seconds(run, samples)}\n\nPictures to open:")

@@ -24,7 +24,7 @@ def atomic(path: Path) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
-        _flush(partial)
+        _flush_all(partial)
         if partial.is_dir() and path.exists():
             _remove(path)  # a folder cannot be renamed onto one that has files
         partial.replace(path)
@@ -60,11 +60,16 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Ask the operating system to put a file or a folder, with the files in it, on the disk."""
+def _flush_all(path: Path) -> None:
+    """Flush a file, or a folder with everything in it."""
     if path.is_dir():
         for child in path.iterdir():
-            _flush(child)
+            _flush_all(child)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Ask the operating system to put a file, or a folder's list of files, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

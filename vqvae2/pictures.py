@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from vqvae2 import files
 
+_BORDER = 2  # pixels around each image of a grid
+_CAPTION = 14  # pixels, the height of captions
 
 def to_picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:
     """A Pillow image of one, three or four channels."""
@@ -35,9 +38,30 @@ def read_png(path: Path) -> UInt8[Tensor, "c h w"]:
 
 def save_grid(path: Path, images: UInt8[Tensor, "b c h w"], columns: int, enlarge_to: int = 96) -> None:
     """Write images as one PNG, row by row; small ones are enlarged pixel by pixel to about `enlarge_to`."""
-    factor = max(1, round(enlarge_to / max(images.shape[2:])))
-    images = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    save_png(path, make_grid(images, nrow=columns, padding=2, pad_value=255))
+    save_png(path, make_grid(_enlarge(images, enlarge_to), nrow=columns, padding=_BORDER, pad_value=255))
+
+
+def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_to: int = 96) -> None:
+    """Write a row of images for each caption, which stands to its left; rows may differ in length."""
+    longest = max(len(images) for images in rows.values())
+    filled = [
+        F.pad(images, (0, 0, 0, 0, 0, 0, 0, longest - len(images)), value=255)  # with white ones
+        for images in rows.values()
+    ]
+    images = _enlarge(torch.cat(filled), enlarge_to)
+    grid = to_picture(make_grid(images, nrow=longest, padding=_BORDER, pad_value=255))
+    font = ImageFont.load_default(_CAPTION)
+    captions = [name.encode("utf-8", "replace").decode("utf-8") for name in rows]
+    margin = _CAPTION + int(max(font.getlength(name) for name in captions))
+    picture = Image.new(grid.mode, (margin + grid.width, grid.height), (255,) * len(grid.getbands()))
+    picture.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(picture)
+    step = images.shape[2] + _BORDER
+    ink = (0, 0, 0, 255)[: len(grid.getbands())]
+    for row, name in enumerate(captions):
+        draw.text((_CAPTION // 2, _BORDER + row * step + step // 2), name, ink, font, anchor="lm")
+    with files.atomic(path) as partial:
+        picture.save(partial, format="PNG")
 
 
 def side_by_side(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tensor, int]:
@@ -46,6 +70,11 @@ def side_by_side(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tensor,
     usable = len(rows[0]) // columns * columns
     blocks = torch.stack([row[:usable].unflatten(0, (-1, columns)) for row in rows], 1)
     return blocks.flatten(0, 2), columns
+
+
+def _enlarge(images: UInt8[Tensor, "b c h w"], enlarge_to: int) -> UInt8[Tensor, "b c h2 w2"]:
+    factor = max(1, round(enlarge_to / max(images.shape[2:])))
+    return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 def save_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str) -> None:
@@ -61,6 +90,7 @@ def save_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[tuple[flo
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
         axes.set(xlabel="step", title=name)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     with files.atomic(path) as partial:
         figure.savefig(partial, format="png", dpi=110)

@@ -1,17 +1,16 @@
 """The code store: the code maps of every image, in LMDB, as raw little-endian integers with a JSON header.
 
 Records of fixed size stand `PER_VALUE` together in one LMDB value, so that pages are full; a reader takes slices of the
-memory map and copies only the records it was asked for. Nothing is pickled.
+memory map and copies only the records it was asked for. Beside each value lie the names of its images. Nothing is
+pickled.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import lmdb
 import numpy as np
 import torch
 from jaxtyping import Int
@@ -19,13 +18,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqvae2.config import Config
+from vqvae2.data import environments
 from vqvae2.errors import UserError
 from vqvae2.maps import MapSpec
 
 PER_VALUE = 64  # records in one LMDB value
+UNREADABLE = -2  # the label of a record whose image could not be read; −1 is no label
 _HEADER = b"header"
-_FORMAT = 1
-_GROWTH = 64 * 2**20  # bytes by which a full map grows
+_FORMAT = 2
 
 
 class CodeHeader(Config):
@@ -33,12 +33,19 @@ class CodeHeader(Config):
 
     format: int = _FORMAT
     levels: tuple[MapSpec, ...]  # finest first
-    count: int
+    count: int  # records, those of unreadable images included
     classes: tuple[str, ...] = ()  # names of the labels; empty without labels
     split: str
-    source: str  # the data set
+    source: str  # the data set, `data.path`
+    data: str = ""  # digest of the names and labels of its images, which say what they are wherever they lie
+    flip: bool = False  # whether record 2k is image k and record 2k + 1 its mirror image
     autoencoder: str  # digest of the weights that made the codes
+    unreadable: tuple[int, ...] = ()  # records without codes, which readers never see; known in the end
     complete: bool = False
+
+    def __len__(self) -> int:
+        """Records that hold codes."""
+        return self.count - len(self.unreadable)
 
     @property
     def record(self) -> np.dtype[Any]:
@@ -50,9 +57,15 @@ class CodeHeader(Config):
         return np.dtype([("label", "<i4"), *maps])
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What must agree for one extraction to go on with another: not where the images lie."""
+        return self.model_dump(mode="json", exclude={"source", "unreadable", "complete"})
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of the header: the same data set, split and autoencoder give the same codes."""
-        return hashlib.sha256(self.model_copy(update={"complete": True}).model_dump_json().encode()).hexdigest()
+        """SHA-256 of what the codes were made from: the same images, split and autoencoder give the same codes."""
+        made_from = self.identity | {"unreadable": self.unreadable}
+        return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
     def check_autoencoder(self, digest: str | None, path: Path) -> None:
         """UserError where the store at `path` was made by other weights than those with this digest."""
@@ -75,6 +88,10 @@ class CodeStore(Dataset[Coded]):
 
     def __init__(self, path: Path, header: CodeHeader) -> None:
         self.path, self.header = path, header
+        # The k-th unreadable record stands before every readable one from number (record − k) on.
+        self._count = len(header)
+        self._scratch: np.ndarray | None = None  # records as they are stored; new pages for every batch cost more
+        self._shifts = np.array(header.unreadable, np.int64) - np.arange(len(header.unreadable))
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -89,55 +106,73 @@ class CodeStore(Dataset[Coded]):
         """What the store at `path` says of itself, complete or not."""
         if not (path / "data.mdb").is_file():
             raise UserError(f"{path}: no code store; make it with `vqvae2 extract-codes`")
-        with _reader(path).begin() as transaction:
-            header = transaction.get(_HEADER)
+        header = environments.get(environments.reader(path), _HEADER)
         if header is None:
             raise UserError(f"{path}: not a code store (it has no header); delete the folder and extract again")
-        return CodeHeader.parse(json.loads(header), str(path))
+        return _parse(header, path)
 
     def __len__(self) -> int:
-        return self.header.count
+        return len(self.header)
 
-    def __getitem__(self, index: int) -> Coded:
-        return self.__getitems__([index])[0]
+    def __getitem__(self, key: int | tuple[int, int]) -> Coded:
+        batch = self.__getitems__([key])
+        return Coded(tuple(level[0] for level in batch.codes), batch.label[0])
 
-    def __getitems__(self, keys: Sequence[Any]) -> list[Coded]:
-        codes, labels = self.read([key[0] if isinstance(key, tuple) else key for key in keys])
-        return [Coded(tuple(level[at] for level in codes), labels[at]) for at in range(len(labels))]
+    def __getitems__(self, keys: Sequence[Any]) -> Coded:
+        """A batch, collated already."""
+        return self.read([key[0] if isinstance(key, tuple) else key for key in keys])
 
     def read(self, indices: Sequence[int]) -> Coded:
         """The codes (B, H_l, W_l) and labels (B,) of these images."""
-        record = self.header.record
-        batch = np.empty(len(indices), record)
-        with _reader(self.path).begin(buffers=True) as transaction:
-            for place, index in enumerate(indices):
-                if not 0 <= index < self.header.count:
-                    raise IndexError(f"record {index} of {self.header.count}")
-                value = transaction.get(_key(index // PER_VALUE))
-                offset = index % PER_VALUE * record.itemsize
-                if value is None or len(value) < offset + record.itemsize:
-                    raise UserError(f"{self.path}: damaged code store (record {index} is missing); delete the folder")
-                batch[place] = np.frombuffer(value, record, 1, offset)[0]
-        maps = tuple(
-            torch.from_numpy(batch[name].astype(np.int64))
-            for name in (f"level{index}" for index in range(len(self.header.levels)))
-        )
-        return Coded(maps, torch.from_numpy(batch["label"].astype(np.int64)))
+        dtype = self.header.record
+        size, scratch = dtype.itemsize, self._scratch
+        self._scratch = None  # another thread makes its own
+        if scratch is None or len(scratch) < len(indices):
+            scratch = np.empty(len(indices), dtype)
+        batch, target = scratch[: len(indices)], memoryview(scratch.view(np.uint8).data)
+        with environments.reader(self.path).begin(buffers=True) as transaction:
+            for place, record in enumerate(map(self._record, indices)):
+                number, offset = divmod(record, PER_VALUE)
+                value = transaction.get(_key(number))
+                if value is None or len(value) < (offset + 1) * size:
+                    raise UserError(f"{self.path}: damaged code store (record {record} is missing); delete the folder")
+                target[place * size : (place + 1) * size] = value[offset * size : (offset + 1) * size]
+        maps = tuple(_widen(batch[f"level{index}"]) for index in range(len(self.header.levels)))
+        labels = _widen(batch["label"])
+        self._scratch = scratch
+        return Coded(maps, labels)
+
+    def name(self, index: int) -> str:
+        """The name of the image that a record is of, as the data set has it."""
+        number, offset = divmod(self._record(index), PER_VALUE)
+        names = environments.get(environments.reader(self.path), _names_key(number)) or b""
+        return (names.decode("utf-8", "surrogateescape").split("\0") + [""] * PER_VALUE)[offset]
+
+    def mirrored(self, index: int) -> bool:
+        """Whether a record is of the mirror image."""
+        return self.header.flip and self._record(index) % 2 == 1
+
+    def _record(self, index: int) -> int:
+        """Where image `index` stands, counting the unreadable ones before it."""
+        if not 0 <= index < self._count:
+            raise IndexError(f"record {index} of {self._count}")
+        if not len(self._shifts):
+            return index
+        return index + int(np.searchsorted(self._shifts, index, side="right"))
 
 
 class CodeWriter:
     """Writes a store value by value; what a stopped writer left is kept, and `missing` says what to go on with."""
 
     def __init__(self, path: Path, header: CodeHeader) -> None:
-        path.mkdir(parents=True, exist_ok=True)
         self.path, self.header = path, header
-        _close_reader(path)
-        self.environment = lmdb.open(str(path), map_size=_GROWTH, subdir=True, lock=True, max_readers=512)
-        found = self._get(_HEADER)
-        if found is not None and CodeHeader.parse(json.loads(found), str(path)) != header:
+        self.environment = environments.writer(path)
+        found = environments.get(self.environment, _HEADER)
+        if found is not None and _parse(found, path).identity != header.identity:
             self.environment.close()
             raise UserError(f"{path}: holds the codes of something else; delete the folder and extract again")
-        self._put(_HEADER, header.model_dump_json().encode())
+        if found is None:
+            self._put(_HEADER, header.model_dump_json().encode())
 
     def missing(self) -> list[int]:
         """Numbers of the values that are not there yet; value v holds records [64 v, 64 v + 64)."""
@@ -145,63 +180,64 @@ class CodeWriter:
             total = -(-self.header.count // PER_VALUE)
             return [number for number in range(total) if transaction.get(_key(number)) is None]
 
-    def write(self, number: int, codes: Sequence[Int[Tensor, "n h w"]], labels: Int[Tensor, " n"]) -> None:
-        """Write one whole value, in a transaction of its own."""
-        records = np.empty(len(labels), self.header.record)
+    def write(
+        self, number: int, codes: Sequence[Int[Tensor, "n h w"]], labels: Int[Tensor, " n"], names: Sequence[str] = ()
+    ) -> None:
+        """Write one whole value, in a transaction of its own; a label `UNREADABLE` leaves a record without codes."""
+        records = np.zeros(len(labels), self.header.record)
         records["label"] = labels.cpu().numpy()
+        there = records["label"] != UNREADABLE
         for index, level in enumerate(codes):
-            records[f"level{index}"] = level.cpu().numpy()
-        self._put(_key(number), records.tobytes())
+            records[f"level{index}"][there] = level.cpu().numpy()[there]
+        entries = [(_key(number), records.tobytes())]
+        if names:
+            entries.append((_names_key(number), "\0".join(names).encode("utf-8", "surrogateescape")))
+        environments.put(self.environment, entries)
+
+    def unreadable(self) -> list[int]:
+        """Records written without codes."""
+        record, found = self.header.record, []
+        with self.environment.begin(buffers=True) as transaction:
+            for number in range(-(-self.header.count // PER_VALUE)):
+                labels = np.frombuffer(transaction.get(_key(number)) or b"", record)["label"]
+                found += (np.flatnonzero(labels == UNREADABLE) + number * PER_VALUE).tolist()
+        return found
 
     def finish(self) -> None:
         """Mark the store complete and close it."""
         assert not self.missing(), "a store is finished when every value is there"
-        self._put(_HEADER, self.header.model_copy(update={"complete": True}).model_dump_json().encode())
+        done = self.header.model_copy(update={"unreadable": tuple(self.unreadable()), "complete": True})
+        self._put(_HEADER, done.model_dump_json().encode())
         self.close()
 
     def close(self) -> None:
         """Close the file; the store can be reopened to go on."""
         self.environment.close()
 
-    def _get(self, key: bytes) -> bytes | None:
-        with self.environment.begin() as transaction:
-            return transaction.get(key)
-
     def _put(self, key: bytes, value: bytes) -> None:
-        while True:
-            try:
-                with self.environment.begin(write=True) as transaction:
-                    transaction.put(key, value)
-                return
-            except lmdb.MapFullError:
-                self.environment.set_mapsize(self.environment.info()["map_size"] + max(_GROWTH, 2 * len(value)))
-            except lmdb.MapResizedError:  # another process has grown it
-                self.environment.set_mapsize(0)
+        environments.put(self.environment, [(key, value)])
 
 
-# LMDB wants a file opened once in a process, and anew in a forked one: by path, the process and its environment.
-_readers: dict[Path, tuple[int, lmdb.Environment]] = {}
+def _widen(field: np.ndarray) -> Tensor:
+    """A field of records as int64; torch does it several times as fast as NumPy, but from its own array only."""
+    return torch.from_numpy(field.copy()).long()
 
 
-def _reader(path: Path) -> lmdb.Environment:
-    """This process's handle for reading the store at `path`."""
-    path = path.absolute()
-    process, environment = _readers.get(path, (0, None))
-    if environment is None or process != os.getpid():
-        _close_reader(path)
-        try:
-            environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=512)
-        except lmdb.Error as error:
-            raise UserError(f"{path}: damaged code store ({error}); delete the folder and extract again") from None
-        _readers[path] = (os.getpid(), environment)
-    return environment
-
-
-def _close_reader(path: Path) -> None:
-    _, environment = _readers.pop(path.absolute(), (0, None))
-    if environment is not None:
-        environment.close()
+def _parse(header: bytes, path: Path) -> CodeHeader:
+    data = json.loads(header)
+    if "autoencoder" not in data:
+        raise UserError(f"{path}: not a code store; it holds {data.get('kind', 'something else')}")
+    if data.get("format") != _FORMAT:
+        raise UserError(
+            f"{path}: a code store of format {data.get('format')}, and this version reads {_FORMAT}; "
+            "delete the folder and run `vqvae2 extract-codes`"
+        )
+    return CodeHeader.parse(data, str(path))
 
 
 def _key(number: int) -> bytes:
     return number.to_bytes(8, "big")
+
+
+def _names_key(number: int) -> bytes:
+    return b"names" + _key(number)

@@ -1,40 +1,53 @@
-"""Images as tensors: folders of files or the built-in scenes, split by a stable hash, through one transform.
+"""Images as tensors: any source of pictures, split by a stable hash, through one transform.
 
 Workers hand out uint8 (C, H, W), a quarter of the memory of floats; `to_float` makes them float32 in [-1, 1] on the
 device.
 """
 
-import hashlib
-import os
+import logging
+import zlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqvae2.config import Config
-from vqvae2.data import scenes
+from vqvae2.data.decoding import Unreadable, read_image
+from vqvae2.data.index import Integers, Names
+from vqvae2.data.sources import open_source
+from vqvae2.data.sources.base import Source
+from vqvae2.data.sources.scenes import SceneSource
 from vqvae2.errors import UserError
 
-EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+__all__ = ["DataConfig", "Images", "Item", "open_images", "read_image", "to_bytes", "to_float"]
+
+_LISTED = 20  # unreadable images that an error names
+_log = logging.getLogger(__name__)
+_warned: dict[tuple[str, int, int], Tensor] = {}
 
 
 class DataConfig(Config):
     """Where images come from and how they become tensors."""
 
-    path: str = Field(default="scenes", description="a folder of images, or `scenes`, the built-in data set")
+    path: str = Field(
+        default="scenes",
+        description="a folder of images, a .zip or .tar of them, shards as `a{000..123}.tar`, a folder that `vqvae2 "
+        "prepare` wrote, torchvision:NAME, huggingface:NAME, or `scenes`, the built-in data set",
+    )
     size: int | tuple[int, int] = Field(default=256, description="side of a square, or height and width, in pixels")
     channels: Literal[1, 3, 4] = Field(default=3, description="1 grey, 3 RGB, 4 RGBA")
     labels: Literal["none", "folder"] = Field(
-        default="none", description="`folder`: the first folder in a path is its class"
+        default="none", description="`folder`: the first folder in a path is its class, or what the data set says"
     )
     validation: float = Field(default=0.05, gt=0, lt=1, description="share of images that is held out")
+    unreadable: float = Field(
+        default=0.01, ge=0, lt=1, description="share of images that may be unreadable, and are skipped"
+    )
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(default=False, description="mirror half of the training images")
     count: int = Field(default=4096, ge=2, description="how many pictures `scenes` has")
@@ -57,115 +70,106 @@ class Images(Dataset[Item]):
     """One split of a data set, in a stable order; `images[i]` is untouched, `images[i, draw]` is augmented by `draw`.
 
     `classes` are the names of the labels (empty without labels), `names` what tells the images apart.
+
+    In the place of an unreadable image stands the next readable one, so what stands there depends on the number alone
+    and training can be resumed; `read` says None instead. Each is named in one warning, whichever worker finds it, and
+    `UserError` lists them when they are more than the share that `data.unreadable` allows.
     """
 
-    def __init__(self, config: DataConfig, names: list[str], classes: tuple[str, ...]) -> None:
-        self.config, self.names, self.classes = config, names, classes
-        self._label_of = {name: label for label, name in enumerate(classes)}
+    def __init__(self, config: DataConfig, source: Source, chosen: Integers) -> None:
+        self.config, self.source, self.chosen = config, source, chosen
+        self.classes: tuple[str, ...] = source.index.classes if config.labels == "folder" else ()
+        self._unreadable = _flags(len(chosen))
+        # One command opens its images once for every stage, and is to name an unreadable one once.
+        known = config.path, len(chosen), zlib.crc32(source.index.hashes[chosen].tobytes())
+        self._warned = _warned.setdefault(known, _flags(len(chosen)))
+
+    @property
+    def names(self) -> Names:
+        """What tells the images apart."""
+        return self.source.index.names.take(self.chosen)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.chosen)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Item:
         index, draw = key if isinstance(key, tuple) else (key, None)
-        image = self._read(index, draw)
+        for at in range(index, index + len(self)):
+            item = self.read(at % len(self), draw)
+            if item is not None:
+                return item
+        raise AssertionError("more unreadable images than any share allows")
+
+    def read(self, index: int, draw: int | None = None) -> Item | None:
+        """As `images[index]` or `images[index, draw]`, but None for an unreadable image."""
+        if self._unreadable[index]:
+            return None
+        number = int(self.chosen[index])
+        try:
+            file = self.source.open(number, self.config.shape)
+            name = None if isinstance(file, Path) else self.source.describe(number)
+            image = read_image(file, self.config.shape, self.config.channels, self._where(draw), name)
+        except Unreadable as error:
+            self.skip(index, error)
+            return None
         if draw is not None and self.config.flip and draw & 1:
             image = image[:, ::-1]
         return Item(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), self.label(index))
 
     def label(self, index: int) -> int:
         """The label of an image, −1 where there are none."""
-        return self._label_of[self.names[index].split("/", 1)[0]] if self.classes else -1
+        return int(self.source.index.labels[self.chosen[index]]) if self.classes else -1
 
-    def _read(self, index: int, draw: int | None) -> np.ndarray:
-        where = (0.5, 0.5)
-        if draw is not None and self.config.crop == "random":
-            across, down = np.random.default_rng(draw).random(2)
-            where = (float(across), float(down))
-        return read_image(Path(self.config.path) / self.names[index], self.config.shape, self.config.channels, where)
+    def digest(self) -> str:
+        """SHA-256 of names and labels: what the images are, wherever they lie."""
+        return self.source.index.digest(self.chosen)
 
+    def refuse_many(self, unreadable: Integers | list[int], reason: str = "") -> None:
+        """UserError where these are more unreadable images than `data.unreadable` allows."""
+        if len(unreadable) <= self.config.unreadable * len(self):
+            return
+        listed = ", ".join(self.source.describe(int(self.chosen[index])) for index in unreadable[:_LISTED])
+        more = f" and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
+        raise UserError(
+            f"data.path: {len(unreadable)} of {len(self)} images cannot be read as images, more than the share of "
+            f"{self.config.unreadable:g} that data.unreadable allows: {listed}{more}{reason}; remove or replace "
+            f"{'them' if len(unreadable) > 1 else 'it'}"
+        )
 
-class Scenes(Images):
-    """The built-in pictures, each drawn once and kept."""
+    def skip(self, index: int, error: Unreadable) -> None:
+        """Remember that an image is unreadable, and say so once; UserError where that makes too many."""
+        self._unreadable[index] = 1
+        if not self._warned[index]:
+            self._warned[index] = 1
+            _log.warning("vqvae2: warning: %s: cannot be read as an image (%s); skipped", error.name, error.reason)
+        self.refuse_many(torch.nonzero(self._unreadable).flatten().numpy(), f" ({error.reason})")
 
-    def __init__(self, config: DataConfig, numbers: list[int]) -> None:
-        classes = scenes.CLASSES if config.labels == "folder" else ()
-        super().__init__(config, [f"{scenes.CLASSES[scenes.label(n)]}/{n:06d}" for n in numbers], classes)
-        self.numbers = numbers
-        self._drawn: dict[int, np.ndarray] = {}
-
-    def _read(self, index: int, draw: int | None) -> np.ndarray:
-        if index not in self._drawn:
-            picture = scenes.render(self.numbers[index], *self.config.shape)
-            if self.config.channels != 3:
-                picture = np.array(Image.fromarray(picture).convert(_MODES[self.config.channels]))
-            self._drawn[index] = picture.reshape(*self.config.shape, self.config.channels)
-        return self._drawn[index]
-
-
-def open_images(config: DataConfig) -> tuple[Images, Images]:
-    """The training and the validation split; UserError where there are no images."""
-    if config.path == "scenes":
-        numbers = _split([f"scene {number}" for number in range(config.count)], config.validation)
-        return Scenes(config, numbers[0]), Scenes(config, numbers[1])
-    names = find_images(Path(config.path))
-    if len(names) < 2:
-        raise UserError(f"data.path: {config.path} holds one image; two are needed, one to train on, one held out")
-    classes: tuple[str, ...] = ()
-    if config.labels == "folder":
-        loose = next((name for name in names if "/" not in name), None)
-        if loose:
-            raise UserError(f"data.labels: `folder`, but {config.path}/{loose} lies in no class folder; use `none`")
-        classes = tuple(sorted({name.split("/", 1)[0] for name in names}))
-    training, held_out = _split(names, config.validation)
-    return (
-        Images(config, [names[index] for index in training], classes),
-        Images(config, [names[index] for index in held_out], classes),
-    )
+    def _where(self, draw: int | None) -> tuple[float, float]:
+        if draw is None or self.config.crop == "center":
+            return 0.5, 0.5
+        across, down = np.random.default_rng(draw).random(2)
+        return float(across), float(down)
 
 
-def find_images(folder: Path) -> list[str]:
-    """Paths of all image files under `folder`, relative to it, with forward slashes, sorted; links are followed."""
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "missing"
-        raise UserError(f"data.path: {folder} is {what}; give a folder of images, or `scenes`")
-    names = [
-        Path(root, file).relative_to(folder).as_posix()
-        for root, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")
-    ]
-    if not names:
-        raise UserError(f"data.path: {folder} holds no images (looked for {', '.join(sorted(EXTENSIONS))})")
-    return sorted(names)
+def open_images(config: DataConfig, cache: Path | None = None) -> tuple[Images, Images]:
+    """The training and the validation split; UserError where there are no images.
 
-
-def read_image(
-    path: Path, size: tuple[int, int], channels: int = 3, where: tuple[float, float] = (0.5, 0.5)
-) -> UInt8[np.ndarray, "h w c"]:
-    """Decode an image, upright, and resize it with antialiasing so that it just covers `size`; crop what juts out.
-
-    `where` places the crop from (0, 0), left and top, to (1, 1), right and bottom. JPEGs are decoded at a reduced scale
-    where that is still at least twice the size. Raises UserError where the file is no image or is cut short.
+    The index of a large source is kept in the file `cache`, where one is given, and used again while nothing changes.
     """
-    height, width = size
-    try:
-        with Image.open(path) as image:
-            image.draft(None, (2 * max(size), 2 * max(size)))  # before EXIF turns the picture
-            upright = ImageOps.exif_transpose(image)
-            picture = upright if upright.mode == _MODES[channels] else upright.convert(_MODES[channels])
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
-        reason = "no image format is recognised in it" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path}: cannot be read as an image ({reason}); remove or replace it") from None
-    if (picture.height, picture.width) != size:
-        scale = max(height / picture.height, width / picture.width)
-        spare = (picture.width - width / scale, picture.height - height / scale)
-        left, upper = spare[0] * where[0], spare[1] * where[1]
-        box = (left, upper, left + width / scale, upper + height / scale)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    return np.array(picture, dtype=np.uint8).reshape(height, width, channels)
+    source = SceneSource(config.count) if SceneSource.takes(config.path) else open_source(config.path, cache)
+    index = source.index
+    if len(index) < 2:
+        raise UserError(f"data.path: {config.path} holds one image; two are needed, one to train on, one held out")
+    if config.labels == "folder" and (loose := np.flatnonzero(index.labels < 0)).size:
+        name = source.describe(int(loose[0]))
+        raise UserError(f"data.labels: `folder`, but {name} lies in no class folder; use `none`")
+    training, held_out = index.split(config.validation)
+    return Images(config, source, training), Images(config, source, held_out)
+
+
+def _flags(count: int) -> Tensor:
+    """One flag an image, in memory that worker processes share."""
+    return torch.zeros(count, dtype=torch.uint8).share_memory_()
 
 
 def to_float(images: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
@@ -176,16 +180,3 @@ def to_float(images: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
 def to_bytes(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
     """[-1, 1] to 0 … 255, rounded, clipped."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def _split(names: list[str], share: float) -> tuple[list[int], list[int]]:
-    """Indices of training and held-out names; each name's side depends on it alone, so more files move none.
-
-    At least one name is on each side, for folders so small that chance would leave one empty.
-    """
-    hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names]
-    order = sorted(range(len(names)), key=hashes.__getitem__)
-    bound = max(share, hashes[order[0]])
-    held_out = [index for index in order[:-1] if hashes[index] <= bound]
-    chosen = set(held_out)
-    return [index for index in range(len(names)) if index not in chosen], sorted(held_out)

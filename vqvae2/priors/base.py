@@ -23,6 +23,7 @@ class PriorSpec(Config):
 class Prior(nn.Module, ABC):
     """p(codes | coarser codes, label), one position after the other in raster order."""
 
+    config: Any  # what built it
     digest: str | None = None  # SHA-256 of the file the weights came from
     made_from: dict[str, Any]  # digests of what it was trained on
     recompute = False  # whether training computes each block twice instead of keeping what is inside it

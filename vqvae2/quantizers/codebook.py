@@ -168,11 +168,13 @@ def _rows_of_all_processes(
 ) -> Float[Tensor, "count d"]:
     """`count` random rows (with replacement) of the batches of all processes, in rank order: the same on each of them.
 
-    Every process draws the same numbers and fills in the rows that are its own; the sum has them all.
+    Every process draws the same numbers and fills in the rows that are its own; the sum has them all. Zeros where no
+    process has any.
     """
     sizes = torch.zeros(processes(), dtype=torch.int64, device=rows.device)
     sizes[rank()] = len(rows)
     ends = sum_over_processes(sizes).cumsum(0).tolist()
-    drawn = torch.randint(ends[-1], (count,), generator=generator).to(rows.device) - (ends[rank()] - len(rows))
+    drawn = torch.randint(max(ends[-1], 1), (count,), generator=generator).to(rows.device) - (ends[rank()] - len(rows))
     mine = (drawn >= 0) & (drawn < len(rows))
-    return sum_over_processes(torch.where(mine[:, None], rows[drawn.clamp(0, max(len(rows) - 1, 0))], 0.0))
+    own = rows[drawn.clamp(0, len(rows) - 1)] if len(rows) else rows.new_zeros(count, rows.shape[1])
+    return sum_over_processes(torch.where(mine[:, None], own, 0.0))

@@ -20,12 +20,21 @@ class GradientConfig(CodebookConfig):
 
 
 class GradientQuantizer(CodebookQuantizer):
-    """Codebook that the optimizer moves: ‖sg[z] − e‖² pulls each code to the features that choose it."""
+    """Codebook that the optimizer moves: ‖sg[z] − e‖² pulls each code to the features that choose it.
+
+    `restarted` (K,) tells which codes the latest update has put elsewhere; an optimizer's moments of these rows belong
+    to the vectors before.
+    """
 
     def __init__(self, config: GradientConfig) -> None:
         super().__init__(config)
+        self.restarted: Tensor | None = None
         self.embedding = nn.Parameter(torch.empty(config.codes, config.project_to or config.dim))
         nn.init.uniform_(self.embedding, -1 / config.codes, 1 / config.codes)
+
+    def update(self) -> None:
+        self.restarted = None
+        super().update()
 
     @property
     def vectors(self) -> Tensor:
@@ -36,3 +45,4 @@ class GradientQuantizer(CodebookQuantizer):
 
     def _set_vectors(self, vectors: Tensor, usage: Tensor, where: Tensor) -> None:
         self.embedding.copy_(torch.where(where[:, None], vectors, self.embedding))
+        self.restarted = where

@@ -1,0 +1,62 @@
+"""What is kept of an image: the part that a mask covers, or its coarsest levels."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from sampling.decode import Known
+from vqvae2.errors import UserError
+from vqvae2.maps import CodeMaps, MapSpec
+
+HALVES = ("top-half", "bottom-half", "left-half", "right-half")
+
+
+def read_mask(source: str, size: tuple[int, int]) -> Bool[Tensor, "h w"]:
+    """True where pixels are kept: one of `HALVES`, or the white of a picture of just this size.
+
+    Raises UserError for any other word, a file that is no picture, a picture of another size, and a mask that leaves
+    nothing to sample.
+    """
+    mask = torch.zeros(size, dtype=torch.bool)
+    height, width = size
+    if source in HALVES:
+        side = source.partition("-")[0]
+        rows = {"top": slice(0, height // 2), "bottom": slice(height - height // 2, None)}
+        columns = {"left": slice(0, width // 2), "right": slice(width - width // 2, None)}
+        mask[rows.get(side, slice(None)), columns.get(side, slice(None))] = True
+        return mask
+    if not Path(source).is_file():
+        raise UserError(f"--keep {source}: neither {', '.join(HALVES)} nor a picture whose white is kept")
+    try:
+        with Image.open(source) as picture:
+            mask = torch.from_numpy(np.array(picture.convert("L")) >= 128)
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"--keep {source}: not a readable picture ({error})") from None
+    if tuple(mask.shape) != size:
+        found = f"{mask.shape[0]} × {mask.shape[1]}"
+        raise UserError(f"--keep {source}: {found} pixels, but the images of this run are {height} × {width}")
+    if mask.all():
+        raise UserError(f"--keep {source}: all of it is white, which leaves nothing to sample; paint that black")
+    return mask
+
+
+def keep_masked(codes: CodeMaps, mask: Bool[Tensor, "..."], maps: Sequence[MapSpec]) -> tuple[Known, ...]:
+    """Codes kept by a mask (H, W) or (B, H, W) of pixels: on each level those of whose pixels all are kept."""
+    mask = mask.expand(len(codes[0]), *mask.shape[-2:])
+    known = []
+    for level, spec in zip(codes, maps, strict=True):
+        rows, columns = mask.shape[1] // spec.height, mask.shape[2] // spec.width
+        cells = mask.unflatten(2, (spec.width, columns)).unflatten(1, (spec.height, rows))
+        known.append(Known(level, cells.all(4).all(2).to(level.device)))
+    return tuple(known)
+
+
+def keep_coarsest(codes: CodeMaps, count: int) -> tuple[Known, ...]:
+    """Codes of which the `count` coarsest levels are kept whole, and nothing of the finer ones."""
+    finer = len(codes) - count
+    return tuple(Known(level, torch.full_like(level, index >= finer).bool()) for index, level in enumerate(codes))

@@ -1,0 +1,169 @@
+"""The autoencoder's stage with every loss at once: what is logged and saved, resuming, accumulation, two processes."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torchvision
+import yaml
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conftest import TINY
+from tests.inception_fixture import two_processes
+from train.autoencoder import AutoencoderStage
+from train.experiment import Experiment, Run
+from train.loop import train
+from vqvae2.__main__ import main
+from vqvae2.errors import Stopped
+from vqvae2.run_folder import RunFolder
+
+START = 2
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every term; no k-means or restarts, which draw on single micro-batches."""
+    folder = tmp_path_factory.mktemp("adversarial")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "squeezenet.pth")
+    experiment = yaml.safe_load(TINY)
+    for level in experiment["autoencoder"]["levels"]:
+        level["quantizer"] |= {"kmeans": False, "restart_below": 0}
+    experiment["data"]["count"] = 60
+    experiment["autoencoder"]["training"] |= {"validate_every": 6, "preview_every": 6, "checkpoint_every": 3}
+    experiment["autoencoder"]["loss"] = {
+        "pixel": "l1",
+        "perceptual": {"weight": 0.5, "network": "squeeze", "weights": str(folder / "squeezenet.pth")},
+        "adversarial": {"weight": 0.1, "start": START, "discriminator": {"channels": 8, "layers": 2}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(experiment))
+    return folder / "config.yaml"
+
+
+def trained(config: Path, folder: Path, *settings: str, stop_at: int | None = None) -> dict[str, Tensor]:
+    """The newest checkpoint of the stage, with its discriminator, after training in `folder`."""
+    run = Run(Experiment.load(config).override(settings), RunFolder(folder))
+    stage = AutoencoderStage(run)
+    update, updates = stage.after_update, []
+
+    def stop(optimizer: torch.optim.Optimizer) -> None:
+        update(optimizer)
+        updates.append(1)
+        if len(updates) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stage.after_update = stop
+    train(stage, run.experiment.autoencoder.training, run.folder.autoencoder, workers=0)
+    newest = max((run.folder.autoencoder / "checkpoints").iterdir())
+    return {name: tensor.clone() for name, tensor in load_file(newest / "state.safetensors").items()}
+
+
+def trained_as_launched(config: Path, folder: Path) -> dict[str, Tensor]:
+    """The same on a process that has been joined to others, which Accelerate must be told as its launcher does."""
+    PartialState._reset_state()
+    with mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}):
+        state = trained(config, folder)
+        assert PartialState().num_processes == 2
+    PartialState._reset_state()
+    return state
+
+
+@pytest.fixture(scope="module")
+def straight(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    torch.set_num_threads(1)
+    return folder, trained(config, folder)
+
+
+def test_every_term_is_logged_on_its_own(straight: tuple[Path, dict[str, Tensor]]) -> None:
+    lines = (straight[0] / "autoencoder" / "history.jsonl").read_text().splitlines()
+    logged = {entry["step"]: entry for entry in map(json.loads, lines) if "train/loss" in entry}
+    always = {"l1", "perceptual", "commitment_bottom", "commitment_top", "codebook_top", "loss", "learning_rate"}
+    always |= {f"{value}_{level}" for value in ("usage", "perplexity") for level in ("bottom", "top")}
+    adversarial = {"adversarial", "discriminator", "score_real", "score_reconstructed"}
+    names = {step: {key.removeprefix("train/") for key in entry} - {"step"} for step, entry in logged.items()}
+    assert names == {2: always, 4: always | adversarial, 6: always | adversarial}
+    for entry in logged.values():
+        parts = entry["train/l1"] + 0.5 * entry["train/perceptual"] + 0.1 * entry.get("train/adversarial", 0)
+        parts += 0.25 * (entry["train/commitment_bottom"] + entry["train/commitment_top"]) + entry["train/codebook_top"]
+        assert entry["train/loss"] == pytest.approx(parts, rel=1e-5)
+    assert (straight[0] / "autoencoder" / "curves.png").is_file()
+
+
+def test_the_discriminator_is_in_the_checkpoints_alone_and_learns_from_its_start(
+    straight: tuple[Path, dict[str, Tensor]],
+) -> None:
+    folder, state = straight
+    judged = {name for name in state if name.startswith("discriminator-objective/discriminator.")}
+    assert judged
+    assert state["discriminator-optimizer/0/step"] == 6 - START
+    assert state["optimizer/0/step"] == 6
+    result = load_file(folder / "autoencoder" / "model.safetensors")
+    assert result.keys() == {name.removeprefix("objective/network.") for name in state if name.startswith("objective/")}
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_stopping_and_going_on_gives_the_same_weights_bit_for_bit(
+    config: Path, straight: tuple[Path, dict[str, Tensor]], tmp_path: Path, stop_at: int
+) -> None:
+    with pytest.raises(Stopped):
+        trained(config, tmp_path / "run", stop_at=stop_at)
+    again = trained(config, tmp_path / "run")
+    assert again.keys() == straight[1].keys()
+    for name, tensor in straight[1].items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_accumulated_batches_are_one_batch(
+    config: Path, straight: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    assert_close(trained(config, tmp_path / "run", "--autoencoder.training.accumulate", "4"), straight[1])
+
+
+def test_two_processes_are_one(config: Path, straight: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    for state in two_processes(trained_as_launched, config, tmp_path / "run"):
+        assert_close(state, straight[1])
+    used = [
+        (run / "autoencoder" / "history.jsonl").read_text().splitlines()[-2] for run in (tmp_path / "run", straight[0])
+    ]
+    found, expected = ({k: v for k, v in json.loads(line).items() if "usage" in k} for line in used)
+    assert len(found) == 2
+    assert found == pytest.approx(expected), "of the codes of both"
+
+
+def test_bfloat16_trains_and_keeps_float32_weights(config: Path, tmp_path: Path) -> None:
+    settings = ["--autoencoder.training.precision", "bf16", "--autoencoder.training.accumulate", "2"]
+    state = trained(config, tmp_path / "run", *settings, "--autoencoder.training.clip-norm", "1")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert {tensor.dtype for tensor in state.values()} <= {torch.float32, torch.int64, torch.bool}
+
+
+def test_missing_weights_are_one_line_before_anything_is_trained(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanting = ["--autoencoder.loss.perceptual.weights", str(tmp_path / "absent.pth")]
+    assert main(["train-autoencoder", str(config), "--run", str(tmp_path / "run"), *wanting]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "autoencoder.loss.perceptual.weights" in said
+    assert "absent.pth is missing" in said
+    assert "\n" not in said
+    assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Weights equal to less than a hundredth of a step of Adam (3e-4, and 1e-4 of the discriminator) on average.
+
+    Not one by one: where the gradient of a weight is all but zero, a step is made of its rounding. So it is for the
+    last bias of the discriminator, which both sides of the hinge pull equally while every score is between them.
+    """
+    assert found.keys() == expected.keys()
+    for kind in ("objective/", "discriminator-objective/"):
+        names = [name for name in expected if name.startswith(kind) and name != f"{kind}discriminator.body.8.bias"]
+        one, other = (torch.cat([state[name].double().flatten() for name in names]) for state in (found, expected))
+        assert (one - other).abs().mean() < 1e-6, kind

@@ -1,0 +1,75 @@
+"""What training keeps about codebooks: use of the codes between two log points, moments of restarted codes."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.inception_fixture import two_processes
+from train.autoencoder import AutoencoderObjective, forget
+from train.losses import TrainingUsage
+from vqvae2.data.images import Item
+from vqvae2.models import AutoencoderConfig, LevelConfig
+from vqvae2.quantizers import EMAConfig, GradientConfig, Quantized
+
+
+def window(*steps: list[int]) -> dict[str, float]:
+    usage = TrainingUsage({"top": 8})
+    for codes in steps:
+        zero = torch.zeros(())
+        usage.update([Quantized(torch.zeros(1, 1, len(codes)), torch.tensor([codes]), zero, {})])
+    values = usage.take()
+    assert usage.take() == {}, "a window begins anew"
+    return values
+
+
+def window_of_this_process() -> dict[str, float]:
+    return window(*[[[0, 1]], [[2, 2, 3]]][torch.distributed.get_rank()])
+
+
+def test_a_window_counts_the_codes_of_all_its_steps() -> None:
+    share = np.array([1, 1, 2, 1]) / 5
+    expected = {"usage_top": 0.5, "perplexity_top": np.exp(-(share * np.log(share)).sum())}
+    assert window([0, 1], [2], [2, 3]) == pytest.approx(expected)
+    for values in two_processes(window_of_this_process):
+        assert values == pytest.approx(expected)
+
+
+def test_only_training_is_counted() -> None:
+    levels = (LevelConfig(stride=4, quantizer=EMAConfig(codes=6, dim=4)), LevelConfig(quantizer=GradientConfig(dim=4)))
+    objective = AutoencoderObjective(AutoencoderConfig(levels=levels, channels=8).build((16, 16)))
+    batch = Item(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.zeros(2))
+    objective.eval()
+    objective(batch)
+    assert objective.usage.take() == {}
+    objective.train()
+    objective(batch)
+    assert objective.usage.take().keys() == {f"{a}_{b}" for a in ("usage", "perplexity") for b in ("bottom", "top")}
+
+
+def test_the_moments_of_restarted_codes_are_forgotten() -> None:
+    quantizer = GradientConfig(codes=4, dim=2, kmeans=False, restart_below=0.1, decay=0.5).build()
+    with torch.no_grad():
+        quantizer.embedding.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0], [50.0, 50.0]]))
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=1e-3)
+    for step in range(8):
+        x = torch.randn(16, 2, 4, generator=torch.Generator().manual_seed(step))
+        (quantizer(x).loss + quantizer.embedding.sum()).backward()  # a gradient for the unused code too
+        optimizer.step()
+        before = {name: value.clone() for name, value in optimizer.state[quantizer.embedding].items()}
+        quantizer.update()
+        rows = quantizer.restarted
+        assert rows is not None
+        forget(optimizer, quantizer.embedding, rows)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = optimizer.state[quantizer.embedding][name]
+            torch.testing.assert_close(moment, torch.where(rows[:, None], 0.0, before[name]))
+        if rows.any():
+            break
+    assert rows.tolist() == [False, False, False, True]
+
+
+def test_without_restarts_the_moments_stay() -> None:
+    quantizer = GradientConfig(codes=4, dim=2, kmeans=True, restart_below=0).build()
+    quantizer(torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(0)))
+    quantizer.update()
+    assert quantizer.restarted is None, "not even after k-means, which comes before the first step"

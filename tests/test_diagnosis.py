@@ -1,0 +1,144 @@
+"""Diagnosis: the pictures add one sampled level after the other, and the numbers warn of what they show."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sampling.choices import Choices
+from sampling.diagnose import diagnose_run, rows
+from sampling.hierarchy import Generator
+from sampling.judge import judge_codebooks, judge_prior
+from sampling.report import write_report
+from tests.test_commands import contents, fails
+from tests.test_priors import build
+from tests.test_report import Page
+from vqvae2.__main__ import main
+from vqvae2.data.codes import CodeStore
+from vqvae2.data.images import to_bytes
+from vqvae2.maps import MapSpec
+from vqvae2.models import AutoencoderConfig, LevelConfig
+from vqvae2.quantizers import EMAConfig
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+def log(nll: list[float], loss: list[float]) -> list[dict[str, float]]:
+    """A history in which training and validation are logged in turn."""
+    entries: list[dict[str, float]] = []
+    for step, (validation, training) in enumerate(zip(nll, loss, strict=True), 1):
+        entries += [{"step": step, "train/loss": training}, {"step": step, "validation/nll": validation}]
+    return entries
+
+
+def test_codebooks_that_have_collapsed_are_named() -> None:
+    validation = {"perplexity_bottom": 60.0, "perplexity_top": 1.99, "psnr": 20.0}
+    (warning,) = judge_codebooks(validation, ("bottom", "top"))
+    assert warning.startswith("level top: its codes have collapsed (perplexity 1.99")
+    assert judge_codebooks({"perplexity_top": 2.0}, ("bottom", "top")) == judge_codebooks({}, ("top",)) == []
+
+
+def test_a_prior_that_overfits_or_has_nothing_to_learn_is_named() -> None:
+    assert judge_prior("top", []) == judge_prior("top", [{"step": 1, "train/loss": 2.0}]) == []
+    (known,) = judge_prior("top", log([0.3, 0.04], [0.3, 0.1]))
+    assert "level top" in known
+    assert "0.040 nats" in known
+    (overfits,) = judge_prior("bottom", log([3.0, 2.5, 2.7, 2.9], [3.0, 2.4, 2.0, 1.5]))
+    assert "level bottom: its prior overfits" in overfits
+    assert "2.900 nats per code at the end, 2.500 at step 2" in overfits
+    assert judge_prior("top", log([3.0, 2.5, 2.54], [3.0, 2.4, 2.0])) == []  # less than 2 % worse
+    assert judge_prior("top", log([3.0, 2.5, 2.9], [2.0, 2.4, 2.6])) == []  # training has gone wrong, too
+    assert judge_prior("top", log([3.0, 2.5, 2.4], [3.0, 2.4, 2.0])) == []
+
+
+def test_each_row_samples_one_level_more(finished_run: Path) -> None:
+    generator = Generator.load(finished_run)
+    batch = CodeStore.open(finished_run / "codes" / "val").read(range(4, 7))
+    found = rows(generator, batch.codes, batch.label, seed=3, first=4)
+    assert list(found) == ["reconstruction", "true-top", "sampled"]
+
+    def image(codes: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return to_bytes(generator.autoencoder.decode_codes(codes))
+
+    sampled = generator.sample_codes(range(4, 7), batch.label, 3, Choices())
+    known = generator.keep_levels(batch.codes, 1)
+    true_top = generator.sample_codes(range(4, 7), batch.label, 3, Choices(), known)
+    assert torch.equal(true_top[1], batch.codes[1])
+    assert not torch.equal(true_top[0], batch.codes[0])
+    for name, codes in (("reconstruction", batch.codes), ("true-top", true_top), ("sampled", sampled)):
+        assert torch.equal(found[name], image(codes))
+
+
+def test_three_levels_have_a_row_for_each_number_of_true_ones() -> None:
+    torch.manual_seed(0)
+    levels = tuple(LevelConfig(stride=2, quantizer=EMAConfig(codes=11 + index, dim=4)) for index in range(3))
+    autoencoder = AutoencoderConfig(levels=levels, channels=8, residual_channels=4).build((16, 16)).eval()
+    sizes = ((8, 8), (4, 4), (2, 2))
+    priors = tuple(build(sizes[level], sizes[level + 1 :], kind="pixelcnn") for level in range(2))
+    top = build(sizes[2], kind="pixelcnn").config.build(build(sizes[2], kind="pixelcnn").spec).eval()
+    spec = MapSpec(codes=11, height=2, width=2)
+    assert top.spec.level == spec
+    generator = Generator(autoencoder, (*priors, top))
+    codes = tuple(torch.randint(11, (2, *size)) for size in sizes)
+    assert list(rows(generator, codes, None, 0)) == ["reconstruction", "true-middle", "true-top", "sampled"]
+
+
+def test_the_command_writes_the_pictures_once_and_the_report_shows_them(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "Not diagnosed yet" in Page(write_report(run)).text
+    assert main(["diagnose", str(run), "--count", "10"]) == 0
+    folder = run / "diagnosis"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == [str(folder / "diagnosis.png"), "rows: reconstruction, true-top, sampled"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("diagnosis.json", "diagnosis.png", "reconstruction.png", "sampled.png", "true-top.png")
+    ]
+    with Image.open(folder / "diagnosis.png") as shown, Image.open(folder / "sampled.png") as sampled:
+        assert shown.size == (8 * 98 + 2, 3 * 98 + 2)
+        assert sampled.size == (8 * 98 + 2, 2 * 98 + 2)
+        rows_of = [np.array(shown)[2 + 98 * row : 98 + 98 * row] for row in range(3)]
+        assert np.array_equal(rows_of[2], np.array(sampled)[2:98])
+    assert not np.array_equal(rows_of[0], rows_of[1])
+    report = Page(write_report(run))
+    report.check_self_contained()
+    assert len(report.pictures()) == 8
+    assert "all codes true; true codes from the top level up; all codes sampled" in report.text
+    before = contents(run)
+    assert diagnose_run(run, 10) == folder
+    assert contents(run) == before
+    diagnose_run(run, 10, seed=1)
+    after = contents(folder)
+    assert after["reconstruction.png"] == before["diagnosis/reconstruction.png"]
+    assert after["true-top.png"] != before["diagnosis/true-top.png"]
+    assert json.loads(after["diagnosis.json"])["seed"] == 1
+
+
+def test_warnings_stand_on_the_command_line_and_in_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = run / "prior-top" / "history.jsonl"
+    history.write_text("".join(json.dumps(entry) + "\n" for entry in log([3.0, 2.5, 2.9], [3.0, 2.4, 2.0])))
+    summary = run / "autoencoder" / "summary.json"
+    value = json.loads(summary.read_text())
+    value["validation"]["perplexity_bottom"] = 1.25
+    summary.write_text(json.dumps(value))
+    assert main(["diagnose", str(run), "--count", "2"]) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert ["bottom: its codes have collapsed" in line for line in warnings].count(True) == 1
+    assert ["top: its prior overfits" in line for line in warnings].count(True) == 1
+    text = Page(write_report(run)).text
+    assert "perplexity 1.25 on held-out images" in text
+    assert "Level top: its prior overfits" in text
+
+
+def test_what_cannot_be_diagnosed_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, ["diagnose", str(run), "--count", "0"], "--count 0", "at least one")
+    shutil.rmtree(run / "codes" / "val")
+    fails(capsys, ["diagnose", str(run)], "codes/val", "no code store")
+    assert not (run / "diagnosis").exists()

@@ -1,0 +1,313 @@
+"""The autoencoder's losses: values computed directly, where each term's gradient goes, refusals."""
+
+import sys
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lpips
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from tests.conftest import TINY
+from train.autoencoder import AutoencoderObjective
+from train.experiment import Experiment
+from train.losses import (
+    AdversarialConfig,
+    Adversary,
+    DiscriminatorObjective,
+    LossConfig,
+    PerceptualConfig,
+    PerceptualDistance,
+)
+from vqvae2.config import read_yaml
+from vqvae2.data.images import Item
+from vqvae2.errors import UserError
+from vqvae2.models import Autoencoder, AutoencoderConfig, LevelConfig
+from vqvae2.models.discriminator import DiscriminatorConfig
+from vqvae2.quantizers import EMAConfig, GradientConfig, Quantized
+
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of torchvision's smallest backbone, in a file as its own."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("backbone") / "squeezenet.pth"
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def distance(backbone: Path) -> PerceptualDistance:
+    return PerceptualDistance("squeeze", backbone)
+
+
+def pictures(count: int = 3, channels: int = 3, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, channels, *SIZE), dtype=torch.uint8, generator=generator)
+
+
+def images(count: int = 3, channels: int = 3, seed: int = 0) -> Tensor:
+    return pictures(count, channels, seed) / 127.5 - 1
+
+
+def autoencoder(*quantizers: EMAConfig | GradientConfig) -> Autoencoder:
+    torch.manual_seed(0)
+    levels = tuple(LevelConfig(stride=4 - 2 * i, quantizer=each) for i, each in enumerate(quantizers))
+    return AutoencoderConfig(levels=levels, channels=8, residual_channels=8, residual_layers=1).build(SIZE)
+
+
+def ema(commitment: float = 0.25) -> EMAConfig:
+    return EMAConfig(codes=6, dim=4, kmeans=False, commitment=commitment)
+
+
+def gradient(commitment: float = 0.25) -> GradientConfig:
+    return GradientConfig(codes=6, dim=4, kmeans=False, commitment=commitment)
+
+
+def item(count: int = 3) -> Item:
+    return Item(pictures(count), torch.zeros(count))
+
+
+# Settings
+
+
+def test_the_default_is_the_mean_squared_error_and_configs_without_the_section_still_load(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text(TINY)
+    experiment = Experiment.load(tmp_path / "old.yaml")
+    assert experiment.autoencoder.loss == LossConfig()
+    assert experiment.autoencoder.loss.terms == ("reconstruction",)
+    settings = {"pixel": "l1", "perceptual.weight": "0.5", "adversarial.weight": "0.1", "adversarial.start": "9"}
+    changed = experiment.override(
+        [part for key, value in settings.items() for part in (f"--autoencoder.loss.{key}", value)]
+    )
+    assert changed.autoencoder.loss.terms == ("l1", "perceptual", "adversarial", "discriminator")
+    assert changed.autoencoder.loss.adversarial.start == 9
+
+
+def test_an_adversary_and_fp16_are_refused_together(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(TINY)
+    data = read_yaml(tmp_path / "config.yaml")
+    data["autoencoder"]["loss"] = {"adversarial": {"weight": 0.1}}
+    data["autoencoder"]["training"]["precision"] = "fp16"
+    with pytest.raises(UserError, match=r"autoencoder: loss.adversarial: .* use bf16"):
+        Experiment.parse(data, "config.yaml")
+
+
+# Values
+
+
+@pytest.mark.parametrize("pixel", ["mse", "l1"])
+def test_the_pixel_term_is_the_mean_over_every_value(pixel: Any) -> None:
+    network = autoencoder(ema(), gradient()).eval()
+    loss, terms = AutoencoderObjective(network, LossConfig(pixel=pixel))(item())
+    result = network(images())
+    difference = (result.images - images()).detach().double().numpy()
+    expected = np.abs(difference).mean() if pixel == "l1" else np.square(difference).mean()
+    name = {"mse": "reconstruction", "l1": "l1"}[pixel]
+    assert terms.keys() == {name, "commitment_bottom", "commitment_top", "codebook_top"}
+    assert terms[name].item() == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(expected + sum(level.loss.item() for level in result.levels), rel=1e-5)
+
+
+def lpips_by_hand(state: dict[str, Tensor], made: Tensor, original: Tensor) -> Tensor:
+    """Zhang et al. 2018, eq. 1, on torchvision's network: squared differences of unit features, weighed, averaged."""
+    network = torchvision.models.squeezenet1_1(weights=None).eval()
+    network.load_state_dict(state)
+    linear = torch.load(Path(lpips.__file__).parent / "weights/v0.1/squeeze.pth", map_location="cpu", weights_only=True)
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    x = (torch.cat([made, original]) - shift[:, None, None]) / scale[:, None, None]
+    total, at = torch.zeros(len(made)), 0
+    for index, layer in enumerate(network.features):
+        x = layer(x)
+        if index in (1, 4, 7, 9, 10, 11, 12):
+            unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            first, second = unit.chunk(2)
+            weighed = (first - second).square() * linear[f"lin{at}.model.1.weight"][0]
+            total, at = total + weighed.sum(1).mean((1, 2)), at + 1
+    return total.mean()
+
+
+def test_the_perceptual_term_is_lpips(distance: PerceptualDistance, backbone: Path) -> None:
+    state = torch.load(backbone, weights_only=True)
+    made, original = images(seed=1).requires_grad_(), images()
+    found, expected = distance(made, original), lpips_by_hand(state, made, original)
+    assert found > 0.01
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(*(torch.autograd.grad(value, made)[0] for value in (found, expected)))
+    assert distance(original, original) == 0
+
+
+def test_grey_is_repeated_and_of_four_channels_three_count(distance: PerceptualDistance) -> None:
+    grey, other = images(channels=1), images(channels=1, seed=1)
+    assert distance(grey, other) == distance(grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1))
+    four, rest = images(channels=4), images(channels=4, seed=1)
+    assert distance(four, rest) == distance(four[:, :3], rest[:, :3])
+
+
+def test_the_perceptual_term_stays_in_float32_under_autocast(distance: PerceptualDistance) -> None:
+    plain = distance(images(), images(seed=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = distance(images(), images(seed=1))
+    assert cast.dtype == torch.float32
+    assert torch.equal(plain, cast)
+
+
+def test_the_hinge_losses_are_those_of_the_scores() -> None:
+    torch.manual_seed(0)
+    judge = DiscriminatorConfig(channels=8, layers=2).build(SIZE)
+    nn.init.normal_(judge.body[-1].weight)  # scores on both sides of the hinge
+    real, made = images(), images(seed=1)
+    scores = [judge(each).detach().numpy() for each in (real, made)]
+    loss, terms = DiscriminatorObjective(judge)((real, made))
+    expected = (np.maximum(0, 1 - scores[0]).mean() + np.maximum(0, 1 + scores[1]).mean()) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert [terms["score_real"].item(), terms["score_reconstructed"].item()] == pytest.approx(
+        [each.mean() for each in scores], rel=1e-4, abs=1e-5
+    )
+    adversary = Adversary(AdversarialConfig(weight=1), judge)
+    assert adversary(real, made).item() == pytest.approx(-scores[1].mean(), rel=1e-4, abs=1e-5)
+
+
+# Where each term's gradient goes
+
+ENCODERS = {"encoders.0", "encoders.1", "joins.0", "joins.1"}
+EVERYWHERE = ENCODERS | {"decoders.0", "upsamplers.0", "decoder"}
+BOTTOM = ENCODERS | {"decoders.0"}  # the bottom is quantized given the decoded top, through which gradients pass
+TOP = ENCODERS - {"joins.0"}
+Term = Callable[[AutoencoderObjective, tuple[Quantized, ...], dict[str, Tensor]], Tensor]
+
+
+def named(name: str) -> Term:
+    return lambda objective, levels, terms: terms[name]
+
+
+def level(index: int) -> Term:
+    return lambda objective, levels, terms: levels[index].loss
+
+
+def judged(objective: AutoencoderObjective, levels: tuple[Quantized, ...], terms: dict[str, Tensor]) -> Tensor:
+    assert objective.adversary is not None
+    assert objective.adversary.latest is not None
+    return DiscriminatorObjective(objective.adversary.discriminator)(objective.adversary.latest)[0]
+
+
+@pytest.mark.parametrize(
+    ("quantizers", "pixel", "term", "reached"),
+    [
+        ((ema(), gradient()), "mse", named("reconstruction"), EVERYWHERE),
+        ((ema(), gradient()), "l1", named("l1"), EVERYWHERE),
+        ((ema(), gradient()), "mse", named("perceptual"), EVERYWHERE),
+        ((ema(), gradient()), "mse", named("adversarial"), EVERYWHERE),
+        ((ema(), gradient()), "mse", judged, {"discriminator"}),
+        ((ema(), ema()), "mse", level(0), BOTTOM),  # the commitment terms alone
+        ((ema(), ema()), "mse", level(1), TOP),
+        ((gradient(0), gradient()), "mse", level(0), {"quantizers.0"}),  # the codebook terms alone
+        ((gradient(), gradient(0)), "mse", level(1), {"quantizers.1"}),
+    ],
+    ids=["mse", "l1", "perceptual", "adversarial", "discriminator", *("commitment " + at for at in ("bottom", "top"))]
+    + ["codebook " + at for at in ("bottom", "top")],
+)
+def test_each_term_reaches_the_weights_it_should_and_no_others(
+    distance: PerceptualDistance, quantizers: Any, pixel: Any, term: Term, reached: set[str]
+) -> None:
+    network = autoencoder(*quantizers)
+    adversarial = AdversarialConfig(weight=0.1, discriminator=DiscriminatorConfig(channels=8, layers=1))
+    adversary = Adversary(adversarial, adversarial.discriminator.build(SIZE))
+    adversary.active = True
+    config = LossConfig(pixel=pixel, perceptual=PerceptualConfig(weight=1), adversarial=adversarial)
+    objective = AutoencoderObjective(network, config, distance, adversary)
+    kept: list[tuple[Quantized, ...]] = []
+    network.register_forward_hook(lambda module, inputs, output: kept.append(output.levels))
+    _, terms = objective(item())
+    term(objective, kept[0], terms).backward()
+    found = {}
+    for name, parameter in (*network.named_parameters(), *_named(adversary.discriminator)):
+        part = name if name.startswith("quantizers") else ".".join(name.split(".")[:2])
+        part = part.removesuffix(".embedding") if part.startswith(("quantizers", "encoders", "joins")) else part
+        for whole in ("decoder.", "discriminator."):
+            part = whole[:-1] if part.startswith(whole) else part
+        found.setdefault(part, []).append(parameter.grad is not None and bool(parameter.grad.any()))
+    assert {part for part, each in found.items() if any(each)} == reached
+    assert not {part for part in reached if not all(found[part])}, "every weight of a part"
+
+
+def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(f"discriminator.{name}", parameter) for name, parameter in module.named_parameters()]
+
+
+def test_the_perceptual_network_and_the_judge_are_no_part_of_the_objective(distance: PerceptualDistance) -> None:
+    network = autoencoder(ema(), gradient())
+    adversarial = AdversarialConfig(weight=1)
+    adversary = Adversary(adversarial, adversarial.discriminator.build(SIZE))
+    whole = AutoencoderObjective(network, LossConfig(perceptual=PerceptualConfig(weight=1)), distance, adversary)
+    plain = AutoencoderObjective(network)
+    assert whole.state_dict().keys() == plain.state_dict().keys()
+    assert len(list(whole.parameters())) == len(list(plain.parameters()))
+    assert not any(parameter.requires_grad for parameter in distance._network.parameters())
+
+
+def test_before_its_start_the_adversary_says_nothing() -> None:
+    adversarial = AdversarialConfig(weight=1, start=5)
+    adversary = Adversary(adversarial, adversarial.discriminator.build(SIZE))
+    network = autoencoder(ema(), gradient())
+    loss, terms = AutoencoderObjective(network, LossConfig(adversarial=adversarial), None, adversary)(item())
+    plain, _ = AutoencoderObjective(autoencoder(ema(), gradient()))(item())
+    assert "adversarial" not in terms
+    assert torch.equal(loss, plain)
+
+
+# Refusals: one line that says what is missing and where to put it
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(UserError, match=r"needs the package `lpips`; pip install 'vqvae2\[perceptual\]'"):
+        PerceptualConfig(weight=1, network="squeeze", weights=str(backbone)).build(SIZE)
+    assert PerceptualConfig(weight=0).build(SIZE) is None
+
+
+def test_weights_that_cannot_be_fetched_are_one_line_with_their_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", fail)
+    with pytest.raises(
+        UserError, match=r"weights of vgg16 .*no network.*; put https\S+vgg16-\S+ at \S+vgg16-"
+    ) as error:
+        PerceptualConfig(weight=1).build(SIZE)
+    assert "\n" not in str(error.value)
+    assert "autoencoder.loss.perceptual.weights" in str(error.value)
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path: Path, backbone: Path) -> None:
+    damaged, program, foreign, numbers = (tmp_path / name for name in ("damaged", "program", "foreign", "numbers"))
+    damaged.write_bytes(backbone.read_bytes()[:-1000])
+    torch.save({"features.0.weight": Path("not a tensor")}, program)
+    torch.save({"features.0.weight": torch.zeros(2, 2)}, foreign)
+    torch.save([1, 2], numbers)
+    for path, message in (
+        (tmp_path / "absent", "is missing"),
+        (tmp_path, "is a folder"),
+        (damaged, "is damaged"),
+        (program, "is damaged, or not a file of weights alone"),
+        (numbers, "is not a state dict"),
+        (foreign, r"torchvision's squeezenet1_1 \(`features.0.weight` has shape \(2, 2\), not \(64, 3, 3, 3\)\)"),
+    ):
+        with pytest.raises(UserError, match=rf"autoencoder\.loss\.perceptual\.weights: .*{message}"):
+            PerceptualConfig(weight=1, network="squeeze", weights=str(path)).build(SIZE)
+
+
+def test_images_too_small_for_the_perceptual_network_are_refused(distance: PerceptualDistance, backbone: Path) -> None:
+    assert distance(torch.zeros(1, 3, 17, 17), torch.ones(1, 3, 17, 17)).isfinite()
+    with pytest.raises(UserError, match=r"squeeze needs images of 17 pixels or more, these have 32 × 16"):
+        PerceptualConfig(weight=1, network="squeeze", weights=str(backbone)).build((32, 16))

@@ -1,0 +1,142 @@
+"""`vqvae2 prepare` and `vqvae2 inspect`: what is stored, going on after a kill, and what is refused."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sampling.inspect_store import main as inspect
+from tests.test_codes import header as code_header
+from tests.test_codes import write as write_codes
+from train.prepare import main as prepare
+from vqvae2.data import environments
+from vqvae2.data.images import DataConfig, open_images
+from vqvae2.data.sources.prepared import read_header
+from vqvae2.errors import UserError
+
+
+def fill(folder: Path, count: int = 12) -> Path:
+    for number in range(count):
+        path = folder / ("cat", "dog")[number % 2] / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def records(path: Path) -> dict[bytes, bytes]:
+    environments.close_reader(path)
+    with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
+        return dict(transaction.cursor())
+
+
+@pytest.mark.parametrize(("encoding", "error"), [("raw", 0), ("png", 0), ("jpeg", 30), ("webp", 30)])
+def test_prepared_images_are_those_of_the_folder(tmp_path: Path, encoding: str, error: int) -> None:
+    folder, out = fill(tmp_path / "images"), tmp_path / "out"
+    prepare([str(folder), str(out), "--size", "16", "--format", encoding, "--workers", "0"])
+    settings = {"size": 16, "labels": "folder", "validation": 0.3}
+    config = DataConfig.parse({"path": str(folder), **settings}, "test")
+    for ours, theirs in zip(
+        open_images(config.model_copy(update={"path": str(out)})), open_images(config), strict=True
+    ):
+        assert list(ours.names) == list(theirs.names)
+        assert (ours.classes, ours.digest()) == (theirs.classes, theirs.digest())
+        for index, item in enumerate(ours):
+            whole = Image.open(folder / theirs.names[index]).resize((27, 16), Image.Resampling.BICUBIC, reducing_gap=3)
+            expected = np.asarray(whole.crop((6, 0, 22, 16))).astype(int)
+            assert np.abs(item.image.permute(1, 2, 0).numpy() - expected).mean() <= error
+            if index == len(ours) - 1:
+                break
+
+
+def test_random_crops_reach_the_edges_of_prepared_images(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare([str(fill(tmp_path / "images")), str(out), "--size", "16", "--format", "png", "--workers", "0"])
+    images, _ = open_images(DataConfig(path=str(out), size=16, crop="random"))
+    assert len({images[0, draw].image.numpy().tobytes() for draw in range(60)}) == 12  # 27 − 16 + 1 places
+
+
+def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "images", 200)
+    (folder / "dog" / "0071.png").write_text("no image")
+    out = tmp_path / "killed"
+    command = [str(folder), str(out), "--size", "16", "--workers", "1"]
+    slow = (
+        "import sys, time; from vqvae2.data.sources.prepared import PreparedWriter as W; import train.prepare as p\n"
+        "write = W.write\n"
+        "def slowly(*a): write(*a); print('written', flush=True); time.sleep(60)\n"
+        "W.write = slowly; p.main(sys.argv[1:])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"written\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=20)  # its worker leaves too, and closes what it inherited
+    with pytest.raises(UserError, match="is unfinished; run the same `vqvae2 prepare` again"):
+        open_images(DataConfig(path=str(out), size=16))
+    assert len(records(out)) == 1 + 64
+    prepare(command)
+    straight = tmp_path / "straight"
+    prepare([str(folder), str(straight), "--size", "16", "--workers", "0"])
+    assert records(out) == records(straight)
+    assert (out / "index.safetensors").read_bytes() == (straight / "index.safetensors").read_bytes()
+    header = read_header(out)
+    assert (header.count, header.unreadable, header.classes) == (200, ("dog/0071.png",), ("cat", "dog"))
+    training, held_out = open_images(DataConfig(path=str(out), size=16))
+    assert len(training) + len(held_out) == 199
+    before = records(out)
+    prepare(command)  # finished: nothing is left to do
+    assert records(out) == before
+
+
+def test_what_cannot_be_prepared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = fill(tmp_path / "images"), tmp_path / "out"
+    common = [str(folder), str(out), "--workers", "0"]
+    prepare([*common, "--size", "16"])
+    with pytest.raises(UserError, match="another source, size or format"):
+        prepare([*common, "--size", "24"])
+    with pytest.raises(UserError, match="not empty and not prepared images"):
+        prepare([str(folder), str(folder), "--size", "16", "--workers", "0"])
+    with pytest.raises(UserError, match="jpeg has no transparency"):
+        prepare([str(folder), str(tmp_path / "x"), "--size", "16", "--channels", "4"])
+    with pytest.raises(UserError, match=r"quality.*less than or equal to 100"):
+        prepare([str(folder), str(tmp_path / "x"), "--size", "16", "--quality", "101"])
+    (folder / "dog" / "0001.png").write_text("no image")
+    with pytest.raises(UserError, match=r"1 of 12 images .*0001\.png"):
+        prepare([str(folder), str(tmp_path / "y"), "--size", "16", "--workers", "0"])
+    write_codes(tmp_path / "codes", code_header(3, (4, 2, 2)))
+    with pytest.raises(UserError, match="is a code store; give images"):
+        open_images(DataConfig(path=str(tmp_path / "codes"), size=16))
+    capsys.readouterr()
+    with pytest.raises(UserError, match="neither a code store nor prepared images"):
+        inspect([str(folder)])
+
+
+def test_inspect_prints_what_a_code_store_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps, labels = write_codes(tmp_path / "train", code_header(70, (300, 3, 2), (4, 1, 1), classes=tuple("abcde")))
+    inspect([str(tmp_path / "train")])
+    text = capsys.readouterr().out
+    shares = torch.bincount(maps[1].flatten(), minlength=4).double() / 70
+    entropy = float(-(shares * shares.log()).sum())
+    assert "70 of split train" in text
+    assert f"top           1×1 codes of 4: 100.0% in use, entropy {entropy:.3f} nats" in text
+    assert f"bottom        3×2 codes of 300: {len(maps[0].unique()) / 300:.1%} in use" in text
+    assert f"classes       5: a {int((labels == 0).sum())}, b {int((labels == 1).sum())}" in text
+    with Image.open(tmp_path / "train.png") as picture:
+        assert picture.width > 2.5 * picture.height, "a panel for each level and one for the classes"
+
+
+def test_inspect_prints_what_prepared_images_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare([str(fill(tmp_path / "images")), str(tmp_path / "out"), "--size", "16", "--workers", "0"])
+    capsys.readouterr()
+    inspect([str(tmp_path / "out"), "--out", str(tmp_path / "grid.png")])
+    text = capsys.readouterr().out
+    for words in ("12, each just covering 16×16, jpeg, quality 95", "2: cat 6, dog 6", "unreadable    none"):
+        assert words in text
+    assert (tmp_path / "grid.png").is_file()

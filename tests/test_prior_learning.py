@@ -1,0 +1,126 @@
+"""Priors learn what can be learned: a Markov source to its entropy rate, copies, and what a label determines."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from train.prior import PriorObjective
+from vqvae2.data.codes import Coded
+from vqvae2.maps import MapSpec
+from vqvae2.priors import PixelCNNConfig, PixelSNAILConfig, Prior, PriorConfig, PriorSpec, TransformerConfig
+
+CODES, SIZE = 6, 8
+MOVES, CHANCES = (0, 1, 3), (0.7, 0.2, 0.1)
+CONFIGS: dict[str, PriorConfig] = {
+    "pixelsnail": PixelSNAILConfig(channels=32, residual_channels=32, kernel=3, blocks=1, layers=1, heads=2, dropout=0),
+    "pixelcnn": PixelCNNConfig(channels=32, kernel=3, layers=2, output_channels=32, dropout=0),
+    "transformer": TransformerConfig(channels=32, layers=2, heads=2, dropout=0),
+}
+
+
+def trained(config: PriorConfig, spec: PriorSpec, batch: Any, steps: int, level: int = 0, rate: float = 5e-3) -> Prior:
+    """A prior after `steps` on batches drawn by `batch(step)`."""
+    torch.manual_seed(0)
+    objective = PriorObjective(config.build(spec), level)
+    optimizer = torch.optim.Adam(objective.parameters())
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 10) * (1 - step / steps)
+        loss, _ = objective(batch(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return objective.network.eval()
+
+
+@torch.no_grad()
+def nll(prior: Prior, batch: Coded) -> float:
+    return float(PriorObjective(prior, 0).eval()(batch)[0])
+
+
+def lines(count: int, seed: int) -> torch.Tensor:
+    """Maps whose rows are Markov chains that start evenly: a code is followed by itself or one of two others."""
+    generator = np.random.default_rng(seed)
+    codes = np.empty((count, SIZE, SIZE), np.int64)
+    codes[:, :, 0] = generator.integers(CODES, size=(count, SIZE))
+    for column in range(1, SIZE):
+        moved = generator.choice(MOVES, p=CHANCES, size=(count, SIZE))
+        codes[:, :, column] = (codes[:, :, column - 1] + moved) % CODES
+    return torch.from_numpy(codes)
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_a_markov_source_is_learned_to_its_entropy_rate(kind: str) -> None:
+    steps = -sum(chance * math.log(chance) for chance in CHANCES)
+    entropy = (math.log(CODES) + (SIZE - 1) * steps) / SIZE  # in nats per code
+
+    def batch(count: int, seed: int) -> Coded:
+        return Coded((lines(count, seed),), _none(count))
+
+    spec = PriorSpec(level=MapSpec(codes=CODES, height=SIZE, width=SIZE))
+    prior = trained(CONFIGS[kind], spec, lambda step: batch(64, step), steps=240 if kind == "transformer" else 130)
+    found = nll(prior, batch(2000, 10_000))
+    assert entropy * 0.98 < found < entropy * 1.02
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_a_bottom_level_that_copies_the_top_costs_nothing(kind: str) -> None:
+    top, bottom = MapSpec(codes=CODES, height=4, width=4), MapSpec(codes=CODES, height=8, width=8)
+
+    def copies(count: int, seed: int) -> Coded:
+        codes = torch.randint(CODES, (count, 4, 4), generator=torch.Generator().manual_seed(seed))
+        return Coded((codes.repeat_interleave(2, 1).repeat_interleave(2, 2), codes), _none(count))
+
+    config = CONFIGS[kind].model_copy(update={"condition_layers": 1})
+    prior = trained(config, PriorSpec(level=bottom, coarser=(top,)), lambda step: copies(32, step), steps=120)
+    assert nll(prior, copies(200, 10_000)) < 0.05
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_labels_that_determine_the_codes_are_used(kind: str) -> None:
+    patterns = torch.randint(CODES, (3, SIZE, SIZE), generator=torch.Generator().manual_seed(1))
+
+    def labelled(count: int, seed: int) -> Coded:
+        labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed))
+        return Coded((patterns[labels],), labels)
+
+    spec = PriorSpec(level=MapSpec(codes=CODES, height=SIZE, width=SIZE), classes=3)
+    # Without coordinates as input, a transformer needs longer to find out where it is.
+    prior = trained(CONFIGS[kind], spec, lambda step: labelled(32, step), steps=400 if kind == "transformer" else 100)
+    batch = labelled(60, 10_000)
+    right, wrong = nll(prior, batch), nll(prior, batch._replace(label=(batch.label + 1) % 3))
+    assert right < 0.05
+    assert wrong > right + 0.5
+
+
+def test_label_dropout_teaches_the_label_free_distribution_too() -> None:
+    def labelled(count: int, seed: int) -> Coded:
+        labels = torch.randint(2, (count,), generator=torch.Generator().manual_seed(seed))
+        return Coded((labels[:, None, None].expand(count, 2, 2).clone(),), labels)
+
+    spec = PriorSpec(level=MapSpec(codes=2, height=2, width=2), classes=2)
+    torch.manual_seed(0)
+    objective = PriorObjective(CONFIGS["pixelcnn"].build(spec), 0, label_dropout=0.5)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=5e-3)
+    for step in range(150):
+        objective(labelled(32, step))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    network, batch = objective.network.eval(), labelled(64, 10_000)
+    with torch.no_grad():
+        free = network(batch.codes[0], (), None).softmax(1)[:, :, 0, 0]
+    assert nll(network, batch) < 0.05
+    torch.testing.assert_close(free, torch.full_like(free, 0.5), atol=0.15, rtol=0)
+    with torch.no_grad():
+        after = F.cross_entropy(
+            network(batch.codes[0], (), None).flatten(2)[:, :, 1:], batch.codes[0].flatten(1)[:, 1:]
+        )
+    assert float(after) < 0.1, "the first code tells the rest"
+
+
+def _none(count: int) -> torch.Tensor:
+    return torch.full((count,), -1)

@@ -1,0 +1,95 @@
+"""Data sets of the Hugging Face hub by name: `huggingface:NAME`, or `huggingface:NAME:SPLIT` for another split."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vqvae2.data.decoding import Unreadable
+from vqvae2.data.index import Index
+from vqvae2.data.sources.base import Source
+from vqvae2.errors import UserError
+
+_PREFIX = "huggingface:"
+
+
+class HuggingFaceSource(Source):
+    """The first column of images of a data set, `train` by default, with the classes of its first column of labels.
+
+    NAME may also be a folder that `save_to_disk` wrote. Needs the package `datasets`, which downloads and caches.
+    """
+
+    keeps_index = False
+
+    def __init__(self, path: str, index: Index) -> None:
+        super().__init__(path, index)
+        self._images: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_images": None}  # a worker opens the files for itself
+
+    @classmethod
+    def takes(cls, path: str) -> bool:
+        return path.startswith(_PREFIX)
+
+    @classmethod
+    def scan(cls, path: str) -> Index:
+        table = _open(path)
+        _encoded(table, path)
+        numbers = [f"{number:08d}" for number in range(len(table))]
+        column = next((name for name, kind in table.features.items() if type(kind).__name__ == "ClassLabel"), None)
+        if column is None:
+            return Index.build(numbers)
+        classes = tuple(name.replace("/", "-") for name in table.features[column].names)
+        names = [classes[label] if label >= 0 else None for label in table[column]]
+        paths = [f"{c}/{n}" if c is not None else n for c, n in zip(names, numbers, strict=True)]
+        return Index.build(paths, names, classes=classes)
+
+    def open(self, number: int, size: tuple[int, int]) -> Path | bytes | Image.Image:
+        del size
+        if self._images is None:
+            self._images = _encoded(_open(self.path), self.path)
+        image = self._images[int(self.index.names[number].rpartition("/")[2])]
+        if image is None or not (image["bytes"] or image["path"]):
+            raise Unreadable(self.describe(number), "the data set has no image there")
+        return image["bytes"] or Path(image["path"])
+
+
+def _open(path: str) -> Any:
+    try:
+        import datasets  # an optional dependency  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(
+            f"data.path: {path} needs the package `datasets`; install it: pip install 'vqvae2[huggingface]'"
+        ) from None
+    name, _, split = path.removeprefix(_PREFIX).partition(":")
+    try:
+        if Path(name, "state.json").is_file():
+            return datasets.load_from_disk(name)
+        return datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"data.path: {path}: `datasets` cannot open {name!r} ({reason}); give huggingface:NAME or "
+            "huggingface:NAME:SPLIT of a data set on the hub, or a folder that save_to_disk wrote"
+        ) from None
+
+
+def _encoded(table: Any, path: str) -> Any:
+    """The column of images as `datasets` stores them, bytes or a path, so that our decoder reads them."""
+    import datasets  # pyright: ignore[reportMissingImports]
+
+    column = next((name for name, kind in table.features.items() if type(kind).__name__ == "Image"), None)
+    if column is None:
+        raise UserError(f"data.path: {path} has no column of images; its columns are {', '.join(table.features)}")
+    return _Column(table.cast_column(column, datasets.Image(decode=False)), column)
+
+
+class _Column:
+    """One column of a table, read row by row."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        self.table, self.name = table, name
+
+    def __getitem__(self, row: int) -> Any:
+        return self.table[row][self.name]

@@ -1,0 +1,82 @@
+"""torchvision's data sets by name: `torchvision:CIFAR10`, or `torchvision:CIFAR10:FOLDER` for files elsewhere."""
+
+import inspect
+from typing import Any
+
+from PIL import Image
+
+from vqvae2.data.index import Index
+from vqvae2.data.sources.base import Source
+from vqvae2.errors import UserError
+
+_PREFIX = "torchvision:"
+
+
+class TorchvisionSource(Source):
+    """The training part of a data set that torchvision knows, with its classes; nothing is downloaded."""
+
+    keeps_index = False
+
+    def __init__(self, path: str, index: Index) -> None:
+        super().__init__(path, index)
+        self._images: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_images": None}  # a worker opens the files for itself
+
+    @classmethod
+    def takes(cls, path: str) -> bool:
+        return path.startswith(_PREFIX)
+
+    @classmethod
+    def scan(cls, path: str) -> Index:
+        images = _open(path)
+        labels = next(
+            (getattr(images, name) for name in ("targets", "labels", "_labels") if hasattr(images, name)), None
+        )
+        numbers = [f"{number:08d}" for number in range(len(images))]
+        if labels is None:
+            return Index.build(numbers)
+        values = [int(label) for label in labels]
+        known = [str(name) for name in getattr(images, "classes", None) or range(max(values) + 1)]
+        classes = tuple(name.replace("/", "-") for name in known)
+        names = [classes[value] for value in values]
+        return Index.build([f"{c}/{n}" for c, n in zip(names, numbers, strict=True)], names, classes=classes)
+
+    def open(self, number: int, size: tuple[int, int]) -> Image.Image:
+        del size
+        if self._images is None:
+            self._images = _open(self.path)
+        item = self._images[int(self.index.names[number].rpartition("/")[2])]
+        return item[0] if isinstance(item, tuple) else item
+
+
+def _open(path: str) -> Any:
+    import torchvision.datasets  # slow to import, and needed by few runs
+
+    name, _, root = path.removeprefix(_PREFIX).partition(":")
+    kind = getattr(torchvision.datasets, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torchvision.datasets.VisionDataset)):
+        raise UserError(f"data.path: torchvision has no data set {name!r}; give one of torchvision.datasets")
+    options = inspect.signature(kind).parameters
+    folder = root or "data"
+    settings: dict[str, Any] = {"root": folder} if "root" in options else {}
+    if "train" in options:
+        settings["train"] = True
+    elif "split" in options:
+        settings["split"] = "train"
+    try:
+        return kind(**settings)
+    except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
+        offer = ""
+        if "download" in options:
+            wanted = "".join(f", {key}={value!r}" for key, value in settings.items() if key != "root")
+            offer = (
+                f'nothing is downloaded here; fetch it once with `python -c "import torchvision; '
+                f'torchvision.datasets.{name}({folder!r}{wanted}, download=True)"`, or '
+            )
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"data.path: {path}: torchvision cannot open {name} in the folder {folder!r} ({reason}); "
+            f"{offer}name its folder: torchvision:{name}:FOLDER"
+        ) from None
