@@ -44,6 +44,8 @@ def test_every_config_builds_and_is_written_back_the_same(name: str, tmp_path: P
     [
         ("ffhq256", [(64, 64), (32, 32)]),
         ("imagenet256", [(64, 64), (32, 32)]),
+        ("imagenet256-base", [(64, 64), (32, 32)]),
+        ("imagenet256-small", [(64, 64), (32, 32)]),
         ("ffhq1024", [(128, 128), (64, 64), (32, 32)]),
         ("cifar10", [(8, 8)]),
         ("imagenet128", [(32, 32)]),
@@ -57,7 +59,11 @@ def test_maps_have_the_sizes_that_the_config_promises(name: str, maps: list[tupl
         assert {level.codes for level in autoencoder.maps} == {512}
 
 
-def test_the_priors_of_ffhq256_have_about_85_million_weights() -> None:
-    _, _, priors = build("ffhq256")
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("ffhq256", 75, 95), ("imagenet256-base", 75, 95), ("imagenet256-small", 18, 25), ("imagenet256", 700, 2000)],
+)
+def test_priors_have_as_many_million_weights_as_the_config_says(name: str, least: float, most: float) -> None:
+    _, _, priors = build(name)
     for prior in priors.values():
-        assert 75 < millions(prior) < 95
+        assert least < millions(prior) < most
