@@ -9,9 +9,11 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from sampling.positions import Positions
 from vqvae2.config import Config
 from vqvae2.maps import CodeMaps
 from vqvae2.priors import Prior, Steps
+from vqvae2.priors.base import Column
 
 
 class Choice(Config):
@@ -94,11 +96,11 @@ class Guided(Steps):
     def begin_row(self, row: int) -> None:
         self.steps.begin_row(row)
 
-    def logits(self, column: int) -> Float[Tensor, "b k"]:
+    def logits(self, column: Column) -> Float[Tensor, "b k"]:
         conditional, unconditional = self.steps.logits(column).float().chunk(2)
         return unconditional + self.scale * (conditional - unconditional)
 
-    def feed(self, column: int, codes: Int[Tensor, " b"]) -> None:
+    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
         self.steps.feed(column, codes.repeat(2))
 
 
@@ -130,16 +132,10 @@ def sample_level(
     if rows == 0:
         progress(codes.numel())
         return codes
-    steps = _steps(prior, batch, coarser, labels, guidance)
+    positions = Positions(_steps(prior, batch, coarser, labels, guidance), choice, batch, prior.spec.level, device)
     for row in range(rows):
-        steps.begin_row(row)
-        variates = noise.row(width, prior.spec.level.codes).to(device, non_blocking=True)
-        for column in range(width):
-            chosen = choice(steps.logits(column), variates[column])
-            if known is not None:
-                chosen = torch.where(known.keep[:, row, column], known.codes[:, row, column], chosen)
-            steps.feed(column, chosen)
-            codes[:, row, column] = chosen
+        keep = None if known is None else known.keep[:, row]
+        codes[:, row] = positions.walk(row, noise.row(width, prior.spec.level.codes), codes[:, row], keep)
         progress(batch * width)
     if rows < height:
         progress(batch * width * (height - rows))

@@ -110,7 +110,9 @@ def _parser(name: str, about: str) -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("images", type=Path, nargs="+", help="image files")
     parser.add_argument("--variants", type=_whole(1), default=4, help="how many new images of each")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="variant v of image k depends on the seed, k and v alone")
+    parser.add_argument(
+        "--seed", type=_whole(0), default=0, help="variant v of image k depends on the seed, k and v alone"
+    )
     parser.add_argument("--classes", type=numbers, default=(), help="the images' labels, used by turns: 207,250")
     add_options(parser)
     parser.add_argument("--batch-size", type=_whole(1), default=16, help="images sampled at once")

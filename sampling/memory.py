@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae2.priors import Prior
+from vqvae2.priors.rows import RowsWalk
 
 _SHARE = 0.5  # of the free memory that walks may fill; the rest is for what comes and goes
 _FLOAT = 4  # bytes
@@ -16,6 +17,8 @@ _FLOAT = 4  # bytes
 
 def batch_that_fits(prior: Prior, wanted: int, guided: bool, memory: float | None) -> int:
     """How many of `wanted` images one level can sample at once in `memory` GiB, half of what is free where None."""
+    if wanted <= 1:
+        return wanted
     device = next(prior.parameters()).device
     budget = free_bytes(device) * _SHARE if memory is None else memory * 2**30
     one, two = walk_bytes(prior, 1), walk_bytes(prior, 2)
@@ -29,18 +32,9 @@ def walk_bytes(prior: Prior, batch: int) -> int:
     with torch.device("meta"):
         twin: Prior = prior.config.build(prior.spec)
     twin.eval().requires_grad_(False)
-    coarser = tuple(
-        torch.zeros(batch, *level.shape, dtype=torch.int64, device="meta") for level in prior.spec.coarser
-    )
+    coarser = tuple(torch.zeros(batch, *level.shape, dtype=torch.int64, device="meta") for level in prior.spec.coarser)
     labels = torch.zeros(batch, dtype=torch.int64, device="meta") if prior.spec.classes else None
-    steps = twin.incremental(batch, coarser, labels)
-    held = 0
-    for row in range(prior.spec.level.height):
-        steps.begin_row(row)
-        before, held = held, _held(steps)
-        if row > 0 and held == before:  # as many finished rows are kept as ever will be
-            break
-    return held
+    return _held(twin.incremental(batch, coarser, labels))
 
 
 def free_bytes(device: torch.device) -> float:
@@ -56,8 +50,10 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _held(steps: object) -> int:
-    """Bytes of all tensors that an object reaches, each storage once; the networks' own weights left out."""
+    """Bytes of all tensors that a walk reaches, each storage once, and of the finished rows that it will keep; the
+    network's own weights are left out."""
     storages: dict[int, int] = {}
+    to_come = 0
     seen: set[int] = set()
     found: list[Any] = [steps]
     while found:
@@ -74,4 +70,12 @@ def _held(steps: object) -> int:
             found += value
         elif hasattr(value, "__dict__"):
             found += vars(value).values()
-    return sum(storages.values())
+            to_come += _finished_rows(value) if isinstance(value, RowsWalk) else 0
+    return sum(storages.values()) + to_come
+
+
+def _finished_rows(walk: RowsWalk) -> int:
+    """Bytes of the transformed rows that a walk keeps, once there are as many as it reaches."""
+    batch, _, inputs = walk.padded.shape
+    tiles = -(-walk.shape[0] // walk.matrices.tile)
+    return walk.reach * walk.matrices.points * inputs * batch * tiles * _FLOAT

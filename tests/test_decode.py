@@ -1,11 +1,15 @@
 """Sampling: filters against NumPy, the distribution itself, and images that depend on seed and number alone."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sampling import positions
 from sampling.decode import Choice, Noise, keep_top_k, keep_top_p, sample_level
 from tests.test_priors import build, inputs
 
@@ -73,3 +77,31 @@ def test_the_incremental_sampler_gives_the_codes_of_a_naive_one(choice: Choice, 
                 logits = prior(codes, coarser)[:, :, row, column]
             codes[:, row, column] = choice(logits, variates[column])
     assert torch.equal(found, codes)
+
+
+class Replay:
+    """Stands for a CUDA graph: the work again, after the few times that recording takes."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.replay = work
+        for _ in range(3):
+            work()
+
+
+@pytest.mark.parametrize("width", [1, 6])
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
+def test_a_position_that_is_replayed_gives_the_same_codes(
+    kind: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = build(size=(5, width), classes=2, kind=kind)
+    labels = torch.tensor([0, 1, 1])
+    expected = sample_level(prior, Noise(0, range(3), 0), Choice(), (), labels)
+    monkeypatch.setattr(positions, "record", Replay)
+    start = positions.Positions.__init__
+
+    def recorded(self: positions.Positions, *arguments: Any) -> None:
+        start(self, *arguments)
+        self.recorded = True
+
+    monkeypatch.setattr(positions.Positions, "__init__", recorded)
+    assert torch.equal(sample_level(prior, Noise(0, range(3), 0), Choice(), (), labels), expected)

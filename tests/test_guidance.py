@@ -148,7 +148,7 @@ def test_the_command_takes_values_by_level(
     for level in ("bottom", "top"):
         path = run / f"prior-{level}" / "model.safetensors"
         prior: Any = load_prior(path)
-        save_prior(path, prior, prior.config, **prior.made_from, label_dropout=0.1)
+        save_prior(path, prior, prior.config, **prior.made_from | {"label_dropout": 0.1})
     out = tmp_path / "out"
     command = [*sample, "--temperature", "top=1.0,bottom=0.5", "--guidance", "2", "--count", "2", "--out", str(out)]
     assert main(command) == 0

@@ -111,7 +111,10 @@ def test_both_paths_give_the_same_logits_at_every_position(settings: dict[str, A
     with torch.no_grad():
         expected = prior(**given)
     assert expected.shape == (3, CODES, *prior.spec.level.shape)
-    torch.testing.assert_close(incremental_logits(prior, **given), expected, atol=1e-5, rtol=1e-4)
+    found = incremental_logits(prior, **given)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    as_on_a_gpu = incremental_logits(prior, **given, as_tensors=True)
+    torch.testing.assert_close(as_on_a_gpu, found, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,9 @@ def test_the_same_candidates_judged_otherwise_leave_the_first_choice_alone(
     command = ["sample", str(run), "--classifier", str(judge)]
     assert main([*command, "--reject-to", "1"]) == 0
     first = contents(run / "samples" / "accepted")
-    assert {name for name in first if name.endswith(".png")} == {"grid.png", "classes.png"} | {f"images/{n:06d}.png" for n in range(5)}
+    assert {name for name in first if name.endswith(".png")} == {"grid.png", "classes.png"} | {
+        f"images/{n:06d}.png" for n in range(5)
+    }
     other = load_classifier(str(judge))
     save_classifier(judge, other.network, ClassifierSpec(architecture="resnet18", classes=CLASSES, size=(16, 16)), {})
     assert main([*command, "--reject-to", "1"]) == 0

@@ -17,6 +17,7 @@ from vqvae2 import files
 _BORDER = 2  # pixels around each image of a grid
 _CAPTION = 14  # pixels, the height of captions
 
+
 def to_picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:
     """A Pillow image of one, three or four channels."""
     array = image.movedim(0, -1).cpu().numpy()

@@ -62,10 +62,8 @@ def read_image(
         if picture.size != (width, height):
             picture = picture.crop((left, upper, left + width, upper + height))
     else:
-        across, down = (
-            min(width / scale, picture.width),
-            min(height / scale, picture.height),
-        )  # rounding may exceed them
+        # Rounding may put a quotient above the side it comes from.
+        across, down = min(width / scale, picture.width), min(height / scale, picture.height)
         left, upper = (picture.width - across) * where[0], (picture.height - down) * where[1]
         box = (left, upper, min(left + across, picture.width), min(upper + down, picture.height))
         picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)

@@ -59,6 +59,9 @@ class Prior(nn.Module, ABC):
             raise ValueError(f"expected coarser code maps of sizes {expected}, finest first, got {found}")
 
 
+Column = int | Tensor
+
+
 class Steps(ABC):
     """A walk over the positions of one batch of maps in raster order, computing each position once.
 
@@ -67,6 +70,9 @@ class Steps(ABC):
         for column in range(width):
             logits = steps.logits(column)       # float (B, K)
             steps.feed(column, codes)           # int64 (B,), what was chosen there
+
+    A column is a number, or an int64 tensor (1,) on the device: with it a position is the same operations on the same
+    memory wherever it is, so that a GPU can record it once and replay it.
     """
 
     @abstractmethod
@@ -74,27 +80,35 @@ class Steps(ABC):
         """Evaluate all that finished rows contribute to this row, for every column at once."""
 
     @abstractmethod
-    def logits(self, column: int) -> Float[Tensor, "b k"]:
+    def logits(self, column: Column) -> Float[Tensor, "b k"]:
         """Logits at this column of the current row."""
 
     @abstractmethod
-    def feed(self, column: int, codes: Int[Tensor, " b"]) -> None:
+    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
         """Put the codes chosen at this column in place."""
 
 
 @torch.inference_mode()
 def incremental_logits(
-    prior: Prior, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    prior: Prior,
+    codes: Int[Tensor, "b h w"],
+    coarser: CodeMaps = (),
+    labels: Int[Tensor, " b"] | None = None,
+    as_tensors: bool = False,
 ) -> Float[Tensor, "b k h w"]:
-    """The logits of `forward`, found by walking: for checking that the two paths agree."""
+    """The logits of `forward`, found by walking: for checking that the two paths agree.
+
+    `as_tensors` gives columns as they are on a GPU.
+    """
     batch, height, width = codes.shape
     steps = prior.incremental(batch, coarser, labels)
     rows = []
     for row in range(height):
         steps.begin_row(row)
         columns = []
-        for column in range(width):
+        for number in range(width):
+            column = torch.tensor([number]) if as_tensors else number
             columns.append(steps.logits(column).clone())
-            steps.feed(column, codes[:, row, column])
+            steps.feed(column, codes[:, row, number])
         rows.append(torch.stack(columns, -1))
     return torch.stack(rows, 2)

@@ -6,11 +6,12 @@ Maps are (B, C, H, W). What finished rows contribute to a causal convolution is 
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from vqvae2.priors import rows
+from vqvae2.priors.base import Column
 from vqvae2.priors.rows import RowsWalk
 
 
@@ -68,10 +69,11 @@ class ConvWalk:
         self.bias = conv.bias.detach()[:, None]
         self.row = weight.new_zeros(batch, width + conv.padding, inputs)  # the current one
         # Batch last: for a few columns a processor multiplies weights from the left half as fast again.
-        self.prepared = weight.new_empty(width, outputs, batch)
+        self.prepared = weight.new_zeros(width, outputs, batch)
         self.slots = [self.row[:, conv.padding + column] for column in range(width)]
         self.windows = [self.row[:, column : column + conv.current].flatten(1).T for column in range(width)]
         self.padding = conv.padding
+        self.reach = torch.arange(conv.current, device=weight.device)
 
     def begin_row(self, row: int, extra: Float[Tensor, "w b o"] | None = None) -> None:
         """Evaluate the taps on finished rows for every column; `extra` (W or 1, B, O) is added to the result."""
@@ -83,12 +85,18 @@ class ConvWalk:
         if extra is not None:
             self.prepared += extra.transpose(1, 2)
 
-    def put(self, column: int, values: Float[Tensor, "b i"]) -> None:
+    def put(self, column: Column, values: Float[Tensor, "b i"]) -> None:
         """Set the convolution's input at this column of the current row."""
-        self.slots[column].copy_(values)
+        if isinstance(column, Tensor):
+            self.row.index_copy_(1, column + self.padding, values[:, None])
+        else:
+            self.slots[column].copy_(values)
 
-    def at(self, column: int) -> Float[Tensor, "b o"]:
+    def at(self, column: Column) -> Float[Tensor, "b o"]:
         """The convolution's output at this column."""
+        if isinstance(column, Tensor):
+            window = self.row.index_select(1, column + self.reach).flatten(1)
+            return torch.addmm(self.prepared.index_select(0, column)[0], self.current, window.T).T
         return torch.addmm(self.prepared[column], self.current, self.windows[column]).T
 
 
@@ -169,7 +177,7 @@ class GatedWalk:
                 projected = projected.repeat_interleave(self.width // len(projected), 0)
         self.second.begin_row(row, projected)
 
-    def at(self, column: int, x: Float[Tensor, "b c"], extra: Tensor | None = None) -> Float[Tensor, "b c"]:
+    def at(self, column: Column, x: Float[Tensor, "b c"], extra: Tensor | None = None) -> Float[Tensor, "b c"]:
         """The block's output at this column."""
         self.first.put(column, F.elu(x))
         hidden = self.first.at(column)
@@ -223,23 +231,43 @@ class AttentionWalk:
         self.heads = attention.heads
         self.cache = self.query.weight.new_zeros(2, batch, self.heads, height * width, attention.width // self.heads)
         self.width, self.row = width, 0
+        self.start = torch.zeros(1, dtype=torch.int64, device=self.cache.device)  # position of the row's first column
+        self.positions = torch.arange(height * width, device=self.cache.device)
 
     def begin_row(self, row: int) -> None:
         """Prepare a row."""
         self.row = row
+        self.start.fill_(row * self.width)
         self.key_block.begin_row(row)
         self.query_block.begin_row(row)
 
-    def at(self, column: int, inputs: Tensor, features: Tensor, coordinates: Float[Tensor, "b 2"]) -> Tensor:
+    def at(self, column: Column, inputs: Tensor, features: Tensor, coordinates: Float[Tensor, "b 2"]) -> Tensor:
         """What attention gives at this column, (B, channels / 2)."""
-        position = self.row * self.width + column
         wide = torch.cat([inputs, features, coordinates], 1)
         key_value = self.key_value(self.key_block.at(column, wide)).view(len(inputs), 2, self.heads, -1)
-        self.cache[:, :, :, position] = key_value.transpose(0, 1)
         query = self.query(self.query_block.at(column, torch.cat([features, coordinates], 1)))
         query = query.view(len(inputs), self.heads, 1, -1)
-        key, value = self.cache[:, :, :, : position + 1]
-        return F.scaled_dot_product_attention(query, key, value).flatten(1)
+        return attend(self.cache, key_value.transpose(0, 1), query, self._position(column), self.positions).flatten(1)
+
+    def _position(self, column: Column) -> Column:
+        return self.start + column if isinstance(column, Tensor) else self.row * self.width + column
+
+
+def attend(
+    cache: Float[Tensor, "2 b heads n e"],
+    key_value: Float[Tensor, "2 b heads e"],
+    query: Float[Tensor, "b heads 1 e"],
+    position: Column,
+    positions: Int[Tensor, " n"],
+) -> Float[Tensor, "b heads 1 e"]:
+    """Put the key and value of a position into the cache, then attend from it to all up to it."""
+    if isinstance(position, Tensor):
+        cache.index_copy_(3, position, key_value.unsqueeze(3))
+        keys, values = cache
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=(positions <= position)[None, None, None])
+    cache[:, :, :, position] = key_value
+    keys, values = cache[:, :, :, : position + 1]
+    return F.scaled_dot_product_attention(query, keys, values)
 
 
 def coordinate_map(height: int, width: int, device: torch.device | str) -> Float[Tensor, "2 h w"]:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from vqvae2.config import Config
 from vqvae2.maps import CodeMaps
-from vqvae2.priors.base import Prior, PriorSpec, Steps
+from vqvae2.priors.base import Column, Prior, PriorSpec, Steps
 from vqvae2.priors.conditioning import Conditioner
 from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map, repeat_to
 from vqvae2.priors.rows import RowsWalk
@@ -120,34 +120,37 @@ class _PixelCNNSteps(Steps):
         self.embedding = model.embedding.weight.detach()
         coordinates = coordinate_map(height, width, self.embedding.device).permute(1, 2, 0)
         self.coordinates = model.coordinates.walk()(coordinates)  # (H, W, C)
-        self.above = self.embedding.new_zeros(width, batch, self.embedding.shape[1])  # embedded codes of a row
-        self.current = torch.zeros_like(self.above)
+        # Embedded codes: of the row above, and of the current one, shifted by one to the right.
+        self.above = self.embedding.new_zeros(width, batch, self.embedding.shape[1])
+        self.current = self.embedding.new_zeros(width + 1, batch, self.embedding.shape[1])
+        self.row_coordinates = self.coordinates[0].clone()
         self.layers = [_LayerWalk(layer, batch, width) for layer in model.layers if isinstance(layer, Layer)]
         self.hidden, self.to_logits = model.hidden.walk(), model.logits.walk()
-        self.row = 0
 
     @torch.inference_mode()
     def begin_row(self, row: int) -> None:
-        self.row = row
+        self.row_coordinates.copy_(self.coordinates[row])
         if row > 0:
-            self.above, self.current = self.current, self.above
+            self.above.copy_(self.current[1:])
         condition = None if self.condition is None else self.condition[row * len(self.condition) // self.height]
         down = self.above + self.coordinates[row][:, None]
         for layer in self.layers:
             down = layer.begin_row(row, down, condition)
 
     @torch.inference_mode()
-    def logits(self, column: int) -> Float[Tensor, "b k"]:
-        right = self.coordinates[self.row, column].expand(self.batch, -1)
-        if column > 0:
-            right = right + self.current[column - 1]
+    def logits(self, column: Column) -> Float[Tensor, "b k"]:
+        right = (self.row_coordinates[column] + self.current[column]).view(self.batch, -1)
         for layer in self.layers:
             right = layer.at(column, right)
         return self.to_logits(F.relu(self.hidden(F.relu(right))))
 
     @torch.inference_mode()
-    def feed(self, column: int, codes: Int[Tensor, " b"]) -> None:
-        self.current[column] = F.embedding(codes, self.embedding)
+    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
+        embedded = F.embedding(codes, self.embedding)
+        if isinstance(column, Tensor):
+            self.current.index_copy_(0, column + 1, embedded[None])
+        else:
+            self.current[column + 1] = embedded
 
 
 class _LayerWalk:
@@ -173,7 +176,7 @@ class _LayerWalk:
         self.horizontal.begin_row(row, prepared)
         return gate(vertical, 2)
 
-    def at(self, column: int, right: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
+    def at(self, column: Column, right: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
         """The horizontal stack's output at this column."""
         self.horizontal.put(column, right)
         return right + self.out(gate(self.horizontal.at(column), 1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqvae2.config import Config
 from vqvae2.maps import CodeMaps
-from vqvae2.priors.base import Prior, PriorSpec, Steps
+from vqvae2.priors.base import Column, Prior, PriorSpec, Steps
 from vqvae2.priors.conditioning import Conditioner
 from vqvae2.priors.layers import (
     CausalAttention,
@@ -134,15 +134,16 @@ class _PixelSNAILSteps(Steps):
         self.embedding = model.embedding.weight.detach()
         self.first = model.first.walk(batch, width)
         self.coordinates = coordinate_map(height, width, self.embedding.device).permute(1, 2, 0).contiguous()
+        self.row_coordinates = self.coordinates[0].clone()
         self.from_coordinates = model.coordinates.walk()
         self.blocks = [_BlockWalk(block, batch, height, width) for block in model.blocks if isinstance(block, Block)]
         self.output = [layer.walk(batch, width) for layer in model.output if isinstance(layer, GatedResidual)]
         self.to_logits = model.logits.walk()
-        self.batch, self.row = batch, 0
+        self.batch = batch
 
     @torch.inference_mode()
     def begin_row(self, row: int) -> None:
-        self.row = row
+        self.row_coordinates.copy_(self.coordinates[row])
         condition = None if self.condition is None else self.condition[row * len(self.condition) // self.height]
         self.first.begin_row(row, self.from_coordinates(self.coordinates[row])[:, None])
         for block in self.blocks:
@@ -151,9 +152,9 @@ class _PixelSNAILSteps(Steps):
             layer.begin_row(row)
 
     @torch.inference_mode()
-    def logits(self, column: int) -> Float[Tensor, "b k"]:
+    def logits(self, column: Column) -> Float[Tensor, "b k"]:
         x = self.first.at(column)
-        coordinates = self.coordinates[self.row, column].expand(self.batch, 2)
+        coordinates = self.row_coordinates[column].expand(self.batch, 2)
         for block in self.blocks:
             x = block.at(column, x, coordinates)
         for layer in self.output:
@@ -161,7 +162,7 @@ class _PixelSNAILSteps(Steps):
         return self.to_logits(F.elu(x))
 
     @torch.inference_mode()
-    def feed(self, column: int, codes: Int[Tensor, " b"]) -> None:
+    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
         self.first.put(column, F.embedding(codes, self.embedding))
 
 
@@ -178,7 +179,7 @@ class _BlockWalk:
             self.attention.begin_row(row)
             self.merge.begin_row(row)
 
-    def at(self, column: int, x: Tensor, coordinates: Tensor) -> Tensor:
+    def at(self, column: Column, x: Tensor, coordinates: Tensor) -> Tensor:
         features = x
         for layer in self.layers:
             features = layer.at(column, features)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vqvae2.config import Config
 from vqvae2.maps import CodeMaps
-from vqvae2.priors.base import Prior, PriorSpec, Steps
+from vqvae2.priors.base import Column, Prior, PriorSpec, Steps
 from vqvae2.priors.conditioning import Conditioner
-from vqvae2.priors.layers import repeat_to
+from vqvae2.priors.layers import attend, repeat_to
 
 _CONDITION_KERNEL = 3
 _LONGEST_WAVE = 10_000.0  # radians per position fall from 1 to nearly this fraction of it
@@ -158,27 +158,32 @@ class _TransformerSteps(Steps):
         self.blocks = [block for block in model.blocks if isinstance(block, Block)]
         cache = (len(self.blocks), 2, batch, config.heads, level.size, config.channels // config.heads)
         self.cache = model.start.detach().new_zeros(cache)
-        self.before = model.start.detach().expand(batch, 1, -1)
+        self.before = model.start.detach().new_zeros(batch, 1, config.channels)
         self.turns, self.row = model.turns(), 0
-
-    def begin_row(self, row: int) -> None:
-        self.row = row  # nothing is shared along a row: every position attends on its own
+        self.start = torch.zeros(1, dtype=torch.int64, device=self.before.device)  # position of the row's first column
+        self.positions = torch.arange(level.size, device=self.before.device)
 
     @torch.inference_mode()
-    def logits(self, column: int) -> Float[Tensor, "b k"]:
-        position = self.row * self.width + column
+    def begin_row(self, row: int) -> None:
+        self.row = row  # nothing else is shared along a row: every position attends on its own
+        self.start.fill_(row * self.width)
+        if row == 0:
+            self.before.copy_(self.model.start.expand_as(self.before))
+
+    @torch.inference_mode()
+    def logits(self, column: Column) -> Float[Tensor, "b k"]:
+        position = self.start + column if isinstance(column, Tensor) else self.row * self.width + column
         x = self.before
         if self.condition is not None:
-            x = x + self.condition[:, min(position, self.condition.shape[1] - 1)][:, None]
-        turns = self.turns[:, position, None]
-        for block, (keys, values) in zip(self.blocks, self.cache, strict=True):
+            everywhere = self.condition.shape[1] == 1  # a label alone
+            x = x + self.condition[:, 0 if everywhere else position].view(*x.shape)
+        turns = self.turns[:, position].view(2, 1, -1)
+        for block, cache in zip(self.blocks, self.cache, strict=True):
             query, key, value = block.project(x)
-            keys[:, :, position] = turn(key, turns)[:, :, 0]
-            values[:, :, position] = value[:, :, 0]
-            seen = keys[:, :, : position + 1], values[:, :, : position + 1]
-            x = block.finish(x, F.scaled_dot_product_attention(turn(query, turns), *seen))
+            key_value = torch.stack([turn(key, turns), value])[:, :, :, 0]
+            x = block.finish(x, attend(cache, key_value, turn(query, turns), position, self.positions))
         return self.model.logits(self.model.norm(x))[:, 0]
 
     @torch.inference_mode()
-    def feed(self, column: int, codes: Int[Tensor, " b"]) -> None:
-        self.before = self.model.embedding(codes)[:, None]
+    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
+        self.before.copy_(self.model.embedding(codes)[:, None])
