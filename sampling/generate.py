@@ -47,6 +47,7 @@ def samples(generator: Generator, config: SamplingConfig, numbers: list[int], sh
     """The images with these numbers, a batch at a time."""
     positions = generator.positions * len(numbers)
     size = generator.batch_that_fits(min(config.batch_size, len(numbers)), config.choice, config.memory)
+    started = time.monotonic()
     with tqdm(desc="samples", total=positions, unit="code", unit_scale=True, disable=not (show and numbers)) as bar:
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
@@ -54,7 +55,7 @@ def samples(generator: Generator, config: SamplingConfig, numbers: list[int], sh
             codes = generator.sample_codes(batch, labels, config.seed, config.choice, progress=bar.update)
             for number, image in zip(batch, to_bytes(generator.autoencoder.decode_codes(codes)).cpu(), strict=True):
                 yield Sample(number, image)
-            bar.set_postfix_str(f"{(start + len(batch)) / bar.format_dict['elapsed']:.3g} images/s")
+            bar.set_postfix_str(f"{(start + len(batch)) / (time.monotonic() - started):.3g} images/s")
 
 
 def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Path:

@@ -35,7 +35,7 @@ def judge_prior(level: str, entries: Sequence[Mapping[str, float]]) -> list[str]
     if best < (1 - OVERFITTED) * last and _still_falls(entries, step):
         return [
             f"level {level}: its prior overfits: on held-out images {last:.3f} nats per code at the end, {best:.3f} at "
-            f"step {int(step)}, while the training loss fell; train for fewer steps, with more dropout, or on more images"
+            f"step {int(step)}, while the training loss fell; train fewer steps, with more dropout, or on more images"
         ]
     return []
 

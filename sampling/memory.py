@@ -1,4 +1,4 @@
-"""How much memory sampling takes, found before it is taken: the buffers of a walk on the meta device, which has none."""
+"""How much memory sampling takes, found before it is taken: a walk's buffers on the meta device, which has none."""
 
 import os
 from collections.abc import Mapping

@@ -99,9 +99,9 @@ class Rejection:
     def keep_best(self, folder: Path, batch_size: int) -> Path:
         """Judge the candidates in `folder`; the folder `accepted` in it, laid out as one that `vqvae2 sample` wrote.
 
-        It holds images/, grid.png, classes.png, manifest.json, and rejection.json, which says who was chosen and how sure the
-        classifier was. It is written at once or not at all. Where it holds what was chosen otherwise it is kept, and
-        the name is accepted-2 and so on.
+        It holds images/, grid.png, classes.png, manifest.json, and rejection.json, which says who was chosen and how
+        sure the classifier was. It is written at once or not at all. Where it holds what was chosen otherwise it is
+        kept, and the name is accepted-2 and so on.
         """
         samples = LabelledSamples(folder)
         made_from = {

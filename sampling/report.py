@@ -96,11 +96,11 @@ def _diagnosis(view: View) -> str:
     if view.diagnosis is None:
         missing = page.missing("Not diagnosed yet; vqvae2 diagnose shows which part makes samples look wrong.")
         return page.section("Diagnosis", *parts, missing)
-    levels = {f"true-{level}": f"true codes from the {level} level up" for level in view.maps}
-    names = [(levels | _ROWS).get(name, name) for name in view.diagnosis["rows"]]
+    levels = {f"true-{level}": f"true codes from the {level} level up" for level in view.maps} | _ROWS
+    names = [levels[name] for name in view.diagnosis["rows"]]
     caption = (
-        f"The same held-out images, row by row: {'; '.join(names)}. If the first row looks wrong, the autoencoder is the "
-        "cause; if one between does, the prior of a level sampled there; if only the last does, the top prior."
+        f"The same held-out images, row by row: {'; '.join(names)}. If the first row looks wrong, the autoencoder is "
+        "the cause; if one between does, the prior of a level sampled there; if only the last does, the top prior."
     )
     if view.manifest and view.manifest["priors"] != view.diagnosis["priors"]:
         parts.append(page.note("Made with other weights than the samples; diagnose again.", "warn"))

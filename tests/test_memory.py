@@ -1,4 +1,4 @@
-"""Memory of a walk: the estimate is what a real one holds, and a batch that does not fit is split with no other change."""
+"""Memory of a walk: the estimate is what a real one holds, and what does not fit is split, with no other change."""
 
 import json
 from pathlib import Path

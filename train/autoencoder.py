@@ -1,11 +1,13 @@
 """Stage 1: train the autoencoder on images."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sampling.judge import judge_codebooks
 from train.experiment import Run, open_run, say
 from train.loop import Opponent, Stage, to_device, train
 from train.losses import Adversary, DiscriminatorObjective, LossConfig, PerceptualDistance, TrainingUsage
@@ -118,6 +120,11 @@ class AutoencoderStage(Stage):
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         return validate_autoencoder(self.network, self.validation_data, self.batch_size, accelerator)
+
+    def judge(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
+        validations = [entry for entry in entries if "validation/mse" in entry]
+        last = {name.removeprefix("validation/"): value for name, value in validations[-1].items()}
+        return judge_codebooks(last, self.run.experiment.levels)
 
     def preview(self, path: Path) -> None:
         """Held-out images, each over its reconstruction."""

@@ -12,7 +12,7 @@ weights that the step began with, so accumulated batches, and several processes,
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,6 +131,10 @@ class Stage(ABC):
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after every update of the weights, with their optimizer; most stages have nothing to do."""
 
+    def judge(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
+        """What the log, its entries in order, warns of at the end of training."""
+        return []
+
     def gathered(self) -> dict[str, float]:
         """What the stage itself has gathered since the last call, for the log; every process asks for it."""
         return {}
@@ -197,6 +201,8 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
                 break
     if config.patience:
         checkpoints.restore_best(state)
+    for warning in stage.judge(history.entries):
+        accelerator.print(f"warning: {warning}")
     summary = {"steps": state.step, "seconds": round(state.seconds, 1), "validation": state.last_validation}
     if accelerator.is_main_process:
         files.write_json(folder / "summary.json", summary)

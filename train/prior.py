@@ -1,6 +1,7 @@
 """Stage 3: train one prior for each level on the cached codes."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sampling.decode import Choice, Noise, sample_level
+from sampling.judge import judge_prior
 from train.experiment import Run, open_run, say
 from train.loop import Stage, to_device, train
 from vqvae2 import files
@@ -83,6 +85,9 @@ class PriorStage(Stage):
             "uniform": math.log(self.network.spec.level.codes),
             "unigram": self.unigram,
         }
+
+    def judge(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
+        return judge_prior(self.run.experiment.levels[self.level], entries)
 
     def preview(self, path: Path) -> None:
         """Held-out images over the same with this level sampled, given their coarser levels."""

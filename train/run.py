@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from sampling.diagnose import diagnose_run
 from sampling.evaluate import describe, evaluate_run
 from sampling.generate import sample_run
 from sampling.processes import processes
@@ -15,7 +16,7 @@ from vqvae2 import files
 
 
 def run_all(run: Run) -> None:
-    """Train, extract, train the priors from coarse to fine, sample, evaluate, report; finished stages are skipped."""
+    """Train, extract, train the priors from coarse to fine, sample, diagnose, evaluate; finished stages are skipped."""
     folder = run.folder
     train_autoencoder(run)
     extract_codes(run)
@@ -24,12 +25,13 @@ def run_all(run: Run) -> None:
     started = time.monotonic()
     samples = sample_run(folder.path, run.experiment.sampling)
     sampled = time.monotonic() - started
+    diagnosis = diagnose_run(folder.path)
     metrics = evaluate_run(folder.path, run.experiment.evaluation, samples)
     if processes().is_main_process:
         _keep_sampling_time(samples, sampled)
         report = write_report(folder.path, samples)
         say(f"\n{describe(metrics)}\nseconds          {_seconds(run, samples)}\n\nPictures to open:")
-        say("\n".join(f"  {path}" for path in [report, *_pictures(run, samples)] if path and path.is_file()))
+        say("\n".join(f"  {path}" for path in [report, *_pictures(run, samples, diagnosis)] if path and path.is_file()))
 
 
 def _keep_sampling_time(samples: Path, seconds: float) -> None:
@@ -51,10 +53,10 @@ def _seconds(run: Run, samples: Path) -> str:
     return ", ".join(f"{name} {files.read_json(path)['seconds']:.0f}" for name, path in known.items())
 
 
-def _pictures(run: Run, samples: Path) -> list[Path | None]:
+def _pictures(run: Run, samples: Path, diagnosis: Path) -> list[Path | None]:
     stages = [run.folder.autoencoder, *(run.folder.prior(level) for level in reversed(run.experiment.levels))]
     newest = [max((stage / "previews").glob("*.png"), default=None) for stage in stages]
-    return [samples / "grid.png", *newest, *(stage / "curves.png" for stage in stages)]
+    return [samples / "grid.png", diagnosis / "diagnosis.png", *newest, *(stage / "curves.png" for stage in stages)]
 
 
 def main(arguments: list[str]) -> None:
