@@ -4,8 +4,8 @@
 
 Top 32×32 with attention, bottom 64×64 given the top, 512 codes, 256 channels, 5×5 kernels, 4 blocks of 4 residual
 blocks, random weights. The naive time is estimated from measured passes over the finished rows at several heights, in
-the same run, with convolutions as torch has them; its conditioning stack is counted once, as ours. The floor is the time to read once the weights that a
-position, and a row, must read.
+the same run, with convolutions as torch has them; its conditioning stack is counted once, as ours. The floor is the
+time to read once the weights that a position, and a row, must read.
 """
 
 import argparse

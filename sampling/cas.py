@@ -177,7 +177,7 @@ class Experiment:
     def open(cls, folder: RunFolder, samples: Path, config: CasConfig) -> "Experiment":
         """Raises UserError where the samples or the run have no labels, or not the same ones."""
         found = LabelledSamples(samples)
-        training, held_out = open_images(DataConfig.load(folder.config, "data"))
+        training, held_out = open_images(DataConfig.load(folder.config, "data"), folder.data_index)
         if found.classes != held_out.classes:
             raise UserError(
                 f"--cas: the {len(found.classes)} classes of {samples} are not the {len(held_out.classes)} of the "

@@ -104,7 +104,7 @@ def _from_images(
     folder: RunFolder, config: EvaluationConfig, samples: Path, extractor: FeatureExtractor
 ) -> dict[str, Any]:
     data = DataConfig.load(folder.config, "data")
-    _, held_out = open_images(data)
+    _, held_out = open_images(data, folder.data_index)
     batch = config.batch_size
     generated = ImageFolder(samples / "images")
     ours = summarise(generated.batches(batch), len(generated), extractor, _keep(len(generated)), "features of samples")

@@ -119,7 +119,7 @@ def _extraction(folder: RunFolder) -> Stage:
     if len(headers) < len(stores) or not all(header.complete for header in headers):
         return Stage("under way" if headers else "not yet")
     seconds = (_json(folder.codes / "summary.json") or {}).get("seconds")
-    return Stage("finished", f"{sum(header.count for header in headers):,} images", seconds)
+    return Stage("finished", f"{sum(map(len, headers)):,} images", seconds)
 
 
 def _sampling(samples: Path) -> Stage:

@@ -21,12 +21,6 @@ from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder
 
 
-class Mirrored(CodesConfig):
-    """The settings with `codes.flip: true`."""
-
-    flip: bool = True
-
-
 @pytest.fixture
 def run(tmp_path: Path, finished_run: Path) -> Run:
     """A run whose autoencoder is trained, on a folder of 120 images with one that is none."""
@@ -48,7 +42,7 @@ def run(tmp_path: Path, finished_run: Path) -> Run:
 @pytest.mark.parametrize("flip", [False, True])
 def test_every_record_can_be_traced_to_its_image(run: Run, flip: bool) -> None:
     if flip:
-        run = Run(run.experiment.model_copy(update={"codes": Mirrored()}), run.folder)
+        run = Run(run.experiment.model_copy(update={"codes": CodesConfig(flip=True)}), run.folder)
     extract_codes(run)
     training, held_out = open_images(run.experiment.data)
     network = Autoencoder.load(run.folder.autoencoder_weights)

@@ -71,7 +71,7 @@ class AutoencoderStage(Stage):
         config = run.experiment
         loss, shape, channels = config.autoencoder.loss, config.data.shape, config.data.channels
         perceptual = loss.perceptual.build(shape)  # before all else: it may want what cannot be had
-        self.training_data, self.validation_data = open_images(config.data)
+        self.training_data, self.validation_data = open_images(config.data, run.folder.data_index)
         torch.manual_seed(config.autoencoder.training.seed)
         self.network = config.autoencoder.network.build(shape, channels)
         self.adversary = None

@@ -25,6 +25,7 @@ from vqvae2.run_folder import RunFolder, level_names
 _FREE = (
     "data.path",
     "data.workers",
+    "data.unreadable",
     "codes.batch_size",
     "sampling",
     "evaluation",
@@ -62,6 +63,7 @@ class CodesConfig(Config):
     """How codes are extracted."""
 
     batch_size: int = Field(default=64, ge=1, description="images encoded at once, on each process")
+    flip: bool = Field(default=False, description="keep the codes of every training image's mirror image too")
 
 
 class PriorSection(Config):

@@ -32,20 +32,10 @@ def extract_codes(run: Run) -> None:
     accelerator = make_accelerator()
     network = Autoencoder.load(run.folder.autoencoder_weights, accelerator.device)
     started = time.monotonic()
-    for split, images in zip(stores, open_images(run.experiment.data, data_index(run)), strict=True):
+    for split, images in zip(stores, open_images(run.experiment.data, run.folder.data_index), strict=True):
         _extract(run, network, images, split, accelerator)
     if accelerator.is_main_process:
         files.write_json(run.folder.codes / "summary.json", {"seconds": round(time.monotonic() - started, 1)})
-
-
-def data_index(run: Run) -> Path:
-    """Where the index of a large data set is kept."""
-    return run.folder.path / "data-index.safetensors"
-
-
-def wants_flip(run: Run) -> bool:
-    """Whether the training store is to hold mirror images too (`codes.flip`)."""
-    return bool(getattr(run.experiment.codes, "flip", False))
 
 
 def _finished(path: Path, digest: str | None) -> bool:
@@ -97,7 +87,7 @@ def _extract(run: Run, network: Autoencoder, images: Images, split: str, acceler
     path = run.folder.code_store(split)
     if _finished(path, network.digest):
         return
-    records = Records(images, flip=split == "train" and wants_flip(run))
+    records = Records(images, flip=split == "train" and run.experiment.codes.flip)
     header = CodeHeader(
         levels=network.maps,
         count=len(records),

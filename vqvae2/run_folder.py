@@ -41,6 +41,10 @@ class RunFolder:
         return self.autoencoder / "model.safetensors"
 
     @property
+    def data_index(self) -> Path:
+        return self.path / "data-index.safetensors"
+
+    @property
     def codes(self) -> Path:
         return self.path / "codes"
 

@@ -79,7 +79,7 @@ class Autoencoder(nn.Module):
         self.quantizers = nn.ModuleList(level.quantizer.build() for level in config.levels)
         self.upsamplers = nn.ModuleList(_bring_up(known[i + 1], dims[i], strides[i + 1]) for i in below_top)
         self.decoder = grow(known[0], c, image_channels, strides[0], r, n)
-        # Activations follow the weights: convolutions run faster so, and features are rows for the quantizers as they are.
+        # Activations follow the weights: convolutions run faster so, and features already are rows for the quantizers.
         self.to(memory_format=torch.channels_last)
 
     @property
