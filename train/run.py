@@ -1,6 +1,5 @@
 """The commands `vqvae2 run` and `vqvae2 demo`: all stages in order, then a table and the pictures to look at."""
 
-import time
 from pathlib import Path
 
 from sampling.diagnose import diagnose_run
@@ -22,23 +21,13 @@ def run_all(run: Run) -> None:
     extract_codes(run)
     for level in reversed(run.experiment.levels):
         train_prior(run, level)
-    started = time.monotonic()
     samples = sample_run(folder.path, run.experiment.sampling)
-    sampled = time.monotonic() - started
     diagnosis = diagnose_run(folder.path)
     metrics = evaluate_run(folder.path, run.experiment.evaluation, samples)
     if processes().is_main_process:
-        _keep_sampling_time(samples, sampled)
         report = write_report(folder.path, samples)
         say(f"\n{describe(metrics)}\nseconds          {_seconds(run, samples)}\n\nPictures to open:")
         say("\n".join(f"  {path}" for path in [report, *_pictures(run, samples, diagnosis)] if path and path.is_file()))
-
-
-def _keep_sampling_time(samples: Path, seconds: float) -> None:
-    """Note how long sampling took, once: a repeated command finds the images made and takes no time."""
-    path = samples / "summary.json"
-    if not path.is_file():
-        files.write_json(path, {"seconds": round(seconds, 1)})
 
 
 def _seconds(run: Run, samples: Path) -> str:
