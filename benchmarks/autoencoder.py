@@ -8,9 +8,7 @@ own, so that peak memory is its own; they take turns, so that a busy machine slo
 """
 
 import argparse
-import multiprocessing
 import resource
-import statistics
 import time
 from multiprocessing.connection import Connection
 
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.turns import take_turns
 from train.autoencoder import AutoencoderObjective
 from vqvae2.data.images import Item
 from vqvae2.models import Autoencoder, AutoencoderConfig
@@ -111,28 +110,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name in ("ours", "plain"):
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, name == "plain", options), daemon=True).start()
-        theirs.close()  # a process that fails then ends the other end too
-    times: dict[str, list[float]] = {name: [] for name in pipes}
-    for _ in range(options.steps + 2):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            times[name].append(pipe.recv())
-    taken, memory = {}, {}
-    for name, pipe in pipes.items():
-        pipe.send(False)
-        taken[name], memory[name] = statistics.median(times[name][2:]), pipe.recv()
-        print(
-            f"{name}: {taken[name]:.3f} s (from {min(times[name][2:]):.3f} to {max(times[name][2:]):.3f}), "
-            f"{options.batch / taken[name]:.1f} images/s, peak memory of the steps {memory[name] / 2**20:.0f} MiB"
-        )
-    print(
-        f"time {taken['ours'] / taken['plain']:.2f} ×, memory {memory['ours'] / memory['plain']:.2f} × the plain step's"
-    )
+    taken = take_turns(serve, {name: (name == "plain", options) for name in ("ours", "plain")}, options.steps, warm=2)
+    for name, each in taken.items():
+        print(f"{name}: {each}, {options.batch / each.median:.1f} images/s")
+    ours, plain = taken["ours"], taken["plain"]
+    print(f"time {ours.median / plain.median:.2f} ×, memory {ours.memory / plain.memory:.2f} × the plain step's")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ that peak memory is its own; they take turns, so that a busy machine slows both.
 """
 
 import argparse
-import multiprocessing
 import resource
-import statistics
 import time
 from multiprocessing.connection import Connection
 
@@ -20,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.sampling import BOTTOM, TOP, build
+from benchmarks.turns import take_turns
 from vqvae2.priors.layers import coordinate_map
 
 CHANNELS, KERNEL, HEADS, DROPOUT = 256, 5, 8, 0.1
@@ -144,7 +143,6 @@ def serve(pipe: Connection, plain: bool, level: str, options: argparse.Namespace
     spec = TOP if level == "top" else BOTTOM
     codes = torch.randint(spec.codes, (options.batch, *spec.shape))
     coarser = () if level == "top" else (torch.randint(TOP.codes, (options.batch, *TOP.shape)),)
-    pipe.send(sum(parameter.numel() for parameter in prior.parameters()))
     while pipe.recv():
         started = time.perf_counter()
         F.cross_entropy(prior(codes, coarser), codes).backward()
@@ -162,31 +160,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each, after one that is not")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
     sums = {"ours": 0.0, "plain": 0.0}
     for level in options.levels:
-        pipes: dict[str, Connection] = {}
-        for name in sums:
-            pipes[name], theirs = context.Pipe()
-            context.Process(target=serve, args=(theirs, name == "plain", level, options), daemon=True).start()
-            theirs.close()  # a process that fails then ends the other end too
-        weights = {name: pipe.recv() for name, pipe in pipes.items()}
-        times: dict[str, list[float]] = {name: [] for name in pipes}
-        for _ in range(options.steps + 1):
-            for name, pipe in pipes.items():
-                pipe.send(True)
-                times[name].append(pipe.recv())
-        taken, memory = {}, {}
-        for name, pipe in pipes.items():
-            pipe.send(False)
-            taken[name], memory[name] = statistics.median(times[name][1:]), pipe.recv()
-            sums[name] += taken[name]
-            print(
-                f"{level}, {name}: {weights[name] / 1e6:.1f} M weights, {taken[name]:.2f} s "
-                f"(from {min(times[name][1:]):.2f} to {max(times[name][1:]):.2f}), "
-                f"peak memory {memory[name] / 2**20:.0f} MiB"
-            )
-        ratios = taken["ours"] / taken["plain"], memory["ours"] / memory["plain"]
+        taken = take_turns(serve, {name: (name == "plain", level, options) for name in sums}, options.steps, warm=1)
+        for name, each in taken.items():
+            sums[name] += each.median
+            print(f"{level}, {name}: {each}")
+        ours, plain = taken["ours"], taken["plain"]
+        ratios = ours.median / plain.median, ours.memory / plain.memory
         print(f"{level}: time {ratios[0]:.2f} ×, memory {ratios[1]:.2f} × the plain step's", flush=True)
     print(f"together: {sums['ours']:.1f} s and {sums['plain']:.1f} s, {sums['ours'] / sums['plain']:.2f} ×")
 
