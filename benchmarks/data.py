@@ -173,6 +173,7 @@ def read_pickles(path: str) -> None:
 
     def item(number: int) -> tuple[torch.Tensor, torch.Tensor, str]:
         with environment.begin() as transaction:
+            # What other implementations do, and this project never does; these were written above.
             top, bottom, name = pickle.loads(transaction.get(str(number).encode()))
         return torch.from_numpy(top), torch.from_numpy(bottom), name
 

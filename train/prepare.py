@@ -17,7 +17,6 @@ from vqvae2.data.decoding import Unreadable
 from vqvae2.data.images import DataConfig, Images
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedWriter, encode
-from vqvae2.data.sources.scenes import SceneSource
 from vqvae2.errors import UserError
 
 _PER_TRANSACTION = 64  # images; what a kill loses is the batches that workers have at hand
@@ -54,7 +53,7 @@ def prepare(config: DataConfig, out: Path, encoding: str, quality: int | None) -
     """Write the images of `config` to the folder `out`, each just covering the size, or go on where it was stopped."""
     if encoding == "jpeg" and config.channels == 4:
         raise UserError("--format: jpeg has no transparency; choose webp, png or raw for --channels 4")
-    source = SceneSource(config.count) if SceneSource.takes(config.path) else open_source(config.path)
+    source = open_source(config.source)
     images = Images(config, source, np.arange(len(source.index)))
     header = PreparedHeader.parse(
         {

@@ -21,7 +21,6 @@ from vqvae2.data.decoding import Unreadable, read_image
 from vqvae2.data.index import Integers, Names
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.base import Source
-from vqvae2.data.sources.scenes import SceneSource
 from vqvae2.errors import UserError
 
 __all__ = ["DataConfig", "Images", "Item", "open_images", "read_image", "to_bytes", "to_float"]
@@ -52,6 +51,11 @@ class DataConfig(Config):
     flip: bool = Field(default=False, description="mirror half of the training images")
     count: int = Field(default=4096, ge=2, description="how many pictures `scenes` has")
     workers: int = Field(default=2, ge=0, description="processes that decode images; 0 decodes in the main one")
+
+    @property
+    def source(self) -> str:
+        """The path as sources take it, with the number of built-in pictures."""
+        return f"scenes:{self.count}" if self.path == "scenes" else self.path
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -156,7 +160,7 @@ def open_images(config: DataConfig, cache: Path | None = None) -> tuple[Images, 
 
     The index of a large source is kept in the file `cache`, where one is given, and used again while nothing changes.
     """
-    source = SceneSource(config.count) if SceneSource.takes(config.path) else open_source(config.path, cache)
+    source = open_source(config.source, cache)
     index = source.index
     if len(index) < 2:
         raise UserError(f"data.path: {config.path} holds one image; two are needed, one to train on, one held out")

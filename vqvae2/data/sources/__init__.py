@@ -8,12 +8,14 @@ from vqvae2.data.sources.base import Source
 from vqvae2.data.sources.folder import FolderSource
 from vqvae2.data.sources.huggingface import HuggingFaceSource
 from vqvae2.data.sources.prepared import PreparedSource
+from vqvae2.data.sources.scenes import SceneSource
 from vqvae2.data.sources.tar import TarSource
 from vqvae2.data.sources.torchvision import TorchvisionSource
 from vqvae2.data.sources.zip import ZipSource
 
 # The first that takes a path opens it; a folder takes what is left.
 SOURCES: tuple[type[Source], ...] = (
+    SceneSource,
     TorchvisionSource,
     HuggingFaceSource,
     PreparedSource,

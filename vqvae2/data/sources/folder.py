@@ -52,7 +52,7 @@ class FolderSource(Source):
         if stamp.get("root") != str(Path(path).resolve()):
             return False
         try:
-            return all(os.stat(f"{path}/{name}").st_mtime_ns == at for name, at in stamp["folders"].items())  # noqa: PTH116
+            return all(Path(path, name).stat().st_mtime_ns == at for name, at in stamp["folders"].items())
         except OSError:
             return False
 

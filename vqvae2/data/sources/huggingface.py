@@ -7,30 +7,23 @@ from PIL import Image
 
 from vqvae2.data.decoding import Unreadable
 from vqvae2.data.index import Index
-from vqvae2.data.sources.base import Source
+from vqvae2.data.sources.named import NamedSource
 from vqvae2.errors import UserError
 
 _PREFIX = "huggingface:"
 
 
-class HuggingFaceSource(Source):
+class HuggingFaceSource(NamedSource):
     """The first column of images of a data set, `train` by default, with the classes of its first column of labels.
 
     NAME may also be a folder that `save_to_disk` wrote. Needs the package `datasets`, which downloads and caches.
     """
 
-    keeps_index = False
-
-    def __init__(self, path: str, index: Index) -> None:
-        super().__init__(path, index)
-        self._images: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": None}  # a worker opens the files for itself
+    prefix = _PREFIX
 
     @classmethod
-    def takes(cls, path: str) -> bool:
-        return path.startswith(_PREFIX)
+    def load(cls, path: str) -> Any:
+        return _encoded(_open(path), path)
 
     @classmethod
     def scan(cls, path: str) -> Index:
@@ -47,9 +40,7 @@ class HuggingFaceSource(Source):
 
     def open(self, number: int, size: tuple[int, int]) -> Path | bytes | Image.Image:
         del size
-        if self._images is None:
-            self._images = _encoded(_open(self.path), self.path)
-        image = self._images[int(self.index.names[number].rpartition("/")[2])]
+        image = self.item(number)
         if image is None or not (image["bytes"] or image["path"]):
             raise Unreadable(self.describe(number), "the data set has no image there")
         return image["bytes"] or Path(image["path"])

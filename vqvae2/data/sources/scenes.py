@@ -1,4 +1,4 @@
-"""The built-in pictures, each drawn once and kept."""
+"""The built-in pictures, each drawn once and kept: `scenes:COUNT`, what `data.path: scenes` with `data.count` means."""
 
 import hashlib
 
@@ -9,27 +9,30 @@ from vqvae2.data import scenes
 from vqvae2.data.index import Index, Names
 from vqvae2.data.sources.base import Source
 
+_PREFIX = "scenes:"
+
 
 class SceneSource(Source):
     """The first `count` built-in pictures, in the order of their numbers."""
 
     keeps_index = False
 
-    def __init__(self, count: int) -> None:
-        labels = np.array([scenes.label(number) for number in range(count)], np.int32)
-        names = [f"{scenes.CLASSES[label]}/{number:06d}" for number, label in enumerate(labels)]
-        hashed = (hashlib.sha256(f"scene {number}".encode()).digest()[:8] for number in range(count))
-        hashes = np.fromiter(map(int.from_bytes, hashed), np.uint64, count)
-        super().__init__("scenes", Index(Names.of(names), labels, hashes, scenes.CLASSES))
+    def __init__(self, path: str, index: Index) -> None:
+        super().__init__(path, index)
         self._drawn: dict[tuple[int, tuple[int, int]], Image.Image] = {}
 
     @classmethod
     def takes(cls, path: str) -> bool:
-        return path == "scenes"
+        return path.startswith(_PREFIX)
 
     @classmethod
     def scan(cls, path: str) -> Index:
-        raise NotImplementedError(f"{path} are drawn, not found")
+        count = int(path.removeprefix(_PREFIX))
+        labels = np.array([scenes.label(number) for number in range(count)], np.int32)
+        names = [f"{scenes.CLASSES[label]}/{number:06d}" for number, label in enumerate(labels)]
+        hashed = (hashlib.sha256(f"scene {number}".encode()).digest()[:8] for number in range(count))
+        hashes = np.fromiter(map(int.from_bytes, hashed), np.uint64, count)
+        return Index(Names.of(names), labels, hashes, scenes.CLASSES)
 
     def open(self, number: int, size: tuple[int, int]) -> Image.Image:
         key = number, size

@@ -6,27 +6,20 @@ from typing import Any
 from PIL import Image
 
 from vqvae2.data.index import Index
-from vqvae2.data.sources.base import Source
+from vqvae2.data.sources.named import NamedSource
 from vqvae2.errors import UserError
 
 _PREFIX = "torchvision:"
 
 
-class TorchvisionSource(Source):
+class TorchvisionSource(NamedSource):
     """The training part of a data set that torchvision knows, with its classes; nothing is downloaded."""
 
-    keeps_index = False
-
-    def __init__(self, path: str, index: Index) -> None:
-        super().__init__(path, index)
-        self._images: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_images": None}  # a worker opens the files for itself
+    prefix = _PREFIX
 
     @classmethod
-    def takes(cls, path: str) -> bool:
-        return path.startswith(_PREFIX)
+    def load(cls, path: str) -> Any:
+        return _open(path)
 
     @classmethod
     def scan(cls, path: str) -> Index:
@@ -45,9 +38,7 @@ class TorchvisionSource(Source):
 
     def open(self, number: int, size: tuple[int, int]) -> Image.Image:
         del size
-        if self._images is None:
-            self._images = _open(self.path)
-        item = self._images[int(self.index.names[number].rpartition("/")[2])]
+        item = self.item(number)
         return item[0] if isinstance(item, tuple) else item
 
 
