@@ -1,11 +1,15 @@
 """What training keeps about codebooks: use of the codes between two log points, moments of restarted codes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import TINY
 from tests.inception_fixture import two_processes
-from train.autoencoder import AutoencoderObjective, forget
+from train.autoencoder import AutoencoderObjective, AutoencoderStage, forget
+from train.experiment import open_run
 from train.losses import TrainingUsage
 from vqvae2.data.images import Item
 from vqvae2.models import AutoencoderConfig, LevelConfig
@@ -73,3 +77,26 @@ def test_without_restarts_the_moments_stay() -> None:
     quantizer(torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(0)))
     quantizer.update()
     assert quantizer.restarted is None, "not even after k-means, which comes before the first step"
+
+
+def test_the_first_steps_pass_features_through_and_the_codebooks_start_from_what_they_have_become(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY.replace("steps: 6,", "steps: 20,"))
+    run, _ = open_run("train-autoencoder", [str(config), "--run", str(tmp_path / "run")], "")
+    assert run.experiment.autoencoder.quantized_from == 2, "a tenth of the steps, where that is fewer than 100"
+    stage = AutoencoderStage(run)
+    batch = Item(torch.stack([stage.training_data[index].image for index in range(8)]), torch.zeros(8))
+    stage.before_update(1)
+    loss, terms = stage.objective(batch)
+    assert list(terms) == ["reconstruction"]
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in stage.network.parameters()), "processes share gradients"
+    stage.network.update_codebooks()
+    assert not any(bool(level.initialised) for level in stage.network.quantizers)
+    assert stage.gathered() == {}
+    stage.before_update(2)
+    _, terms = stage.objective(batch)
+    assert {"commitment_bottom", "commitment_top"} <= terms.keys()
+    assert all(bool(level.initialised) for level in stage.network.quantizers)

@@ -38,11 +38,12 @@ class AutoencoderObjective(nn.Module):
         self.perceptual, self.adversary = perceptual, adversary
         self.names = level_names(len(network.maps))
         self.usage = TrainingUsage({name: level.codes for name, level in zip(self.names, network.maps, strict=True)})
+        self.quantized = True
 
     def forward(self, batch: Item) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its terms, unweighted, for uint8 images (B, C, H, W)."""
         images = to_float(batch.image)
-        reconstruction = self.network(images)
+        reconstruction = self.network(images, self.quantized)
         made = reconstruction.images.float()
         difference = made - images
         loss = difference.abs().mean() if self.config.pixel == "l1" else difference.square().mean()
@@ -56,7 +57,7 @@ class AutoencoderObjective(nn.Module):
         if self.adversary and self.adversary.active:
             terms["adversarial"] = self.adversary(images, made)
             loss = loss + self.config.adversarial.weight * terms["adversarial"]
-        if self.network.training:
+        if self.network.training and self.quantized:
             self.usage.update(reconstruction.levels)
         return loss, terms
 
@@ -84,8 +85,7 @@ class AutoencoderStage(Stage):
                 loss.adversarial.betas,
                 loss.adversarial.start,
             )
-        self.objective = objective = AutoencoderObjective(self.network, loss, perceptual, self.adversary)
-        self.usage = objective.usage
+        self.objective = self._objective = AutoencoderObjective(self.network, loss, perceptual, self.adversary)
         self.batch_size = config.codes.batch_size
         self.curves = {
             "reconstruction error": ["train/reconstruction", "validation/reconstruction"],
@@ -100,6 +100,7 @@ class AutoencoderStage(Stage):
         return self.network
 
     def before_update(self, step: int) -> None:
+        self._objective.quantized = step >= self.run.experiment.autoencoder.quantized_from
         if self.adversary:
             self.adversary.active = step >= self.adversary.config.start
 
@@ -116,7 +117,7 @@ class AutoencoderStage(Stage):
                 forget(optimizer, quantizer.embedding, quantizer.restarted)
 
     def gathered(self) -> dict[str, float]:
-        return self.usage.take()
+        return self._objective.usage.take()
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         return validate_autoencoder(self.network, self.validation_data, self.batch_size, accelerator)

@@ -42,6 +42,12 @@ class AutoencoderSection(AutoencoderConfig):
     """The network, what its reconstructions are judged by, and how it is trained."""
 
     loss: LossConfig = LossConfig()
+    quantize_after: int = Field(
+        default=100,
+        ge=0,
+        description="first steps that pass every level's features through unquantized, a tenth of training at most: "
+        "a level that starts quantized may shrink to a constant before the decoder has found a use for it",
+    )
     training: TrainingConfig
 
     @model_validator(mode="after")
@@ -52,6 +58,11 @@ class AutoencoderSection(AutoencoderConfig):
                 "use bf16, or no mixed precision"
             )
         return self
+
+    @property
+    def quantized_from(self) -> int:
+        """The first step, from 0, that quantizes."""
+        return min(self.quantize_after, self.training.steps // 10)
 
     @property
     def network(self) -> AutoencoderConfig:

@@ -91,8 +91,11 @@ class Autoencoder(nn.Module):
             specs.append(MapSpec(codes=quantizer.codes, height=height, width=width))
         return tuple(specs)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Reconstruction:
-        """Reconstruct images; what each level adds to the training loss comes with its `Quantized`."""
+    def forward(self, images: Float[Tensor, "b c h w"], quantized: bool = True) -> Reconstruction:
+        """Reconstruct images; what each level adds to the training loss comes with its `Quantized`.
+
+        Not `quantized`, every level passes its features through as they are.
+        """
         self._check_images(images)
         features = []
         for encoder in self.encoders:
@@ -100,11 +103,13 @@ class Autoencoder(nn.Module):
             features.append(images)
         levels: list[Quantized] = []
         known: Tensor | None = None
+        quantizers = self._quantizers()
         for index in reversed(range(len(features))):
             joined = features[index]
             if known is not None:
                 joined = torch.cat([self.decoders[index](known), joined], 1)
-            levels.insert(0, self.quantizers[index](self.joins[index](joined)))
+            quantizer, latents = quantizers[index], self.joins[index](joined)
+            levels.insert(0, quantizer(latents) if quantized else quantizer.pass_through(latents))
             known = self._add(index, levels[0].values, known)
         return Reconstruction(self.decoder(known), tuple(levels))
 

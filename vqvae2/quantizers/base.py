@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -30,6 +31,14 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Float[Tensor, "b d *spatial"]) -> Quantized:
         """Quantize features; raises ValueError where their width is not `dim`."""
+
+    def pass_through(self, features: Float[Tensor, "b d *spatial"]) -> Quantized:
+        """Features as they are, for the start of training; the codes are all 0 and mean nothing."""
+        self._check_width(features)
+        # Every parameter takes part in every step: processes that share a gradient wait for all of them.
+        untouched = sum((parameter.sum() * 0 for parameter in self.parameters()), features.new_zeros(()).float())
+        codes = torch.zeros(features.shape[:1] + features.shape[2:], dtype=torch.int64, device=features.device)
+        return Quantized(features.float(), codes, untouched, {})
 
     @abstractmethod
     def lookup(self, codes: Int[Tensor, "b *spatial"]) -> Float[Tensor, "b d *spatial"]:
