@@ -14,6 +14,7 @@ import torch
 from sampling.judge import judge_codebooks, judge_prior
 from vqvae2 import files
 from vqvae2.config import read_yaml
+from vqvae2.data import environments
 from vqvae2.data.codes import CodeStore
 from vqvae2.data.images import DataConfig
 from vqvae2.errors import UserError
@@ -115,7 +116,7 @@ def _entries(path: Path) -> list[dict[str, float]]:
 
 def _extraction(folder: RunFolder) -> Stage:
     stores = [folder.code_store(split) for split in ("train", "val")]
-    headers = [CodeStore.read_header(path) for path in stores if (path / "data.mdb").is_file()]
+    headers = [CodeStore.read_header(path) for path in stores if environments.exists(path)]
     if len(headers) < len(stores) or not all(header.complete for header in headers):
         return Stage("under way" if headers else "not yet")
     seconds = (_json(folder.codes / "summary.json") or {}).get("seconds")

@@ -90,6 +90,7 @@ def test_a_moved_data_folder_is_gone_on_with_and_other_images_are_not(run: Run, 
 def unfinish(database: Path, store: Path) -> None:
     """Put a database in place of a store's and take back that it is complete."""
     database.rename(store / "data.mdb")
+    (store / "seal.json").unlink()
     environments.close_reader(store)
     with lmdb.open(str(store)) as environment, environment.begin(write=True) as transaction:
         header = transaction.get(b"header")

@@ -1,5 +1,7 @@
 """Atomic writes: complete or absent, whatever happens in between."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,17 @@ def test_digest_is_sha256(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     assert files.digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_is_writing_is_not(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from vqvae2 import files\n"
+        "with files.atomic(Path(sys.argv[1])) as partial:\n"
+        "    partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "killed.json")], check=False)
+    assert [path.name.split(".")[1] for path in tmp_path.iterdir()] == ["killed"]
+    with files.atomic(tmp_path / "living.json") as partial:
+        partial.write_text("half")
+        files.write_json(tmp_path / "other.json", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["living.json", "other.json"]

@@ -119,6 +119,12 @@ class AutoencoderStage(Stage):
     def gathered(self) -> dict[str, float]:
         return self._objective.usage.take()
 
+    def pending(self) -> dict[str, list[int]]:
+        return self._objective.usage.pending()
+
+    def resume(self, pending: dict[str, list[int]]) -> None:
+        self._objective.usage.resume(pending)
+
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         return validate_autoencoder(self.network, self.validation_data, self.batch_size, accelerator)
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from vqvae2 import checkpoint, files
 from vqvae2.errors import UserError
 
+_STATE = "state.safetensors"
+
 
 class Optimized(NamedTuple):
     """An objective with all its weights, and the optimizer that moves them."""
@@ -43,6 +45,7 @@ class TrainingState:
         self.last_validation: dict[str, float] = {}
         self.best_step, self.best_value = 0, math.inf  # of the value that judges the network, lower is better
         self.stale = 0  # validations since then
+        self.unlogged: dict[str, dict[str, Any]] = {"terms": {}, "stage": {}}  # gathered since the log's last entry
 
     def judge(self, value: float) -> bool:
         """Take in a validation's value; whether it is the best so far."""
@@ -93,12 +96,12 @@ class TrainingState:
             "seconds": self.seconds,
             "last_validation": self.last_validation,
             "best": [self.best_step, self.best_value, self.stale] if self.best_step else None,
+            "unlogged": self.unlogged,
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
 
-    def restore(self, path: Path) -> None:
-        """Take over the state in a file."""
-        tensors, metadata = checkpoint.load(path)
+    def restore(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Take over the state that the file `path` holds."""
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, rest = name.split("/", 1)
@@ -113,7 +116,7 @@ class TrainingState:
         if self.scaler and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
         self.step, self.seconds = metadata["step"], metadata["seconds"]
-        self.last_validation = metadata["last_validation"]
+        self.last_validation, self.unlogged = metadata["last_validation"], metadata["unlogged"]
         self.best_step, self.best_value, self.stale = metadata.get("best") or (0, math.inf, 0)
 
 
@@ -127,9 +130,7 @@ class Checkpoints:
         """Write a checkpoint, complete or not at all, then remove the oldest ones but the best."""
         with files.atomic(self._of(state.step)) as partial:
             partial.mkdir()
-            checkpoint.save(partial / "state.safetensors", state.tensors(), state.metadata())
-            digest = files.digest(partial / "state.safetensors")
-            (partial / "state.sha256").write_text(f"{digest}  state.safetensors\n")
+            checkpoint.save(partial / _STATE, state.tensors(), state.metadata())
         for old in self.all()[: -self.keep]:
             if old != self._of(state.best_step):
                 shutil.rmtree(old)
@@ -137,19 +138,26 @@ class Checkpoints:
     def restore(self, state: TrainingState) -> bool:
         """Take over the newest checkpoint that is undamaged; whether there was one."""
         for folder in reversed(self.all()):
-            file = folder / "state.safetensors"
-            if not file.is_file() or not _is_intact(file):
-                warnings.warn(f"{folder}: damaged checkpoint; using the one before it", stacklevel=2)
+            try:
+                loaded = checkpoint.load(folder / _STATE)
+            except UserError:
+                before = [other for other in self.all() if other < folder]
+                instead = "using the one before it" if before else "there is none before it, so training begins anew"
+                warnings.warn(f"{folder}: damaged checkpoint; {instead}", stacklevel=2)
                 continue
-            state.restore(file)
+            state.restore(folder / _STATE, *loaded)
             return True
         return False
 
     def restore_best(self, state: TrainingState) -> None:
-        """Take over the checkpoint of the best validation, if it is there and undamaged."""
-        file = self._of(state.best_step) / "state.safetensors"
-        if file.is_file() and _is_intact(file):
-            state.restore(file)
+        """Take over the checkpoint of the best validation; where it is missing or damaged, the state stays."""
+        file = self._of(state.best_step) / _STATE
+        try:
+            loaded = checkpoint.load(file)
+        except UserError as error:
+            warnings.warn(f"{error}; step {state.step} becomes the result in place of the best", stacklevel=2)
+        else:
+            state.restore(file, *loaded)
 
     def all(self) -> list[Path]:
         """Folders of the checkpoints, oldest first."""
@@ -161,11 +169,6 @@ class Checkpoints:
 
     def _of(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
-
-
-def _is_intact(file: Path) -> bool:
-    note = file.with_name("state.sha256")
-    return note.is_file() and note.read_text().split()[:1] == [files.digest(file)]
 
 
 def _fill_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from train.experiment import Run, open_run, say
 from train.loop import make_accelerator, to_device
 from vqvae2 import files
+from vqvae2.data import environments
 from vqvae2.data.batches import load
 from vqvae2.data.codes import PER_VALUE, UNREADABLE, CodeHeader, CodeStore, CodeWriter
 from vqvae2.data.images import Images, open_images, to_float
@@ -40,11 +41,11 @@ def extract_codes(run: Run) -> None:
 
 def _finished(path: Path, digest: str | None) -> bool:
     """Whether a complete store of this autoencoder is there; UserError where it is of another one."""
-    if not (path / "data.mdb").is_file():
+    if not environments.exists(path):
         return False
     header = CodeStore.read_header(path)
     header.check_autoencoder(digest, path)
-    return header.complete
+    return header.complete and environments.is_sealed(path)
 
 
 class Record(NamedTuple):

@@ -14,10 +14,11 @@ class History:
     def __init__(self, folder: Path, writes: bool) -> None:
         self.path, self.writes = folder / "history.jsonl", writes
         self.entries: list[dict[str, float]] = []
-        self._gathered: dict[str, list[float]] = {}
+        self.gathered: dict[str, list[float]] = {}  # since the last training entry
 
-    def resume(self, step: int) -> None:
-        """Forget what was logged after `step`: it is about to happen again."""
+    def resume(self, step: int, gathered: dict[str, list[float]]) -> None:
+        """Forget what was logged after `step`, which is about to happen again, and go on with what was gathered."""
+        self.gathered = gathered
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self.entries = [entry for entry in map(_parse, lines) if entry and entry["step"] <= step]
@@ -27,12 +28,12 @@ class History:
     def gather(self, values: dict[str, float]) -> None:
         """Take in the values of one step."""
         for name, value in values.items():
-            self._gathered.setdefault(name, []).append(value)
+            self.gathered.setdefault(name, []).append(value)
 
     def log(self, step: int, split: str, also: dict[str, float] | None = None) -> dict[str, float]:
         """Write the means since the last call; the same values under names like `train/loss`."""
-        means = {name: sum(values) / len(values) for name, values in self._gathered.items()} | (also or {})
-        self._gathered = {}
+        means = {name: sum(values) / len(values) for name, values in self.gathered.items()} | (also or {})
+        self.gathered = {}
         return self.write(step, split, means)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> dict[str, float]:

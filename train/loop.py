@@ -139,6 +139,13 @@ class Stage(ABC):
         """What the stage itself has gathered since the last call, for the log; every process asks for it."""
         return {}
 
+    def pending(self) -> dict[str, Any]:
+        """What it has gathered by now, as JSON, for a checkpoint; every process asks for it."""
+        return {}
+
+    def resume(self, pending: dict[str, Any]) -> None:
+        """Go on gathering from what `pending` gave."""
+
 
 @dataclass(frozen=True)
 class _Learner:
@@ -160,7 +167,8 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
     history = History(folder, accelerator.is_main_process)
     if checkpoints.restore(state):
         accelerator.print(f"{stage.name}: going on from step {state.step:,} of {config.steps:,}")
-    history.resume(state.step)
+        stage.resume(state.unlogged["stage"])
+    history.resume(state.step, state.unlogged["terms"])
     started = time.monotonic() - state.seconds
     with StopSignals() as signals, _progress(stage.name, state.step, config.steps, accelerator) as bar:
         ended = state.step == config.steps or _exhausted(state, config)
@@ -188,6 +196,7 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
                 history.draw(folder / "curves.png", stage.curves, stage.name)
             stop = signals.received(accelerator)
             if done % config.checkpoint_every == 0 or better or ended or stop:
+                state.unlogged = {"terms": history.gathered, "stage": stage.pending()}
                 if accelerator.is_main_process:
                     checkpoints.save(state)
                 accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqvae2.config import Config
+from vqvae2.distributed import rank, sum_over_processes
 from vqvae2.errors import UserError
 from vqvae2.metrics.codebook import CodeUsage
 from vqvae2.models.discriminator import DiscriminatorConfig
@@ -157,8 +158,10 @@ class TrainingUsage:
             codes = level.codes.flatten()
             if name not in self._usages:
                 self._usages[name] = CodeUsage(size, codes.device)
+            usage = self._usages[name]
+            usage.counts = usage.counts.to(codes.device)  # from a checkpoint they come on the processor
             # Not `CodeUsage.update`, whose check of the range, as its bincount, asks the device for an answer.
-            self._usages[name].counts.index_add_(0, codes, torch.ones_like(codes))
+            usage.counts.index_add_(0, codes, torch.ones_like(codes))
 
     def take(self) -> dict[str, float]:
         """`usage_LEVEL` and `perplexity_LEVEL` over all processes, each of which must ask; then begin anew."""
@@ -168,6 +171,16 @@ class TrainingUsage:
             values |= {f"usage_{name}": usage.usage, f"perplexity_{name}": usage.perplexity}
         self._usages = {}
         return values
+
+    def pending(self) -> dict[str, list[int]]:
+        """The histograms by now, over all processes, each of which must ask."""
+        return {name: sum_over_processes(usage.counts.clone()).tolist() for name, usage in self._usages.items()}
+
+    def resume(self, pending: dict[str, list[int]]) -> None:
+        """Go on from such histograms; one process takes them, since they will be added up."""
+        for name, counts in pending.items():
+            self._usages[name] = usage = CodeUsage(self.sizes[name])
+            usage.counts = torch.tensor(counts) * (rank() == 0)
 
 
 def _to_rgb(images: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ def prepare(config: DataConfig, out: Path, encoding: str, quality: int | None) -
     )
     order = InOrder(len(images), _PER_TRANSACTION)
     with closing(PreparedWriter(out, header)) as writer:
+        if writer.finished:
+            return writer.header
         done = writer.done()
         order.batches = order.batches[done // _PER_TRANSACTION :]
         _write(Encoded(images, header), order, writer, tqdm(initial=done, total=len(images), unit="image"))

@@ -15,7 +15,7 @@ from train.experiment import Run, open_run, say
 from train.loop import Stage, to_device, train
 from vqvae2 import files
 from vqvae2.data.batches import InOrder, load
-from vqvae2.data.codes import Coded, CodeStore
+from vqvae2.data.codes import Coded, CodeStore, widen
 from vqvae2.data.images import to_bytes
 from vqvae2.distributed import sum_over_processes
 from vqvae2.errors import UserError
@@ -40,6 +40,7 @@ class PriorObjective(nn.Module):
 
     def forward(self, batch: Coded) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss for a batch of codes of all levels; it has no other terms."""
+        batch = widen(batch)
         labels = batch.label if self.network.spec.classes else None
         if labels is not None and self.label_dropout and self.training:
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout

@@ -4,8 +4,10 @@ Every user error becomes one line on standard error and exit status 2; set VQVAE
 """
 
 import os
+import signal
 import sys
 from importlib.metadata import entry_points, version
+from types import FrameType
 
 from vqvae2.errors import Stopped, UserError
 
@@ -13,6 +15,7 @@ from vqvae2.errors import Stopped, UserError
 # spinning a training step took many times as long beside another busy process; see docs/results.md.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+_GOES_ON = "what is finished is kept, and the same command goes on with the rest"
 USAGE = """usage: vqvae2 COMMAND [ARGUMENTS]   (vqvae2 COMMAND --help explains one)
 
 {commands}
@@ -34,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in commands:
         return _fail(f"{name!r} is not a command; the commands are {', '.join(sorted(commands))}")
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         commands[name].load()(rest)
     except (UserError, OSError) as error:
@@ -44,9 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vqvae2: {stopped}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
-        print("vqvae2: stopped by Ctrl-C; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"vqvae2: stopped by Ctrl-C; {_GOES_ON}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    """What SIGTERM does outside training, which saves a checkpoint first."""
+    raise Stopped(f"stopped by {signal.Signals(number).name}; {_GOES_ON}", number)
 
 
 def _fail(message: str) -> int:

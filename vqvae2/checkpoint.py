@@ -1,9 +1,11 @@
 """Weights and their settings in one safetensors file: data, never a program.
 
 The file's metadata holds a JSON object under the key `vqvae2`: what kind of network it is, the config that builds it,
-and the digests of what it was made from.
+and the digests of what it was made from. Under `sha256` stands the digest of that object and of every tensor, which
+`load` recomputes: a damaged file is never taken for another result.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,38 +18,37 @@ from torch import Tensor, nn
 from vqvae2 import files
 from vqvae2.errors import UserError
 
-_KEY = "vqvae2"
+_KEY, _DIGEST = "vqvae2", "sha256"
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors (any device) and JSON `metadata` to `path`, atomically."""
     # Copies, because safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(metadata)
     with files.atomic(path) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata={_KEY: json.dumps(metadata)})
+        safetensors.torch.save_file(tensors, partial, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a file that `save` wrote; UserError where it is missing, damaged or foreign."""
-    metadata = read_metadata(path)
+    text, digest = _read_header(path)
     try:
-        return safetensors.torch.load_file(path), metadata
-    except SafetensorError as error:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise _damaged(path, error) from None
+    if _digest(text, tensors) != digest:
+        raise _damaged(path, "its contents are not those that were written")
+    return tensors, json.loads(text)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata alone, without reading the tensors."""
+    """The metadata alone, without reading the tensors, which only `load` checks."""
+    text, _ = _read_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such weights file; train the stage that makes it first") from None
-    except (SafetensorError, OSError) as error:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
         raise _damaged(path, error) from None
-    if _KEY not in metadata:
-        raise UserError(f"{path}: a safetensors file of another program (it has no `{_KEY}` metadata)")
-    return json.loads(metadata[_KEY])
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
@@ -67,5 +68,29 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
         module.load_state_dict(tensors, strict=True)
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _read_header(path: Path) -> tuple[str, str]:
+    """The text of the metadata and the digest that stands beside it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such weights file; train the stage that makes it first") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    if _KEY not in metadata:
+        raise UserError(f"{path}: a safetensors file of another program (it has no `{_KEY}` metadata), or damaged")
+    return metadata[_KEY], metadata.get(_DIGEST, "")
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the metadata, and of the name, type, shape and bytes of every tensor."""
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _damaged(path: Path, error: object) -> UserError:
     return UserError(f"{path}: damaged weights file ({error}); delete it and run the stage that makes it again")

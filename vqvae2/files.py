@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +13,21 @@ from typing import Any
 
 from vqvae2.errors import UserError
 
+_HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
+_PARTIAL = re.compile(r"\..*\.([\w-]+)\.(\d+)\.partial")
+_swept: set[Path] = set()
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; move what was written there onto `path` when the block ends well.
 
-    The block may create a file or a folder. A crash at any moment leaves the old `path` or the new one, never a part.
+    The block may create a file or a folder. A crash at any moment leaves the old `path` or the new one, never a part;
+    only a folder that takes the place of another may be missing then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two processes apart; a left-over of a killed one is overwritten or removed below.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove(partial)
+    _sweep(path.parent)
+    partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")  # two processes are kept apart
     try:
         yield partial
         _flush_all(partial)
@@ -31,6 +37,27 @@ def atomic(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         _remove(partial)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes of this machine have left half written in a folder; once a process and folder."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    for found in folder.glob(".*.partial"):
+        match = _PARTIAL.fullmatch(found.name)
+        if match and match[1] == _HOST and not _is_alive(int(match[2])):
+            _remove(found)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # someone else's
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

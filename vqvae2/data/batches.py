@@ -83,7 +83,10 @@ class InOrder(Sampler[list[int]]):
 
 
 def load(dataset: Collection, order: Iterable[list[Any]], workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """Collated batches in the given order, prefetched by worker processes; a worker's UserError is raised as it is."""
+    """Collated batches in the given order, prefetched by worker processes.
+
+    A worker's UserError is raised as it is; a worker that the system has killed becomes one.
+    """
     loader = DataLoader(
         _Careful(dataset),
         batch_sampler=order,
@@ -93,7 +96,19 @@ def load(dataset: Collection, order: Iterable[list[Any]], workers: int, pin_memo
         prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread,
     )
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                f"a process that reads data has died ({str(error).splitlines()[0]}), most likely for want of memory; "
+                "set data.workers lower and run the same command again"
+            ) from None
         if isinstance(batch, UserError):
             raise batch
         yield batch

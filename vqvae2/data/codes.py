@@ -2,7 +2,8 @@
 
 Records of fixed size stand `PER_VALUE` together in one LMDB value, so that pages are full; a reader takes slices of the
 memory map and copies only the records it was asked for. Beside each value lie the names of its images. Nothing is
-pickled.
+pickled. Batches leave the store as narrow as they lie in it, an eighth or a quarter of int64: `widen` makes indices of
+them on the device.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -79,8 +81,13 @@ class CodeHeader(Config):
 class Coded(NamedTuple):
     """The codes of one image or of a batch."""
 
-    codes: tuple[Int[Tensor, "*b h w"], ...]  # int64, finest level first
-    label: Int[Tensor, "*b"]  # int64; −1 where there are no labels
+    codes: tuple[Int[Tensor, "*b h w"], ...]  # finest level first; int64, or what fits them until they are widened
+    label: Int[Tensor, "*b"]  # −1 where there are no labels
+
+
+def widen(batch: Coded) -> Coded:
+    """A batch with codes and labels as int64, on the device that they are on."""
+    return Coded(tuple(level.long() for level in batch.codes), batch.label.long())
 
 
 class CodeStore(Dataset[Coded]):
@@ -97,7 +104,7 @@ class CodeStore(Dataset[Coded]):
     def open(cls, path: Path) -> Self:
         """The store at `path`; UserError where it is missing, unfinished or not a code store."""
         store = cls(path, cls.read_header(path))
-        if not store.header.complete:
+        if not (store.header.complete and environments.is_sealed(path)):
             raise UserError(f"{path}: this code store is unfinished; run `vqvae2 extract-codes` again to complete it")
         return store
 
@@ -115,30 +122,32 @@ class CodeStore(Dataset[Coded]):
         return len(self.header)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Coded:
-        batch = self.__getitems__([key])
+        batch = widen(self.__getitems__([key]))
         return Coded(tuple(level[0] for level in batch.codes), batch.label[0])
 
-    def __getitems__(self, keys: Sequence[Any]) -> Coded:
-        """A batch, collated already."""
-        return self.read([key[0] if isinstance(key, tuple) else key for key in keys])
-
     def read(self, indices: Sequence[int]) -> Coded:
-        """The codes (B, H_l, W_l) and labels (B,) of these images."""
+        """The codes (B, H_l, W_l) and labels (B,) of these images, int64."""
+        return widen(self.__getitems__(indices))
+
+    def __getitems__(self, keys: Sequence[Any]) -> Coded:
+        """A batch, collated already, not widened yet."""
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         dtype = self.header.record
         size, scratch = dtype.itemsize, self._scratch
         self._scratch = None  # another thread makes its own
         if scratch is None or len(scratch) < len(indices):
             scratch = np.empty(len(indices), dtype)
         batch, target = scratch[: len(indices)], memoryview(scratch.view(np.uint8).data)
-        with environments.reader(self.path).begin(buffers=True) as transaction:
-            for place, record in enumerate(map(self._record, indices)):
-                number, offset = divmod(record, PER_VALUE)
-                value = transaction.get(_key(number))
-                if value is None or len(value) < (offset + 1) * size:
-                    raise UserError(f"{self.path}: damaged code store (record {record} is missing); delete the folder")
-                target[place * size : (place + 1) * size] = value[offset * size : (offset + 1) * size]
-        maps = tuple(_widen(batch[f"level{index}"]) for index in range(len(self.header.levels)))
-        labels = _widen(batch["label"])
+        numbers, offsets = np.divmod(self._records(indices), PER_VALUE)
+        values, place = environments.views(self.path), 0
+        for number, start in zip(numbers.tolist(), (offsets * size).tolist(), strict=True):
+            value = values[number]
+            if value is None or len(value) < start + size:
+                raise UserError(f"{self.path}: damaged code store (value {number} is missing); delete the folder")
+            target[place : place + size] = value[start : start + size]
+            place += size
+        maps = tuple(_tensor(batch[f"level{index}"], level.codes) for index, level in enumerate(self.header.levels))
+        labels = torch.from_numpy(batch["label"].copy())
         self._scratch = scratch
         return Coded(maps, labels)
 
@@ -154,11 +163,14 @@ class CodeStore(Dataset[Coded]):
 
     def _record(self, index: int) -> int:
         """Where image `index` stands, counting the unreadable ones before it."""
-        if not 0 <= index < self._count:
-            raise IndexError(f"record {index} of {self._count}")
-        if not len(self._shifts):
-            return index
-        return index + int(np.searchsorted(self._shifts, index, side="right"))
+        return int(self._records([index])[0])
+
+    def _records(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """Where images stand, counting the unreadable ones before them."""
+        chosen = np.asarray(indices, np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < self._count:
+            raise IndexError(f"records {chosen.min()} to {chosen.max()} of {self._count}")
+        return chosen + np.searchsorted(self._shifts, chosen, side="right") if len(self._shifts) else chosen
 
 
 class CodeWriter:
@@ -178,7 +190,7 @@ class CodeWriter:
         """Numbers of the values that are not there yet; value v holds records [64 v, 64 v + 64)."""
         with self.environment.begin() as transaction:
             total = -(-self.header.count // PER_VALUE)
-            return [number for number in range(total) if transaction.get(_key(number)) is None]
+            return [number for number in range(total) if transaction.get(environments.key(number)) is None]
 
     def write(
         self, number: int, codes: Sequence[Int[Tensor, "n h w"]], labels: Int[Tensor, " n"], names: Sequence[str] = ()
@@ -189,7 +201,7 @@ class CodeWriter:
         there = records["label"] != UNREADABLE
         for index, level in enumerate(codes):
             records[f"level{index}"][there] = level.cpu().numpy()[there]
-        entries = [(_key(number), records.tobytes())]
+        entries = [(environments.key(number), records.tobytes())]
         if names:
             entries.append((_names_key(number), "\0".join(names).encode("utf-8", "surrogateescape")))
         environments.put(self.environment, entries)
@@ -199,16 +211,17 @@ class CodeWriter:
         record, found = self.header.record, []
         with self.environment.begin(buffers=True) as transaction:
             for number in range(-(-self.header.count // PER_VALUE)):
-                labels = np.frombuffer(transaction.get(_key(number)) or b"", record)["label"]
+                labels = np.frombuffer(transaction.get(environments.key(number)) or b"", record)["label"]
                 found += (np.flatnonzero(labels == UNREADABLE) + number * PER_VALUE).tolist()
         return found
 
     def finish(self) -> None:
-        """Mark the store complete and close it."""
+        """Mark the store complete, close and seal it."""
         assert not self.missing(), "a store is finished when every value is there"
         done = self.header.model_copy(update={"unreadable": tuple(self.unreadable()), "complete": True})
         self._put(_HEADER, done.model_dump_json().encode())
         self.close()
+        environments.seal(self.path)
 
     def close(self) -> None:
         """Close the file; the store can be reopened to go on."""
@@ -218,9 +231,10 @@ class CodeWriter:
         environments.put(self.environment, [(key, value)])
 
 
-def _widen(field: np.ndarray) -> Tensor:
-    """A field of records as int64; torch does it several times as fast as NumPy, but from its own array only."""
-    return torch.from_numpy(field.copy()).long()
+def _tensor(field: np.ndarray, codes: int) -> Tensor:
+    """A field of records in the narrowest type that every device converts: torch can do little with uint16."""
+    kind = np.uint8 if codes <= 2**8 else np.int16 if codes <= 2**15 else np.int32
+    return torch.from_numpy(field.astype(kind))
 
 
 def _parse(header: bytes, path: Path) -> CodeHeader:
@@ -235,9 +249,5 @@ def _parse(header: bytes, path: Path) -> CodeHeader:
     return CodeHeader.parse(data, str(path))
 
 
-def _key(number: int) -> bytes:
-    return number.to_bytes(8, "big")
-
-
 def _names_key(number: int) -> bytes:
-    return b"names" + _key(number)
+    return b"names" + environments.key(number)

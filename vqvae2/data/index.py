@@ -130,8 +130,10 @@ class Index:
         header = {"format": _FORMAT, "classes": self.classes, "stamp": self.stamp}
         arrays = {"text": self.names.text, "ends": self.names.ends, "labels": self.labels, "hashes": self.hashes}
         arrays |= {f"column.{name}": column for name, column in self.columns.items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        text = json.dumps(header)
         with files.atomic(path) as partial:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, {"index": json.dumps(header)})
+            save_file(arrays, partial, {"index": text, "sha256": _digest(text, arrays)})
 
     @classmethod
     def load(cls, path: Path) -> "Index | None":
@@ -140,7 +142,8 @@ class Index:
             data = np.asarray(np.memmap(path, np.uint8, "r"))
             start = 8 + int.from_bytes(data[:8].tobytes(), "little")
             layout = json.loads(data[8:start].tobytes())
-            header = json.loads(layout.pop("__metadata__")["index"])
+            metadata = layout.pop("__metadata__")
+            header = json.loads(metadata["index"])
             arrays = {}
             for name, entry in layout.items():
                 begin, end = entry["data_offsets"]
@@ -149,8 +152,17 @@ class Index:
                     return None
             columns = {k.removeprefix("column."): v for k, v in arrays.items() if k.startswith("column.")}
             names = Names(arrays["text"], arrays["ends"])
-            if header["format"] != _FORMAT:
+            if header["format"] != _FORMAT or metadata["sha256"] != _digest(metadata["index"], arrays):
                 return None
             return cls(names, arrays["labels"], arrays["hashes"], tuple(header["classes"]), columns, header["stamp"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of the header, and of the name and bytes of every array."""
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        sha.update(f"\0{name}\0{arrays[name].dtype}\0".encode())
+        sha.update(np.ascontiguousarray(arrays[name]).data)
+    return sha.hexdigest()

@@ -21,7 +21,6 @@ from vqvae2.maps import Count
 
 Encoding = Literal["jpeg", "webp", "png", "raw"]
 _RAW = b"RAW\0"  # before width, height, channels and the pixels
-_KEY_BYTES = 8
 _HEADER, _KIND = b"header", "prepared images; delete the folder and prepare them again"
 
 
@@ -58,7 +57,7 @@ class PreparedSource(Source):
 
     @classmethod
     def scan(cls, path: str) -> Index:
-        if not read_header(Path(path)).complete:
+        if not (read_header(Path(path)).complete and environments.is_sealed(Path(path))):
             raise UserError(f"data.path: {path} is unfinished; run the same `vqvae2 prepare` again to complete it")
         index = Index.load(_index(Path(path)))
         if index is None:
@@ -68,7 +67,7 @@ class PreparedSource(Source):
     def open(self, number: int, size: tuple[int, int]) -> bytes | Image.Image:
         del size
         position = int(self.index.columns["position"][number])
-        value = environments.get(environments.reader(Path(self.path), _KIND), _key(position))
+        value = environments.get(environments.reader(Path(self.path), _KIND), environments.key(position))
         if not value:
             raise Unreadable(self.describe(number), "its record is missing")
         return _unpack(value) if value[:4] == _RAW else value
@@ -85,16 +84,22 @@ def read_header(path: Path) -> PreparedHeader:
 
 
 class PreparedWriter:
-    """Writes images in order; what a killed writer left is gone on with, to the same records."""
+    """Writes images in order; what a killed writer left is gone on with, to the same records.
+
+    `header` is what stands in the folder, `finished` whether nothing is left to do.
+    """
 
     def __init__(self, path: Path, header: PreparedHeader) -> None:
         if path.is_dir() and any(path.iterdir()) and not (path / "data.mdb").is_file():
             raise UserError(f"{path}: not empty and not prepared images; choose another folder")
-        self.path, self.header = path, header
-        if (path / "data.mdb").is_file() and read_header(path).identity != header.identity:
-            raise UserError(
-                f"{path}: holds images of another source, size or format; delete the folder or name another"
-            )
+        self.path, self.header, self.finished = path, header, False
+        if environments.exists(path):
+            self.header = read_header(path)
+            self.finished = self.header.complete and environments.is_sealed(path)
+            if self.header.identity != header.identity:
+                raise UserError(
+                    f"{path}: holds images of another source, size or format; delete the folder or name another"
+                )
         self.environment = environments.writer(path)
         if environments.get(self.environment, _HEADER) is None:
             environments.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
@@ -106,7 +111,7 @@ class PreparedWriter:
 
     def write(self, first: int, images: Sequence[bytes]) -> None:
         """Write images from position `first`; an empty one is unreadable."""
-        environments.put(self.environment, ((_key(first + at), image) for at, image in enumerate(images)))
+        environments.put(self.environment, ((environments.key(first + at), image) for at, image in enumerate(images)))
 
     def unreadable(self) -> list[int]:
         """Positions of the unreadable among what is written."""
@@ -114,11 +119,11 @@ class PreparedWriter:
             return [
                 int.from_bytes(bytes(key), "big")
                 for key, value in transaction.cursor()
-                if len(key) == _KEY_BYTES and not len(value)
+                if len(key) == environments.KEY_BYTES and not len(value)
             ]
 
     def finish(self, index: Index) -> PreparedHeader:
-        """Write the index of the readable ones, mark the folder complete and close it."""
+        """Write the index of the readable ones, mark the folder complete, close and seal it."""
         left_out = self.unreadable()
         kept = np.setdiff1d(np.arange(self.header.count), left_out)
         index.take(kept, {"position": kept}).save(_index(self.path))
@@ -126,6 +131,7 @@ class PreparedWriter:
         header = self.header.model_copy(update={"unreadable": names, "complete": True})
         environments.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
         self.close()
+        environments.seal(self.path)
         return header
 
     def close(self) -> None:
@@ -151,10 +157,6 @@ def encode(file: Path | bytes | Image.Image, header: PreparedHeader, name: str) 
 def _unpack(value: bytes) -> Image.Image:
     width, height, channels = struct.unpack_from("<3I", value, len(_RAW))
     return Image.frombytes(MODES[channels], (width, height), value[len(_RAW) + 12 :])
-
-
-def _key(position: int) -> bytes:
-    return position.to_bytes(_KEY_BYTES, "big")
 
 
 def _index(path: Path) -> Path:
