@@ -1,8 +1,8 @@
 """Weights and their settings in one safetensors file: data, never a program.
 
 The file's metadata holds a JSON object under the key `vqvae2`: what kind of network it is, the config that builds it,
-and the digests of what it was made from. Under `sha256` stands the digest of that object and of every tensor, which
-`load` recomputes: a damaged file is never taken for another result.
+and the digests of what it was made from. Its `sha256` is the digest of all else in it and of every tensor, which `load`
+recomputes: a damaged file is never taken for another result. (One key, since safetensors writes several in any order.)
 """
 
 import hashlib
@@ -25,30 +25,26 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> No
     """Write tensors (any device) and JSON `metadata` to `path`, atomically."""
     # Copies, because safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(metadata)
+    text = json.dumps({_DIGEST: _digest(metadata, tensors)} | metadata)
     with files.atomic(path) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
+        safetensors.torch.save_file(tensors, partial, metadata={_KEY: text})
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a file that `save` wrote; UserError where it is missing, damaged or foreign."""
-    text, digest = _read_header(path)
+    digest, metadata = _read(path)
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise _damaged(path, error) from None
-    if _digest(text, tensors) != digest:
+    if _digest(metadata, tensors) != digest:
         raise _damaged(path, "its contents are not those that were written")
-    return tensors, json.loads(text)
+    return tensors, metadata
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata alone, without reading the tensors, which only `load` checks."""
-    text, _ = _read_header(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _damaged(path, error) from None
+    return _read(path)[1]
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
@@ -68,8 +64,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
         module.load_state_dict(tensors, strict=True)
 
 
-def _read_header(path: Path) -> tuple[str, str]:
-    """The text of the metadata and the digest that stands beside it."""
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    """The digest in a file, and the metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -79,12 +75,16 @@ def _read_header(path: Path) -> tuple[str, str]:
         raise _damaged(path, error) from None
     if _KEY not in metadata:
         raise UserError(f"{path}: a safetensors file of another program (it has no `{_KEY}` metadata), or damaged")
-    return metadata[_KEY], metadata.get(_DIGEST, "")
+    try:
+        content = dict(json.loads(metadata[_KEY]))
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, error) from None
+    return content.pop(_DIGEST, ""), content
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+def _digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """SHA-256 of the metadata, and of the name, type, shape and bytes of every tensor."""
-    sha = hashlib.sha256(text.encode())
+    sha = hashlib.sha256(json.dumps(metadata).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         sha.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

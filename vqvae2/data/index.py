@@ -131,9 +131,9 @@ class Index:
         arrays = {"text": self.names.text, "ends": self.names.ends, "labels": self.labels, "hashes": self.hashes}
         arrays |= {f"column.{name}": column for name, column in self.columns.items()}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        text = json.dumps(header)
+        text = json.dumps({"sha256": _digest(header, arrays)} | header)
         with files.atomic(path) as partial:
-            save_file(arrays, partial, {"index": text, "sha256": _digest(text, arrays)})
+            save_file(arrays, partial, {"index": text})
 
     @classmethod
     def load(cls, path: Path) -> "Index | None":
@@ -142,8 +142,8 @@ class Index:
             data = np.asarray(np.memmap(path, np.uint8, "r"))
             start = 8 + int.from_bytes(data[:8].tobytes(), "little")
             layout = json.loads(data[8:start].tobytes())
-            metadata = layout.pop("__metadata__")
-            header = json.loads(metadata["index"])
+            header = json.loads(layout.pop("__metadata__")["index"])
+            digest = header.pop("sha256")
             arrays = {}
             for name, entry in layout.items():
                 begin, end = entry["data_offsets"]
@@ -152,16 +152,16 @@ class Index:
                     return None
             columns = {k.removeprefix("column."): v for k, v in arrays.items() if k.startswith("column.")}
             names = Names(arrays["text"], arrays["ends"])
-            if header["format"] != _FORMAT or metadata["sha256"] != _digest(metadata["index"], arrays):
+            if header["format"] != _FORMAT or digest != _digest(header, arrays):
                 return None
             return cls(names, arrays["labels"], arrays["hashes"], tuple(header["classes"]), columns, header["stamp"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
 
-def _digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+def _digest(header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256 of the header, and of the name and bytes of every array."""
-    sha = hashlib.sha256(text.encode())
+    sha = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(arrays):
         sha.update(f"\0{name}\0{arrays[name].dtype}\0".encode())
         sha.update(np.ascontiguousarray(arrays[name]).data)
