@@ -3,8 +3,6 @@
 Everything comes from settings and JSON that the stages have left there; no weights are read.
 """
 
-import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,11 +105,7 @@ def _history(path: Path) -> tuple[int, dict[str, float]]:
 
 def _entries(path: Path) -> list[dict[str, float]]:
     """What was logged, in the order of steps."""
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # the half line that a killed process may leave
-            entries.append(json.loads(line))
-    return entries
+    return files.read_log(path) if path.is_file() else []
 
 
 def _extraction(folder: RunFolder) -> Stage:

@@ -20,8 +20,7 @@ class History:
         """Forget what was logged after `step`, which is about to happen again, and go on with what was gathered."""
         self.gathered = gathered
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.entries = [entry for entry in map(_parse, lines) if entry and entry["step"] <= step]
+            self.entries = [entry for entry in files.read_log(self.path) if entry["step"] <= step]
         if self.writes:
             files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
@@ -55,11 +54,3 @@ class History:
         return [
             (float(entry["step"]), entry[name]) for entry in self.entries if math.isfinite(entry.get(name, math.nan))
         ]
-
-
-def _parse(line: str) -> dict[str, float] | None:
-    """One entry; nothing for the half line that a killed process may leave."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None

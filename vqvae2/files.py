@@ -81,6 +81,24 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error}); delete it and make it again") from None
 
 
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The entries of a log, in order: lines of JSON, each numbers by name, `step` among them.
+
+    A line that a killed process has left half written, or that is damaged, is passed over.
+    """
+    return [entry for line in path.read_bytes().splitlines() if (entry := _entry(line)) is not None]
+
+
+def _entry(line: bytes) -> dict[str, float] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return None
+    return entry if all(isinstance(value, int | float) for value in entry.values()) else None
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
