@@ -1,6 +1,9 @@
 """What tests share: few threads, the real photographs where they are at hand, and one tiny finished run."""
 
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -46,6 +49,18 @@ def photographs() -> Path:
     if not PHOTOGRAPHS.is_dir():
         pytest.skip("no folder of photographs on this machine")
     return PHOTOGRAPHS
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB, where the machine lets a test mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine mounts nothing for a test")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

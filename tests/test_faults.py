@@ -1,0 +1,191 @@
+"""What happens to a job happens in one line, and nothing that was made before is lost: disks, data, processes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conftest import TINY
+from tests.test_commands import contents, fails, images
+from vqvae2.__main__ import main
+from vqvae2.data.batches import InOrder, load
+from vqvae2.errors import UserError
+
+# 20 steps; 12 images divide by one, two and three processes. Steps so small that Adam does not make of the rounding of
+# sums, which differs with the number of processes, more than the rounding of the weights.
+LAUNCHED = (
+    TINY.replace("steps: 6, batch_size: 8,", "steps: 20, batch_size: 12, learning_rate: 3.0e-5,")
+    .replace("steps: 4, batch_size: 8,", "steps: 20, batch_size: 12, learning_rate: 3.0e-5,")
+    .replace("layers: 2, output", "layers: 2, dropout: 0.0, output")
+)
+# Trains, and asks itself to stop after so many steps.
+STOPPING = """
+import os, signal, sys
+from vqvae2.__main__ import main
+from train import loop
+last, update = int(sys.argv[1]), loop._update
+def updating(stage, learners, batches, config, step, *rest):
+    if step + 1 == last:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(stage, learners, batches, config, step, *rest)
+loop._update = updating
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def torchrun(processes: int, *arguments: str | Path) -> list[str]:
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, "-m", *launch, *map(str, arguments)]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on one process, undisturbed, with its config."""
+    folder = tmp_path_factory.mktemp("straight")
+    torch.set_num_threads(1)
+    (folder / "config.yaml").write_text(f"{LAUNCHED}run: {folder / 'run'}\n")
+    common = [str(folder / "config.yaml")]
+    assert main(["train-autoencoder", *common]) == 0
+    assert main(["extract-codes", *common]) == 0
+    assert main(["train-prior", *common, "--level", "bottom"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "prior-bottom"])
+def test_a_checkpoint_is_gone_on_with_by_any_number_of_processes(straight: Path, tmp_path: Path, stage: str) -> None:
+    run, script, config = tmp_path / "run", tmp_path / "stopping.py", tmp_path / "config.yaml"
+    script.write_text(STOPPING)
+    config.write_text(f"{LAUNCHED}run: {run}\n")
+    command = ["train-autoencoder", config]
+    if stage == "prior-bottom":
+        command = ["train-prior", config, "--level", "bottom"]
+        shutil.copytree(straight / "run" / "autoencoder", run / "autoencoder")
+        shutil.copytree(straight / "run" / "codes", run / "codes")
+        (run / "config.yaml").write_text((straight / "run" / "config.yaml").read_text())
+    for processes, last in ((2, 5), (3, 11), (1, 16), (2, 99)):
+        done = subprocess.run(
+            torchrun(processes, script, str(last), *command),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+        words = "stopped by SIGTERM at step" if last < 20 else "20/20"
+        assert words in done.stderr, done.stderr
+    resumed = weights(run / stage)
+    for name, tensor in weights(straight / "run" / stage).items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_when_one_of_two_processes_is_killed_the_other_leaves_and_the_same_command_goes_on(
+    straight: Path, tmp_path: Path
+) -> None:
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(f"{LAUNCHED}run: {run}\n")
+    command = torchrun(2, "-m", "vqvae2", "train-autoencoder", config)
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+    try:
+        ends = time.monotonic() + 120
+        while not list((run / "autoencoder" / "checkpoints").glob("0*")) and time.monotonic() < ends:
+            time.sleep(0.01)
+        workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        assert len(workers) == 2
+        os.kill(int(workers[1]), signal.SIGKILL)
+        assert launcher.wait(60) != 0
+    finally:
+        launcher.kill()
+    printed = (tmp_path / "log").read_text()
+    assert "SIGKILL" in printed or "exitcode  : -9" in printed, "the launcher says which process failed"
+    assert main(["train-autoencoder", str(config)]) == 0
+    for name, tensor in weights(straight / "run" / "autoencoder").items():
+        torch.testing.assert_close(weights(run / "autoencoder")[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+class Killed:
+    """Items whose reader the system ends, as it does for want of memory."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, key: int) -> int:
+        if key == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return key
+
+
+def test_a_killed_worker_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"a process that reads data has died .*(killed by signal|exited unexpectedly).* data\.workers lower"):
+        list(load(Killed(), InOrder(8, 2), workers=1))
+
+
+def test_data_that_is_gone_between_two_stages_is_one_line_and_the_first_stage_stays(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = images(tmp_path / "images", 40)
+    common = [str(tiny_config), "--run", str(tmp_path / "run"), "--data.path", str(folder), "--data.labels", "none"]
+    assert main(["train-autoencoder", *common]) == 0
+    before = contents(tmp_path / "run")
+    folder.rename(tmp_path / "moved")
+    fails(capsys, ["extract-codes", *common], f"data.path: {folder} is missing; give a folder of images")
+    after = contents(tmp_path / "run")
+    assert {name: after[name] for name in before} == before
+    (tmp_path / "moved").rename(folder)
+    assert main(["extract-codes", *common]) == 0
+
+
+def test_training_on_a_full_disk_keeps_its_checkpoints_and_goes_on_when_there_is_room(
+    tiny_config: Path, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-autoencoder", str(tiny_config), "--autoencoder.training.keep-checkpoints", "1000"]
+    config = tiny_config.read_text().replace("steps: 6,", "steps: 40,")
+    tiny_config.write_text(config)
+    assert main([*command, "--run", str(tmp_path / "run")]) == 0
+    run = small_disk / "run"
+    fails(capsys, [*command, "--run", str(run)], "No space left on device", "run the same command again")
+    assert not (run / "autoencoder" / "model.safetensors").exists()
+    kept = sorted(path.name for path in (run / "autoencoder" / "checkpoints").glob("0*"))
+    assert 0 < len(kept) < 20
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert main([*command, "--run", str(run)]) == 0
+    assert f"going on from step {int(kept[-1])}" in capsys.readouterr().out
+    for name, tensor in weights(tmp_path / "run" / "autoencoder").items():
+        assert torch.equal(weights(run / "autoencoder")[name], tensor), name
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line_and_stays_as_it_is(
+    tiny_config: Path, finished_run: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run = small_disk / "run"
+    shutil.copytree(finished_run, run)
+    (run / "prior-top" / "model.safetensors").unlink()
+    shutil.rmtree(run / "codes" / "val")
+    before = contents(run)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    common = [str(tiny_config), "--run", str(run)]
+    for command in (
+        ["train-prior", *common, "--level", "top"],
+        ["extract-codes", *common],
+        ["sample", str(finished_run), "--count", "2", "--out", str(run / "out")],
+        ["reconstruct", str(run), "missing.png"],
+    ):
+        fails(capsys, command)
+    assert contents(run) == before
