@@ -132,7 +132,10 @@ class Killed:
 
 
 def test_a_killed_worker_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"a process that reads data has died .*(killed by signal|exited unexpectedly).* data\.workers lower"):
+    with pytest.raises(
+        UserError,
+        match=r"a process that reads data has died .*(killed by signal|exited unexpectedly).* data\.workers lower",
+    ):
         list(load(Killed(), InOrder(8, 2), workers=1))
 
 

@@ -75,6 +75,25 @@ def test_resizing_is_antialiased_and_agrees_with_torchvision(tmp_path: Path) -> 
     np.testing.assert_allclose(ours, theirs.clamp(0, 255).round().numpy(), atol=1.01)
 
 
+@pytest.mark.parametrize(("width", "height"), [(60, 45), (45, 60), (61, 40), (20, 33), (400, 40), (40, 400), (3, 900)])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_resizing_agrees_with_pillow_whatever_the_shape(tmp_path: Path, width: int, height: int, channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze())
+    image.save(tmp_path / "noise.png")
+    ours = read_image(tmp_path / "noise.png", (24, 32), channels)
+    scale = max(24 / height, 32 / width)
+    whole = np.array(image.resize((max(round(width * scale), 32), max(round(height * scale), 24)), 3))
+    upper, left = ((side - least + 1) // 2 for side, least in zip(whole.shape, (24, 32), strict=False))
+    theirs = whole.reshape(*whole.shape[:2], channels)[upper : upper + 24, left : left + 32].astype(int)
+    difference = np.abs(ours - theirs)
+    assert ours.shape == (24, 32, channels)
+    if channels < 4 and max(width / height, height / width) < 4:
+        assert difference.max() <= 1
+    else:  # cropped between pixels while it is resized
+        assert difference.mean() < 40, "of noise; 85 where nothing fits"
+
+
 @pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3), ("RGB", 1), ("RGB", 4)])
 def test_every_mode_becomes_the_channels_asked_for(tmp_path: Path, mode: str, channels: int) -> None:
     path = picture(tmp_path / ("image.jpg" if mode == "CMYK" else "image.png"), mode=mode)
