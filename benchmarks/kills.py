@@ -4,8 +4,8 @@
 
 KILL ends the main process at once, as a lost machine or the kernel's memory killer does; its workers have to notice.
 TERM asks, as a cluster does before it takes a machine away: the command says how to go on and leaves with status 143.
-Everything a stage leaves behind is compared, byte for byte but for times, the pages of a database, whose records are
-compared instead, and TensorBoard's logs. Exit status 1 where anything differs.
+Everything a stage leaves behind is compared, byte for byte but for times and older checkpoints, the pages of a
+database, whose records are compared instead, and TensorBoard's logs. Exit status 1 where anything differs.
 """
 
 import argparse
@@ -161,7 +161,10 @@ def _content(path: Path) -> Any:
 
 
 def compare(undisturbed: Path, resumed: Path) -> list[str]:
-    """Names of the files that differ."""
+    """Names of the files that differ; of checkpoints the newest counts, since one that was made at a signal stays."""
+    for folder in (undisturbed, resumed):
+        for old in sorted((folder / "checkpoints").glob("0*"))[:-1]:
+            shutil.rmtree(old)
     ours, theirs = contents(undisturbed), contents(resumed)
     return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 

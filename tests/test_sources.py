@@ -5,20 +5,23 @@ import os
 import pickle
 import sys
 import tarfile
+import time
 import types
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from vqvae2.data.batches import InOrder, load
 from vqvae2.data.images import DataConfig, Images, open_images
 from vqvae2.data.index import Index, Names
-from vqvae2.data.sources import FolderSource, open_source
+from vqvae2.data.sources import FolderSource, TarSource, open_source
 from vqvae2.errors import UserError
 
 COUNT = 24
@@ -110,6 +113,63 @@ def test_shards_are_one_source_with_classes_of_their_own(folder: Path, tmp_path:
     assert part.label(at) == (files[1 + 2 * 3].parent.name == "cat")
     with pytest.raises(UserError, match=r"0003\.tar is missing"):
         opened(tmp_path / "{0000..0003}.tar")
+
+
+def test_archives_elsewhere_give_what_local_ones_give(folder: Path, tmp_path: Path) -> None:
+    memory = MemoryFileSystem()
+    for number, archive in enumerate((tarred(folder, tmp_path / "0.tar"), zipped(folder, tmp_path / "1.zip"))):
+        memory.pipe_file(f"/archives/{archive.name}", archive.read_bytes())
+        ours, theirs = opened(f"memory://archives/{archive.name}")[0], opened(archive)[0]
+        assert ours.digest() == theirs.digest()
+        assert all(map(torch.equal, stacked(ours), stacked(theirs))), number
+    shards, _ = opened("memory://archives/{0..0}.tar")
+    assert shards.digest() == opened("memory://archives/0.tar")[0].digest()
+    with pytest.raises(UserError, match=r"memory://archives/3\.tar is missing"):
+        opened("memory://archives/3.tar")
+    with pytest.raises(UserError, match=r"nowhere://a/0\.tar cannot be read \(Protocol not known"):
+        opened("nowhere://a/0.tar")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_archives_elsewhere_are_read_by_forked_and_spawned_workers(folder: Path, tmp_path: Path, method: str) -> None:
+    images, _ = opened(f"file://{tarred(folder, tmp_path / 'a.tar')}")
+    expected = pixels(images)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.map(pixels, [images]) == [expected]
+
+
+def test_the_index_of_an_archive_elsewhere_is_kept_until_it_is_replaced(folder: Path, tmp_path: Path) -> None:
+    memory, address, cache = MemoryFileSystem(), "memory://kept/a.tar", tmp_path / "index"
+    memory.pipe_file("/kept/a.tar", tarred(folder, tmp_path / "a.tar").read_bytes())
+    assert len(open_source(address, cache).index) == COUNT
+    with mock.patch.object(TarSource, "scan", side_effect=AssertionError("it is known")):
+        assert len(open_source(address, cache).index) == COUNT
+    (folder / "cat" / "00.jpg").unlink()
+    memory.pipe_file("/kept/a.tar", tarred(folder, tmp_path / "b.tar").read_bytes())
+    assert len(open_source(address, cache).index) == COUNT - 1
+
+
+def test_a_request_that_fails_is_made_again_and_in_the_end_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = MemoryFileSystem()
+    memory.pipe_file("/flaky/a.tar", tarred(folder, tmp_path / "a.tar").read_bytes())
+    images, _ = opened("memory://flaky/a.tar")
+    expected, read, calls = pixels(images), MemoryFileSystem.cat_file, []
+
+    def flaky(self: MemoryFileSystem, *arguments: object, **options: object) -> bytes:
+        calls.append(arguments)
+        if len(calls) % 3:
+            raise ConnectionError("reset by peer")
+        return read(self, *arguments, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", flaky)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert pixels(images) == expected
+    assert len(calls) == 3 * len(images)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", mock.Mock(side_effect=ConnectionError("reset by peer")))
+    with pytest.raises(UserError, match=r"memory://flaky/a\.tar cannot be read \(reset by peer\); the same command"):
+        pixels(images)
 
 
 def test_archives_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> None:

@@ -70,9 +70,7 @@ def _resize(
 ) -> UInt8[np.ndarray, "h w *c"]:
     """The picture `scale` times as large, by bicubic interpolation with antialiasing: all of it, or just what `where`
     will leave of it."""
-    height, width = (
-        max(round(side * scale), least) for side, least in zip((picture.height, picture.width), size, strict=True)
-    )
+    height, width = max(round(picture.height * scale), size[0]), max(round(picture.width * scale), size[1])
     # Pillow weighs colours by their opacity, and need not make what a very long picture would be cropped to.
     if picture.mode == "RGBA" or height * width > _LONG * size[0] * size[1]:
         # Rounding may put a quotient above the side it comes from.
@@ -83,7 +81,7 @@ def _resize(
     # The same filter in integers as Pillow's, equal to one level in 255, in half its time.
     channels = len(picture.getbands())
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels))
-    resized = F.interpolate(pixels.permute(2, 0, 1)[None], (height, width), mode="bicubic", antialias=True)
+    resized = F.interpolate(pixels.permute(2, 0, 1)[None], [height, width], mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 

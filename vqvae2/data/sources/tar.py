@@ -1,20 +1,23 @@
 """Uncompressed .tar archives of images: one, or shards such as WebDataset's, `shards/{000000..000123}.tar`.
 
-Shards are not streamed: each member is read at its offset, so the order of training stays a function of seed and step
-over all images of all shards, and any step can be resumed exactly.
+Shards may lie elsewhere, `s3://bucket/train-{000000..000123}.tar`. They are not streamed: each member is read at its
+offset, so the order of training stays a function of seed and step over all images of all shards, and any step can be
+resumed exactly.
 """
 
 import re
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from vqvae2.data.decoding import Unreadable
 from vqvae2.data.index import Index
-from vqvae2.data.sources.archive import ReadAt, state
+from vqvae2.data.sources.archive import ReadAt, open_archive, state
 from vqvae2.data.sources.base import Source, is_image, require
 from vqvae2.errors import UserError
 
+_SCANS = 16  # shards looked through at once
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -42,15 +45,15 @@ class TarSource(Source):
         names: list[str] = []
         classes: list[str | None] = []
         columns: dict[str, list[int]] = {"shard": [], "offset": [], "length": []}
-        for number, shard in enumerate(shards):
-            prefix = f"{Path(shard).stem}/" if len(shards) > 1 else ""
-            members, labels = _members(shard)
-            for name, (offset, length) in members.items():
-                folder = name.split("/", 1)[0] if "/" in name else None
-                names.append(prefix + name)
-                classes.append(labels.get(_key(name), folder))
-                for column, value in zip(columns.values(), (number, offset, length), strict=True):
-                    column.append(value)
+        with ThreadPoolExecutor(_SCANS) as pool:  # they wait for the disk or the network
+            for number, (members, labels) in enumerate(pool.map(_members, shards)):
+                prefix = f"{Path(shards[number]).stem}/" if len(shards) > 1 else ""
+                for name, (offset, length) in members.items():
+                    folder = name.split("/", 1)[0] if "/" in name else None
+                    names.append(prefix + name)
+                    classes.append(labels.get(_key(name), folder))
+                    for column, value in zip(columns.values(), (number, offset, length), strict=True):
+                        column.append(value)
         require(names, path)
         return Index.build(names, classes, columns, stamp, _in_order(classes))
 
@@ -84,14 +87,14 @@ def _members(path: str) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     members: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_archive(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for entry in archive:
                 name = entry.name.removeprefix("./")
                 if entry.isreg() and is_image(name):
                     members[name] = entry.offset_data, entry.size
                 elif entry.isreg() and name.endswith(".cls"):
-                    file = archive.extractfile(entry)
-                    labels[_key(name)] = file.read().decode("utf-8", "replace").strip() if file else ""
+                    text = archive.extractfile(entry)
+                    labels[_key(name)] = text.read().decode("utf-8", "replace").strip() if text else ""
                 archive.members = []  # tarfile would keep them  # pyright: ignore[reportAttributeAccessIssue]
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"data.path: {path} is no readable uncompressed .tar archive ({error})") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from vqvae2.data.decoding import Unreadable
 from vqvae2.data.index import Index
-from vqvae2.data.sources.archive import ReadAt, state
+from vqvae2.data.sources.archive import ReadAt, open_archive, state
 from vqvae2.data.sources.base import Source, is_image, require
 from vqvae2.errors import UserError
 
@@ -29,7 +29,7 @@ class ZipSource(Source):
     def scan(cls, path: str) -> Index:
         stamp = state([path])
         try:
-            with zipfile.ZipFile(path) as archive:
+            with open_archive(path) as file, zipfile.ZipFile(file) as archive:
                 members = {entry.filename: entry for entry in archive.infolist() if is_image(entry.filename)}
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"data.path: {path} is no readable .zip archive ({error}); make it again") from None
