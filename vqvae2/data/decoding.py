@@ -77,7 +77,9 @@ def _resize(
         across, down = min(size[1] / scale, picture.width), min(size[0] / scale, picture.height)
         left, upper = (picture.width - across) * where[0], (picture.height - down) * where[1]
         box = (left, upper, min(left + across, picture.width), min(upper + down, picture.height))
-        return np.array(picture.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=3.0), dtype=np.uint8)
+        return np.array(
+            picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0), dtype=np.uint8
+        )
     # The same filter in integers as Pillow's, equal to one level in 255, in half its time.
     channels = len(picture.getbands())
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels))
