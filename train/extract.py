@@ -1,5 +1,6 @@
 """Stage 2: encode every image once and keep its codes in LMDB."""
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -103,7 +104,9 @@ def _extract(run: Run, network: Autoencoder, images: Images, split: str, acceler
         CodeWriter(path, header).close()
     accelerator.wait_for_everyone()
     with closing(CodeWriter(path, header)) as writer:
-        mine = writer.missing()[accelerator.process_index :: accelerator.num_processes]
+        # LMDB's locks do not reach over a network file system: the processes of the first machine do all the work.
+        writers = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        mine = writer.missing()[accelerator.process_index :: writers] if accelerator.process_index < writers else []
         _write(run, network, records, writer, mine, accelerator)
         accelerator.wait_for_everyone()
         unreadable = writer.unreadable()
