@@ -1,5 +1,6 @@
 """The code store: what is written comes back; it is compact; an unfinished or foreign one is refused."""
 
+import multiprocessing
 import pickle
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqvae2.data.batches import InOrder, load
-from vqvae2.data.codes import PER_VALUE, CodeHeader, CodeStore, CodeWriter
+from vqvae2.data.codes import PER_VALUE, CodeHeader, CodeStore, CodeWriter, widen
 from vqvae2.errors import UserError
 from vqvae2.maps import MapSpec
 
@@ -92,6 +93,32 @@ def test_workers_read_the_same_batches(tmp_path: Path, workers: int) -> None:
     batches = list(load(store, InOrder(100, 16), workers))
     assert torch.equal(torch.cat([batch.codes[0] for batch in batches]), maps[0])
     assert torch.equal(torch.cat([batch.label for batch in batches]), labels)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_store_in_use_is_read_by_forked_and_spawned_processes(tmp_path: Path, method: str) -> None:
+    maps, _ = write(tmp_path, header(200, (300, 4, 4), (12, 2, 2)))
+    store = CodeStore.open(tmp_path)
+    assert torch.equal(store.read([199, 3]).codes[0], maps[0][[199, 3]])  # mapped into this process's memory
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.map(total, [store]) == [int(maps[0].sum())]
+    assert total(store) == int(maps[0].sum())
+
+
+def total(store: CodeStore) -> int:
+    return int(store.read(range(len(store))).codes[0].sum())
+
+
+def test_batches_leave_the_store_as_narrow_as_they_lie_in_it(tmp_path: Path) -> None:
+    maps, labels = write(tmp_path, header(70, (256, 4, 4), (300, 2, 2), (40_000, 1, 1), (70_000, 1, 1)))
+    narrow = CodeStore.open(tmp_path).__getitems__([(5, 0), (69, 1)])
+    assert [level.dtype for level in narrow.codes] == [torch.uint8, torch.int16, torch.int32, torch.int32]
+    codes, found = widen(narrow)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, labels[[5, 69]])
+    for level, expected in zip(codes, maps, strict=True):
+        assert level.dtype == torch.int64
+        assert torch.equal(level, expected[[5, 69]])
 
 
 def test_a_stopped_writer_is_gone_on_with(tmp_path: Path) -> None:
