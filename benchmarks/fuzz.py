@@ -43,6 +43,7 @@ priors:
 sampling: {count: 2}
 """
 _LONGEST_S = 60
+_PATHS = ("config.yaml", "run", "out", "prepared", "grid.png")  # words of a command that are below the work folder
 
 
 class Target(NamedTuple):
@@ -79,6 +80,7 @@ _PRIOR = ["train-prior", "config.yaml", "--run", "run", "--level", "top"]
 _AGAIN = ["run/{}/model.safetensors", "run/{}/checkpoints/00000009"]  # without these a stage goes on from step 6
 _AGAIN_AUTOENCODER = [path.format("autoencoder") for path in _AGAIN]
 _AGAIN_PRIOR = [path.format("prior-top") for path in _AGAIN]
+_INSPECT = ["inspect", "prepared", "--out", "grid.png"]
 TARGETS = {
     "config": Target("config.yaml", [], _AUTOENCODER, weights("autoencoder")),
     "run config": Target("run/config.yaml", ["out"], ["sample", "run", "--out", "out"], pictures),
@@ -88,6 +90,7 @@ TARGETS = {
     "history": Target("run/autoencoder/history.jsonl", _AGAIN_AUTOENCODER, _AUTOENCODER, weights("autoencoder")),
     "index": Target("run/data-index.safetensors", _AGAIN_AUTOENCODER, _AUTOENCODER, weights("autoencoder")),
     "weights": Target("run/*/model.safetensors", ["out"], ["sample", "run", "--out", "out"], pictures),
+    "prepared": Target("prepared/*", ["grid.png"], _INSPECT, lambda work: (work / "grid.png").read_bytes()),
     "image": Target("photographs/*/*", ["run/codes"], ["extract-codes", "config.yaml", "--run", "run"], records),
 }
 
@@ -120,9 +123,7 @@ def run(target: Target, work: Path) -> tuple[int | None, str]:
     """Run a target's command in the work folder; its status, None where it does not end, and what it printed."""
     log = work / "log"
     log.unlink(missing_ok=True)
-    arguments = [
-        str(work / part) if part.endswith(".yaml") or part in ("run", "out") else part for part in target.command
-    ]
+    arguments = [str(work / part) if part in _PATHS else part for part in target.command]
     process = start(arguments, log)
     status = wait(process, _LONGEST_S)
     return status, log.read_text(errors="replace")
@@ -157,6 +158,8 @@ def prepare(work: Path) -> None:
         ["train-prior", *common, "--level", "top"],
         ["train-prior", *common, "--level", "bottom"],
         ["sample", str(work / "run"), "--out", str(work / "out")],
+        ["prepare", str(work / "photographs"), str(work / "prepared"), "--size", "24", "--unreadable", "0.1"],
+        ["inspect", str(work / "prepared"), "--out", str(work / "grid.png")],
     ):
         status = wait(start(arguments, work / "log"), 10 * _LONGEST_S)
         assert status == 0, (work / "log").read_text()
