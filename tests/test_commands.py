@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,19 @@ def test_a_store_of_a_different_autoencoder_is_refused_and_stays_as_it_was(
     fails(capsys, command, "codes/train", "delete this folder")
     fails(capsys, ["sample", str(other)], "prior-bottom/model.safetensors", "train this prior again")
     assert before.items() >= contents(other).items()
+
+
+def test_sigterm_outside_training_says_how_to_go_on(finished_run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vqvae2", "sample", str(finished_run), "--count", "5000", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    ends = time.monotonic() + 60
+    while not list((tmp_path / "images").glob("*.png")) and time.monotonic() < ends:
+        time.sleep(0.01)
+    process.terminate()
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM; what is finished is kept, and the same command goes on with the rest" in printed
+    assert "Traceback" not in printed
 
 
 def test_missing_stages_are_named(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,8 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    """What SIGTERM does outside training, which saves a checkpoint first."""
-    raise Stopped(f"stopped by {signal.Signals(number).name}; {_GOES_ON}", number)
+    """What SIGTERM does outside training, which saves a checkpoint first.
+
+    It leaves at once: what is on the disk is whole at any moment, and an exception that passes through foreign code
+    may come out as another.
+    """
+    message = f"\nvqvae2: stopped by {signal.Signals(number).name}; {_GOES_ON}\n"
+    os.write(sys.stderr.fileno(), message.encode())
+    os._exit(128 + number)
 
 
 def _fail(message: str) -> int:
