@@ -105,7 +105,7 @@ def _extract(run: Run, network: Autoencoder, images: Images, split: str, acceler
     accelerator.wait_for_everyone()
     with closing(CodeWriter(path, header)) as writer:
         # LMDB's locks do not reach over a network file system: the processes of the first machine do all the work.
-        writers = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        writers = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
         mine = writer.missing()[accelerator.process_index :: writers] if accelerator.process_index < writers else []
         _write(run, network, records, writer, mine, accelerator)
         accelerator.wait_for_everyone()
