@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.test_priors import build, inputs
 from vqvae2.priors import rows
 from vqvae2.priors.base import incremental_logits
+from vqvae2.priors.layers import glu
 
 
 @given(
@@ -29,6 +30,16 @@ def test_result_and_gradients_are_those_of_the_direct_convolution(
     gradients = torch.autograd.grad(found, (x, weight), towards.float())
     for gradient, right in zip(gradients, torch.autograd.grad(expected, (x, weight), towards), strict=True):
         torch.testing.assert_close(gradient, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gates_and_their_gradient_are_those_of_glu(memory_format: torch.memory_format) -> None:
+    gates = torch.randn(2, 6, 3, 4, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    towards = torch.randn(2, 3, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(glu(gates), F.glu(gates, 1))
+    (found,), (expected,) = (torch.autograd.grad(f(gates), gates, towards) for f in (glu, lambda x: F.glu(x, 1)))
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=memory_format)
 
 
 def test_the_error_is_near_that_of_the_direct_sum() -> None:

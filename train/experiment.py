@@ -14,7 +14,7 @@ from sampling.processes import processes
 from train.loop import TrainingConfig
 from train.losses import LossConfig
 from vqvae2 import files
-from vqvae2.config import Config, differences, read_yaml
+from vqvae2.config import Config, differences, read_resolved
 from vqvae2.data.images import DataConfig
 from vqvae2.errors import UserError
 from vqvae2.models import AutoencoderConfig
@@ -161,7 +161,7 @@ def _check_builds(experiment: Experiment) -> None:
 def _begin(experiment: Experiment, folder: RunFolder) -> RunFolder:
     """Write the resolved config into a new run folder; in one that exists, check that it is the same experiment."""
     if folder.config.is_file():
-        before = Experiment.parse(read_yaml(folder.config), str(folder.config))
+        before = Experiment.parse(read_resolved(folder.config), str(folder.config))
         for key, old, new in differences(before.plain(), experiment.plain()):
             if key != "run" and not any(key.startswith(free) or f".{free}" in key for free in _FREE):
                 raise UserError(

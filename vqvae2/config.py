@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vqvae2.errors import UserError
 
+_END = "# complete"
+
 
 class Config(BaseModel):
     """Settings: immutable, unknown keys refused, values validated."""
@@ -25,9 +27,10 @@ class Config(BaseModel):
 
     @classmethod
     def load(cls, path: Path, section: str | None = None) -> Self:
-        """The settings in the YAML file `path`, or in one top-level `section` of it (defaults where it has none)."""
-        data = read_yaml(path)
-        return cls.parse(data if section is None else data.get(section, {}), str(path), section)
+        """The settings in the YAML file `path`, or in one top-level `section` of a resolved one."""
+        if section is None:
+            return cls.parse(read_yaml(path), str(path))
+        return cls.parse(read_resolved(path).get(section), str(path), section)
 
     @classmethod
     def parse(cls, data: Any, source: str, section: str | None = None) -> Self:
@@ -49,8 +52,8 @@ class Config(BaseModel):
         return self.model_dump(mode="json")
 
     def yaml(self) -> str:
-        """The settings as YAML text, every default spelled out."""
-        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+        """The settings as YAML text, every default spelled out, and a last line without which it was cut short."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True) + f"{_END}\n"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -67,6 +70,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected `section: …` keys at the top level, found {type(data).__name__}")
+    return data
+
+
+def read_resolved(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file that `Config.yaml` wrote; UserError where its end is missing."""
+    data = read_yaml(path)
+    if not path.read_bytes().rstrip().endswith(_END.encode()):
+        raise UserError(
+            f"{path}: cut short (its last line is not `{_END}`); restore the file, or mend it and add the line"
+        )
     return data
 
 

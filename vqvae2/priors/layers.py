@@ -4,6 +4,8 @@ Maps are (B, C, H, W). What finished rows contribute to a causal convolution is 
 (`rows.py`); a position then costs only the few taps on its own row, read as a view of the buffer that holds it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -151,11 +153,36 @@ class GatedResidual(nn.Module):
         gates = self.second(self.dropout(F.elu(hidden)))
         if self.condition is not None and condition is not None:
             gates = gates + repeat_to(self.condition(condition), gates.shape[2], gates.shape[3])
-        return x + F.glu(gates, 1)
+        return x + glu(gates)
 
     def walk(self, batch: int, width: int) -> "GatedWalk":
         """The incremental twin."""
         return GatedWalk(self, batch, width)
+
+
+def glu(gates: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
+    """F.glu(gates, 1); on a processor its gradient keeps the memory order of the gates, which convolutions want."""
+    return _GLU.apply(gates) if gates.device.type == "cpu" else F.glu(gates, 1)
+
+
+class _GLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor) -> Tensor:
+        ctx.save_for_backward(gates)
+        value, gate = gates.chunk(2, 1)
+        return gate.sigmoid().mul_(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gates,) = ctx.saved_tensors
+        result = torch.empty_like(gates)
+        for_value, for_gate = result.chunk(2, 1)
+        value, gate = gates.chunk(2, 1)
+        opened = gate.sigmoid()
+        torch.mul(gradients[0], opened, out=for_value)
+        torch.mul(gradients[0], value, out=for_gate)
+        for_gate.mul_(opened.mul_(1 - opened))
+        return result
 
 
 class GatedWalk:

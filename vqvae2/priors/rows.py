@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 _POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)  # where the polynomials are evaluated, besides infinity
 _TILE = 4
@@ -76,73 +75,100 @@ def conv2d(x: Float[Tensor, "b i h w"], weight: Float[Tensor, "o i r k"]) -> Flo
 
 
 class _TiledConv(torch.autograd.Function):
-    """Keeps the input and the weight alone; their transforms, twice as large, are made again in the backward pass."""
+    """Keeps the input and the weight alone; their transforms, twice as large, are made again in the backward pass.
+
+    Transformed maps are (points, rows, batch · tiles, channels): what a row of the kernel reads is a slice of them, so
+    each is one batched matrix product, without a copy.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, matrices: Transforms) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.matrices = matrices
-        products = F.conv2d(_into(x, matrices), _weights(weight, matrices), groups=matrices.points)
-        return _out(products, matrices)[..., : x.shape[3] - weight.shape[3] + 1]
+        values, weights = _into(x, matrices), _weights(weight, matrices)
+        rows = values.shape[1] - len(weights) + 1
+        products = torch.bmm(_rows(values, 0, rows), weights[0].transpose(1, 2))
+        for row in range(1, len(weights)):
+            products.baddbmm_(_rows(values, row, rows), weights[row].transpose(1, 2))
+        return _out(products, len(x), x.shape[3] - weight.shape[3] + 1, matrices)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, weight), matrices = ctx.saved_tensors, ctx.matrices
-        values, weights = _into(x, matrices), _weights(weight, matrices)
         gradient = _out_transposed(gradients[0], matrices)
+        reach, rows = weight.shape[2], gradients[0].shape[2]
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
-            inner = conv2d_input(values.shape, weights, gradient, groups=matrices.points)
+            weights = _weights(weight, matrices)
+            inner = gradient.new_zeros(matrices.points, x.shape[2], gradient.shape[1] // rows, x.shape[1])
+            for row in range(reach):
+                _rows(inner, row, rows).baddbmm_(gradient, weights[row])
             for_x = _into_transposed(inner, x, matrices)
+            del inner
         if ctx.needs_input_grad[1]:
-            inner = conv2d_weight(values, weights.shape, gradient, groups=matrices.points)
-            inner = inner.view(matrices.points, *weight.shape[:3])
-            for_weight = torch.einsum("pk,poir->oirk", matrices.weights, inner)
+            values, inner = _into(x, matrices), torch.empty_like(_weights(weight, matrices))
+            for row in range(reach):
+                torch.bmm(gradient.transpose(1, 2), _rows(values, row, rows), out=inner[row])
+            for_weight = (inner.view(-1, weight.shape[:2].numel()).T @ _of_rows(matrices, reach)).view(weight.shape)
         return for_x, for_weight, None
 
 
+def _rows(values: Float[Tensor, "p h bt c"], first: int, count: int) -> Float[Tensor, "p h2bt c"]:
+    """A view of `count` rows."""
+    return values[:, first : first + count].flatten(1, 2)
+
+
 def _tiles(width: int, matrices: Transforms) -> int:
-    """How many tiles cover the outputs of a row of `width` inputs."""
-    outputs = width - (matrices.points - matrices.tile)
-    return -(-outputs // matrices.tile)
+    """How many tiles cover `width` outputs."""
+    return -(-width // matrices.tile)
 
 
-def _into(x: Float[Tensor, "b i h w"], matrices: Transforms) -> Float[Tensor, "b pi h t"]:
-    """Every tile's inputs, transformed: point after point, as groups of channels."""
+def _into(x: Float[Tensor, "b i h w"], matrices: Transforms) -> Float[Tensor, "p h bt i"]:
+    """Every tile's inputs, transformed."""
     batch, inputs, height, width = x.shape
-    tiles = _tiles(width, matrices)
+    tiles = _tiles(width - matrices.points + matrices.tile, matrices)
     x = F.pad(x, (0, tiles * matrices.tile + matrices.points - matrices.tile - width))
-    windows = x.unfold(3, matrices.points, matrices.tile).movedim(4, 1).reshape(batch, matrices.points, -1)
-    return (matrices.into @ windows).view(batch, matrices.points * inputs, height, tiles)
+    windows = x.unfold(3, matrices.points, matrices.tile).permute(4, 2, 0, 3, 1).reshape(matrices.points, -1)
+    return (matrices.into @ windows).view(matrices.points, height, batch * tiles, inputs)
 
 
-def _into_transposed(gradient: Tensor, x: Tensor, matrices: Transforms) -> Tensor:
+def _into_transposed(gradient: Float[Tensor, "p h bt i"], x: Tensor, matrices: Transforms) -> Float[Tensor, "b i h w"]:
     batch, inputs, height, width = x.shape
-    tile, points, tiles = matrices.tile, matrices.points, gradient.shape[3]
-    windows = (matrices.into.T @ gradient.view(batch, points, -1)).view(batch, points, inputs, height, tiles)
-    result = x.new_zeros(batch, inputs, height, tiles * tile + points - tile)
-    for place in range(points):
-        result[..., place : place + tile * (tiles - 1) + 1 : tile] += windows[:, place]
-    return result[..., :width]
+    tile, points, tiles = matrices.tile, matrices.points, gradient.shape[2] // len(x)
+    windows = (matrices.into.T @ gradient.view(points, -1)).view(points, height, batch, tiles, inputs)
+    blocks = -(-points // tile)  # a tile reaches into so many, counted from its own
+    result = x.new_zeros(batch, height, tiles + blocks - 1, tile, inputs)
+    for block in range(blocks):
+        part = windows[block * tile : (block + 1) * tile].permute(2, 1, 3, 0, 4)
+        result[:, :, block : block + tiles, : part.shape[3]] += part
+    return result.flatten(2, 3)[:, :, :width].permute(0, 3, 1, 2)
 
 
-def _weights(weight: Float[Tensor, "o i r k"], matrices: Transforms) -> Float[Tensor, "po i r 1"]:
-    return torch.einsum("pk,oirk->poir", matrices.weights, weight).flatten(0, 1)[..., None]
+def _weights(weight: Float[Tensor, "o i r k"], matrices: Transforms) -> Float[Tensor, "r p o i"]:
+    outputs, inputs, reach, _ = weight.shape
+    products = _of_rows(matrices, reach) @ weight.flatten(2).flatten(0, 1).T
+    return products.view(reach, matrices.points, outputs, inputs)
 
 
-def _out(products: Float[Tensor, "b po h t"], matrices: Transforms) -> Float[Tensor, "b o h w"]:
-    batch, _, height, tiles = products.shape
-    outputs = matrices.out @ products.view(batch, matrices.points, -1)
-    outputs = outputs.view(batch, matrices.tile, -1, height, tiles).permute(0, 2, 3, 4, 1)
-    return outputs.reshape(batch, -1, height, tiles * matrices.tile)
+def _of_rows(matrices: Transforms, reach: int) -> Float[Tensor, "rp rk"]:
+    """The transform of weights for all rows of a kernel at once: one product, and no permuted copy of the weights."""
+    return torch.block_diag(*[matrices.weights] * reach)
 
 
-def _out_transposed(gradient: Float[Tensor, "b o h w"], matrices: Transforms) -> Float[Tensor, "b po h t"]:
-    batch, outputs, height, width = gradient.shape
-    tiles = -(-width // matrices.tile)
-    gradient = F.pad(gradient, (0, tiles * matrices.tile - width)).view(batch, outputs, height, tiles, matrices.tile)
-    gradient = gradient.permute(0, 4, 1, 2, 3).reshape(batch, matrices.tile, -1)
-    return (matrices.out.T @ gradient).view(batch, -1, height, tiles)
+def _out(
+    products: Float[Tensor, "p h2bt o"], batch: int, width: int, matrices: Transforms
+) -> Float[Tensor, "b o h2 w2"]:
+    tiles, outputs = _tiles(width, matrices), products.shape[2]
+    tile = (matrices.out @ products.view(matrices.points, -1)).view(matrices.tile, -1, batch, tiles, outputs)
+    return tile.permute(2, 1, 3, 0, 4).flatten(2, 3)[:, :, :width].permute(0, 3, 1, 2)
+
+
+def _out_transposed(gradient: Float[Tensor, "b o h2 w2"], matrices: Transforms) -> Float[Tensor, "p h2bt o"]:
+    _, outputs, _, width = gradient.shape
+    tiles = _tiles(width, matrices)
+    gradient = F.pad(gradient, (0, tiles * matrices.tile - width)).unflatten(3, (tiles, matrices.tile))
+    gradient = gradient.permute(4, 2, 0, 3, 1).reshape(matrices.tile, -1)
+    return (matrices.out.T @ gradient).view(matrices.points, -1, outputs)
 
 
 class RowsWalk:
