@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.turns import take_turns
-from train.autoencoder import AutoencoderObjective
+from benchmarks.interleaved import take_turns
+from train.stages.autoencoder import AutoencoderObjective
 from vqvae2.data.images import Item
 from vqvae2.models import Autoencoder, AutoencoderConfig
 from vqvae2.quantizers import Quantized, Quantizer
@@ -66,7 +66,7 @@ def build(plain: bool, size: int) -> Autoencoder:
     network = AutoencoderConfig().build((size, size)).train()
     if plain:
         for index, level in enumerate(network.maps):
-            network.quantizers[index] = OneHotQuantizer(level.codes, 64)
+            network.quantizers[index] = OneHotQuantizer(level.codebook_size, 64)
         network = network.to(memory_format=torch.contiguous_format)
     return network
 

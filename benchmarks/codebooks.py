@@ -12,17 +12,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.autoencoder import train_autoencoder
-from train.experiment import Experiment, Run
+from train.run import Experiment, Run
+from train.stages.autoencoder import train_autoencoder
 from vqvae2.run_folder import RunFolder
 
 EMA: dict[str, Any] = {"kind": "ema", "codes": 512, "dim": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "EMA": EMA,
-    "EMA, random start, no restarts": EMA | {"kmeans": False, "restart_below": 0.0},
+    "EMA, random start, no restarts": EMA | {"kmeans_init": False, "dead_code_threshold": 0.0},
     "EMA, cosine": EMA | {"cosine": True},
-    "EMA, rotation trick": EMA | {"gradient": "rotation"},
-    "EMA, projected to 8": EMA | {"project_to": 8},
+    "EMA, rotation trick": EMA | {"gradient_estimator": "rotation"},
+    "EMA, projected to 8": EMA | {"codebook_dim": 8},
     "FSQ 8 × 8 × 8": {"kind": "fsq", "grid": (8, 8, 8), "dim": 64},
     "gradient": EMA | {"kind": "gradient"},
 }
@@ -42,7 +42,7 @@ def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -
     }
     prior = {"model": {"kind": "pixelsnail", "channels": 8, "heads": 1}, "training": {"steps": 1}}
     plain = {
-        "data": {"path": str(folder), "size": size, "validation": 0.05, "workers": 0},
+        "data": {"path": str(folder), "size": size, "val_fraction": 0.05, "num_workers": 0},
         "autoencoder": {
             "channels": 32,
             "residual_channels": 32,

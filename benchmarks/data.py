@@ -24,12 +24,12 @@ import torch
 from torch.utils.data import default_collate
 from torchvision import datasets, transforms
 
-from vqvae2.data import environments
-from vqvae2.data.codes import PER_VALUE, CodeHeader, CodeStore, CodeWriter
+from vqvae2.code_maps import MapSpec
+from vqvae2.data import lmdb_store
+from vqvae2.data.code_store import PER_VALUE, CodeHeader, CodeStore, CodeWriter
 from vqvae2.data.images import DataConfig, Images, open_images
 from vqvae2.data.index import Index
 from vqvae2.data.sources import open_source
-from vqvae2.maps import MapSpec
 
 _BATCH = 128
 
@@ -95,7 +95,7 @@ def index(names: int, files: int) -> None:
 
 def images(folder: Path, repeats: int) -> None:
     """Images a second at 256 px, ours and torchvision's."""
-    config = DataConfig(path=str(folder), size=256, workers=0, validation=1e-9)
+    config = DataConfig(path=str(folder), size=256, num_workers=0, val_fraction=1e-9)
     ours, _ = open_images(config)
     steps = [transforms.Resize(256), transforms.CenterCrop(256), transforms.ToTensor()]
     files = [folder / name for name in ours.names]
@@ -134,7 +134,7 @@ def codes(records: int, repeats: int) -> None:
                     row = (maps[1][at], maps[0][at], name)
                     transaction.put(str(number * PER_VALUE + at).encode(), pickle.dumps(row))
         writer.finish()
-        pages = environments.reader(ours).info()["last_pgno"] / other.info()["last_pgno"]
+        pages = lmdb_store.reader(ours).info()["last_pgno"] / other.info()["last_pgno"]
         other.close()
         print(f"code store: {pages:.3f} of the bytes of pickled int64 records")
         times: dict[str, list[float]] = {"read_store": [], "read_pickles": []}
@@ -186,7 +186,7 @@ def read_pickles(path: str) -> None:
 
 
 def _header(count: int, sides: tuple[int, ...]) -> CodeHeader:
-    levels = tuple(MapSpec(codes=512, height=side, width=side) for side in sides)
+    levels = tuple(MapSpec(codebook_size=512, height=side, width=side) for side in sides)
     return CodeHeader(levels=levels, count=count, split="train", source="synthetic", autoencoder="0" * 64)
 
 
@@ -202,7 +202,7 @@ def _fill(path: Path, header: CodeHeader) -> None:
                 if name != "label":
                     block[name] = rng.integers(0, 512, block[name].shape, np.uint16)
             entries.append(((start // PER_VALUE).to_bytes(8, "big"), block.tobytes()))
-        environments.put(environment, entries)
+        lmdb_store.put(environment, entries)
     writer.finish()
 
 
@@ -233,7 +233,7 @@ def read_all(path: str) -> None:
 
 def _opening(path: Path) -> None:
     _fill(path, _header(10**6, (4, 2)))
-    environments.close_reader(path)
+    lmdb_store.close_reader(path)
     taken = seconds(lambda: CodeStore.open(path).read([999_999]))
     print(f"code store of 1,000,000 records: opened, one record read, in {taken * 1000:.1f} ms")
 

@@ -25,7 +25,7 @@ from PIL import Image
 from pytorch_fid import fid_score, inception
 from torch import nn
 
-from sampling import fid
+from sampling.evaluation import fid
 from vqvae2.metrics.frechet import frechet_distance
 from vqvae2.metrics.inception import build_network
 

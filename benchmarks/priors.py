@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.interleaved import take_turns
 from benchmarks.sampling import BOTTOM, TOP, build
-from benchmarks.turns import take_turns
 from vqvae2.priors.layers import coordinate_map
 
 CHANNELS, KERNEL, HEADS, DROPOUT = 256, 5, 8, 0.1
@@ -98,7 +98,7 @@ class PlainPixelSNAIL(nn.Module):
     def __init__(self, level: str) -> None:
         super().__init__()
         self.spec, self.attends = (TOP, True) if level == "top" else (BOTTOM, False)
-        self.first = PlainConv(self.spec.codes, CHANNELS, KERNEL, "strict")
+        self.first = PlainConv(self.spec.codebook_size, CHANNELS, KERNEL, "strict")
         self.coordinates = PlainConv(2, CHANNELS)
         self.blocks = nn.ModuleList(
             nn.ModuleList(
@@ -110,17 +110,19 @@ class PlainPixelSNAIL(nn.Module):
         self.merge = nn.ModuleList(
             PlainResidual(CHANNELS, CHANNELS, extra=CHANNELS // 2) for _ in range(4 * self.attends)
         )
-        stack = [PlainConv(TOP.codes, CHANNELS, KERNEL)] + [PlainResidual(CHANNELS, CHANNELS, KERNEL) for _ in range(3)]
+        stack = [PlainConv(TOP.codebook_size, CHANNELS, KERNEL)] + [
+            PlainResidual(CHANNELS, CHANNELS, KERNEL) for _ in range(3)
+        ]
         self.stack = None if self.attends else nn.Sequential(*stack)
-        self.logits = PlainConv(CHANNELS, self.spec.codes)
+        self.logits = PlainConv(CHANNELS, self.spec.codebook_size)
 
     def forward(self, codes: Tensor, coarser: tuple[Tensor, ...]) -> Tensor:
         condition = None
         if self.stack is not None:
-            condition = self.stack(_one_hot(coarser[0], TOP.codes))
+            condition = self.stack(_one_hot(coarser[0], TOP.codebook_size))
             condition = F.interpolate(condition, size=self.spec.shape, mode="nearest")
         coordinates = coordinate_map(*self.spec.shape, codes.device).expand(len(codes), -1, -1, -1)
-        x = self.first(_one_hot(codes, self.spec.codes)) + self.coordinates(coordinates)
+        x = self.first(_one_hot(codes, self.spec.codebook_size)) + self.coordinates(coordinates)
         for index, block in enumerate(self.blocks):
             before = x
             for layer in block:
@@ -141,8 +143,8 @@ def serve(pipe: Connection, plain: bool, level: str, options: argparse.Namespace
     prior = (PlainPixelSNAIL(level) if plain else build(level)).train()
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-4, fused=not plain, foreach=False)
     spec = TOP if level == "top" else BOTTOM
-    codes = torch.randint(spec.codes, (options.batch, *spec.shape))
-    coarser = () if level == "top" else (torch.randint(TOP.codes, (options.batch, *TOP.shape)),)
+    codes = torch.randint(spec.codebook_size, (options.batch, *spec.shape))
+    coarser = () if level == "top" else (torch.randint(TOP.codebook_size, (options.batch, *TOP.shape)),)
     while pipe.recv():
         started = time.perf_counter()
         F.cross_entropy(prior(codes, coarser), codes).backward()

@@ -17,13 +17,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sampling.decode import Choice, Noise, sample_level
-from vqvae2.maps import CodeMaps, MapSpec
-from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, PriorSpec, rows
+from sampling.sample_level import LevelSamplingParams, Noise, sample_level
+from vqvae2.code_maps import CodeMaps, MapSpec
+from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, PriorSpec
 from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map
 
-TOP = MapSpec(codes=512, height=32, width=32)
-BOTTOM = MapSpec(codes=512, height=64, width=64)
+TOP = MapSpec(codebook_size=512, height=32, width=32)
+BOTTOM = MapSpec(codebook_size=512, height=64, width=64)
 
 
 def build(level: str) -> PixelSNAIL:
@@ -111,7 +111,9 @@ def main() -> None:
         ours = naive = floor = 0.0
         for level, prior in priors.items():
             coarser = tuple(torch.randint(512, (batch, 32, 32)) for _ in prior.spec.coarser)
-            taken = seconds(lambda p=prior, c=coarser, n=batch: sample_level(p, Noise(0, range(n), 0), Choice(), c))
+            taken = seconds(
+                lambda p=prior, c=coarser, n=batch: sample_level(p, Noise(0, range(n), 0), LevelSamplingParams(), c)
+            )
             estimated = naive_seconds(prior, batch, coarser)
             lowest = floor_seconds(prior)
             ours, naive, floor = ours + taken, naive + estimated, floor + lowest

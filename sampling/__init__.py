@@ -1,5 +1,5 @@
 """Sampling and evaluation: how codes become images, and how good those are."""
 
-from sampling.hierarchy import Generator
+from sampling.pipeline import VQVAE2Pipeline
 
-__all__ = ["Generator"]
+__all__ = ["VQVAE2Pipeline"]

@@ -11,13 +11,13 @@ from jaxtyping import Bool, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from sampling.choices import Choices, add_options
-from sampling.decode import Known
-from sampling.generate import numbers
-from sampling.hierarchy import Generator
 from sampling.masks import HALVES, keep_masked, read_mask
-from sampling.outputs import check_folder, check_new, free_folder, read_manifest
+from sampling.output_folder import check_folder, check_new, free_folder, read_manifest
+from sampling.params import SamplingParams, add_options
+from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
+from sampling.sample import numbers
+from sampling.sample_level import PartialCodes
 from vqvae2 import files
 from vqvae2.data.images import read_image, to_bytes, to_float
 from vqvae2.pictures import save_grid, save_png
@@ -30,27 +30,27 @@ _HIDDEN = 127  # the grey of pixels outside a mask
 class Edit:
     """What to make of which images."""
 
-    kind: str  # "completions" or "variations", the name of the folder
+    kind: str  # "inpaintings" or "variations", the name of the folder
     images: UInt8[Tensor, "b c h w"]
     shown: UInt8[Tensor, "b c h w"]  # what is kept of them, as a person sees it
-    known: tuple[Known, ...]
+    known: tuple[PartialCodes, ...]
     variants: int
     seed: int
     labels: tuple[int, ...]
-    choices: Choices
+    choices: SamplingParams
 
-    def write(self, generator: Generator, manifest: dict[str, Any], first: Path, out: Path | None) -> Path:
+    def write(self, pipeline: VQVAE2Pipeline, manifest: dict[str, Any], first: Path, out: Path | None) -> Path:
         """Sample, and write grid.png, images/ and manifest.json into `out` or the first free folder, all at once."""
         folder = out or free_folder(first, manifest)
         check_folder(folder, manifest)
         if read_manifest(folder) == manifest:
             return folder
         check_new(folder)
-        generator.check(self.choices)
-        total = generator.positions * self.variants * len(self.images)
+        pipeline.check(self.choices)
+        total = pipeline.positions * self.variants * len(self.images)
         with tqdm(desc=self.kind, total=total, unit="code", unit_scale=True) as bar:
-            codes = generator.resample(self.known, self.labels, self.variants, self.seed, self.choices, bar.update)
-        made = to_bytes(generator.decode(codes)).cpu().unflatten(0, (len(self.images), self.variants))
+            codes = pipeline.resample(self.known, self.labels, self.variants, self.seed, self.choices, bar.update)
+        made = to_bytes(pipeline.decode(codes)).cpu().unflatten(0, (len(self.images), self.variants))
         rows = torch.cat([self.images[:, None], self.shown[:, None], made], 1)
         with files.atomic(folder) as partial:
             for image, row in enumerate(made):
@@ -60,7 +60,7 @@ class Edit:
             files.write_json(partial / "manifest.json", manifest)
         return folder
 
-    def manifest(self, generator: Generator, paths: Sequence[Path], keep: Any) -> dict[str, Any]:
+    def manifest(self, pipeline: VQVAE2Pipeline, paths: Sequence[Path], keep: Any) -> dict[str, Any]:
         """How the images are made."""
         return {
             "kind": self.kind,
@@ -69,38 +69,42 @@ class Edit:
             "variants": self.variants,
             "seed": self.seed,
             "labels": list(self.labels),
-            "choice": self.choices.record(generator.levels),
-            "autoencoder": generator.autoencoder.digest,
-            "priors": [prior.digest for prior in generator.priors],
+            "choice": self.choices.record(pipeline.levels),
+            "autoencoder": pipeline.autoencoder.digest,
+            "priors": [prior.digest for prior in pipeline.priors],
             "torch": torch.__version__,
         }
 
 
-def complete(arguments: list[str]) -> None:
+def inpaint(arguments: list[str]) -> None:
     """The command `vqvae2 complete`."""
-    parser = _parser("complete", "Keep a part of images and sample the rest.")
+    parser = _parser("inpaint", "KeepOptions a part of images and sample the rest.")
     parser.add_argument(
         "--keep", required=True, metavar="WHAT", help=f"{', '.join(HALVES)}, or a PNG whose white is kept"
     )
 
-    def plan(generator: Generator, images: Tensor, options: argparse.Namespace) -> tuple[Any, Tensor, Sequence[Known]]:
-        mask = read_mask(options.keep, generator.autoencoder.size)
+    def plan(
+        pipeline: VQVAE2Pipeline, images: Tensor, options: argparse.Namespace
+    ) -> tuple[Any, Tensor, Sequence[PartialCodes]]:
+        mask = read_mask(options.keep, pipeline.autoencoder.size)
         keep = options.keep if options.keep in HALVES else {"digest": files.digest(Path(options.keep))}
-        known = keep_masked(_encode(generator, images), mask, generator.autoencoder.maps)
+        known = keep_masked(_encode(pipeline, images), mask, pipeline.autoencoder.maps)
         return keep, _hide(images, mask), known
 
-    _run(parser.parse_args(arguments), "completions", plan)
+    _run(parser.parse_args(arguments), "inpaintings", plan)
 
 
-def vary(arguments: list[str]) -> None:
+def variations(arguments: list[str]) -> None:
     """The command `vqvae2 vary`."""
-    parser = _parser("vary", "Keep the coarse levels of images and sample the finer ones.")
+    parser = _parser("variations", "KeepOptions the coarse levels of images and sample the finer ones.")
     parser.add_argument("--keep-levels", type=int, default=1, help="how many of the coarsest levels are kept")
 
-    def plan(generator: Generator, images: Tensor, options: argparse.Namespace) -> tuple[Any, Tensor, Sequence[Known]]:
-        codes = _encode(generator, images)
-        known = generator.keep_levels(codes, options.keep_levels)
-        return options.keep_levels, to_bytes(generator.decode(codes)).cpu(), known
+    def plan(
+        pipeline: VQVAE2Pipeline, images: Tensor, options: argparse.Namespace
+    ) -> tuple[Any, Tensor, Sequence[PartialCodes]]:
+        codes = _encode(pipeline, images)
+        known = pipeline.keep_levels(codes, options.keep_levels)
+        return options.keep_levels, to_bytes(pipeline.decode(codes)).cpu(), known
 
     _run(parser.parse_args(arguments), "variations", plan)
 
@@ -123,30 +127,30 @@ def _parser(name: str, about: str) -> argparse.ArgumentParser:
 def _run(
     options: argparse.Namespace,
     kind: str,
-    plan: Callable[[Generator, Tensor, argparse.Namespace], tuple[Any, Tensor, Sequence[Known]]],
+    plan: Callable[[VQVAE2Pipeline, Tensor, argparse.Namespace], tuple[Any, Tensor, Sequence[PartialCodes]]],
 ) -> None:
     process = processes()
     if not process.is_main_process:
         return
     folder = RunFolder.existing(options.run)
-    generator = Generator.load(folder.path, process.device or "cpu", options.batch_size)
-    given = {name: getattr(options, name) for name in Choices.model_fields if getattr(options, name) is not None}
-    choices = Choices.parse(given, f"vqvae2 {kind}")
-    size, channels = generator.autoencoder.size, generator.autoencoder.image_channels
+    pipeline = VQVAE2Pipeline.load(folder.path, process.device or "cpu", options.batch_size)
+    given = {name: getattr(options, name) for name in SamplingParams.model_fields if getattr(options, name) is not None}
+    choices = SamplingParams.parse(given, f"vqvae2 {kind}")
+    size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
     arrays = [read_image(path, size, channels).transpose(2, 0, 1).copy() for path in options.images]
     images = torch.stack([torch.from_numpy(array) for array in arrays])
-    keep, shown, known = plan(generator, images, options)
+    keep, shown, known = plan(pipeline, images, options)
     edit = Edit(kind, images, shown, tuple(known), options.variants, options.seed, options.classes, choices)
-    generator.check_labels(edit.labels)
-    manifest = edit.manifest(generator, options.images, keep)
-    written = edit.write(generator, manifest, folder.path / kind, options.out)
-    kept = (f"{name} {_share(level.keep)}" for name, level in zip(generator.levels, known, strict=True))
-    columns = "original, kept" if kind == "completions" else "original, reconstruction"
+    pipeline.check_labels(edit.labels)
+    manifest = edit.manifest(pipeline, options.images, keep)
+    written = edit.write(pipeline, manifest, folder.path / kind, options.out)
+    kept = (f"{name} {_share(level.keep)}" for name, level in zip(pipeline.levels, known, strict=True))
+    columns = "original, kept" if kind == "inpaintings" else "original, reconstruction"
     print(f"{written / 'grid.png'}\n{written / 'images'}\ncolumns: {columns}, variants\nkept codes: {', '.join(kept)}")
 
 
-def _encode(generator: Generator, images: UInt8[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
-    return generator.autoencoder.encode(to_float(images.to(generator.device)))
+def _encode(pipeline: VQVAE2Pipeline, images: UInt8[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
+    return pipeline.autoencoder.encode(to_float(images.to(pipeline.device)))
 
 
 def _hide(images: UInt8[Tensor, "b c h w"], mask: Bool[Tensor, "h w"]) -> UInt8[Tensor, "b c h w"]:

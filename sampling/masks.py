@@ -9,9 +9,9 @@ from jaxtyping import Bool
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from sampling.decode import Known
+from sampling.sample_level import PartialCodes
+from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.errors import UserError
-from vqvae2.maps import CodeMaps, MapSpec
 
 HALVES = ("top-half", "bottom-half", "left-half", "right-half")
 
@@ -45,18 +45,20 @@ def read_mask(source: str, size: tuple[int, int]) -> Bool[Tensor, "h w"]:
     return mask
 
 
-def keep_masked(codes: CodeMaps, mask: Bool[Tensor, "..."], maps: Sequence[MapSpec]) -> tuple[Known, ...]:
+def keep_masked(codes: CodeMaps, mask: Bool[Tensor, "..."], maps: Sequence[MapSpec]) -> tuple[PartialCodes, ...]:
     """Codes kept by a mask (H, W) or (B, H, W) of pixels: on each level those of whose pixels all are kept."""
     mask = mask.expand(len(codes[0]), *mask.shape[-2:])
     known = []
     for level, spec in zip(codes, maps, strict=True):
         rows, columns = mask.shape[1] // spec.height, mask.shape[2] // spec.width
         cells = mask.unflatten(2, (spec.width, columns)).unflatten(1, (spec.height, rows))
-        known.append(Known(level, cells.all(4).all(2).to(level.device)))
+        known.append(PartialCodes(level, cells.all(4).all(2).to(level.device)))
     return tuple(known)
 
 
-def keep_coarsest(codes: CodeMaps, count: int) -> tuple[Known, ...]:
+def keep_coarsest(codes: CodeMaps, count: int) -> tuple[PartialCodes, ...]:
     """Codes of which the `count` coarsest levels are kept whole, and nothing of the finer ones."""
     finer = len(codes) - count
-    return tuple(Known(level, torch.full_like(level, index >= finer).bool()) for index, level in enumerate(codes))
+    return tuple(
+        PartialCodes(level, torch.full_like(level, index >= finer).bool()) for index, level in enumerate(codes)
+    )

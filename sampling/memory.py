@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae2.priors import Prior
-from vqvae2.priors.rows import RowsWalk
+from vqvae2.priors.toom_cook import IncrementalRows
 
 _SHARE = 0.5  # of the free memory that walks may fill; the rest is for what comes and goes
 _FLOAT = 4  # bytes
@@ -23,7 +23,7 @@ def batch_that_fits(prior: Prior, wanted: int, guided: bool, memory: float | Non
     budget = free_bytes(device) * _SHARE if memory is None else memory * 2**30
     one, two = walk_bytes(prior, 1), walk_bytes(prior, 2)
     each, once = two - one, 2 * one - two  # weights are folded once, whatever the batch
-    noise = prior.spec.level.width * prior.spec.level.codes * _FLOAT
+    noise = prior.spec.level.width * prior.spec.level.codebook_size * _FLOAT
     return min(wanted, int((budget - once) // (each * (2 if guided else 1) + noise)))
 
 
@@ -70,11 +70,11 @@ def _held(steps: object) -> int:
             found += value
         elif hasattr(value, "__dict__"):
             found += vars(value).values()
-            to_come += _finished_rows(value) if isinstance(value, RowsWalk) else 0
+            to_come += _finished_rows(value) if isinstance(value, IncrementalRows) else 0
     return sum(storages.values()) + to_come
 
 
-def _finished_rows(walk: RowsWalk) -> int:
+def _finished_rows(walk: IncrementalRows) -> int:
     """Bytes of the transformed rows that a walk keeps, once there are as many as it reaches."""
     batch, _, inputs = walk.padded.shape
     tiles = -(-walk.shape[0] // walk.matrices.tile)

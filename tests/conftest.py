@@ -17,20 +17,20 @@ PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data"
 
 # Every stage in seconds: two levels on small scenes. The numbers mean nothing; the files and the refusals do.
 TINY = """
-data: {size: 32, labels: folder, validation: 0.1, count: 200, workers: 0}
+data: {size: 32, labels: folder, val_fraction: 0.1, num_scenes: 200, num_workers: 0}
 autoencoder:
   channels: 16
   residual_channels: 8
   residual_layers: 1
   levels:
-    - {stride: 4, quantizer: {kind: ema, codes: 16, dim: 8}}
-    - {stride: 2, quantizer: {kind: gradient, codes: 12, dim: 8}}
+    - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 8}}
+    - {stride: 2, quantizer: {kind: gradient, codebook_size: 12, code_dim: 8}}
   training: {steps: 6, batch_size: 8, log_every: 2, validate_every: 3, preview_every: 3, checkpoint_every: 2}
 priors:
   top:
     model: {kind: pixelsnail, channels: 8, residual_channels: 8, kernel: 3, blocks: 1, layers: 1, heads: 2}
     training: &training
-      {steps: 4, batch_size: 8, average: 0.9, log_every: 2, validate_every: 2, preview_every: 2, checkpoint_every: 2}
+      {steps: 4, batch_size: 8, ema_decay: 0.9, log_every: 2, validate_every: 2, preview_every: 2, checkpoint_every: 2}
   bottom:
     model: {kind: pixelcnn, channels: 8, kernel: 3, layers: 2, output_channels: 8, condition_layers: 1}
     training: *training

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tests.conftest import TINY
 from tests.inception_fixture import two_processes
-from train.autoencoder import AutoencoderStage
-from train.experiment import Experiment, Run
 from train.loop import train
+from train.run import Experiment, Run
+from train.stages.autoencoder import AutoencoderStage
 from vqvae2.__main__ import main
 from vqvae2.errors import Stopped
 from vqvae2.run_folder import RunFolder
@@ -34,8 +34,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "squeezenet.pth")
     experiment = yaml.safe_load(TINY)
     for level in experiment["autoencoder"]["levels"]:
-        level["quantizer"] |= {"kmeans": False, "restart_below": 0}
-    experiment["data"]["count"] = 60
+        level["quantizer"] |= {"kmeans_init": False, "dead_code_threshold": 0}
+    experiment["data"]["num_scenes"] = 60
     experiment["autoencoder"]["training"] |= {"validate_every": 6, "preview_every": 6, "checkpoint_every": 3}
     experiment["autoencoder"]["loss"] = {
         "pixel": "l1",
@@ -59,7 +59,7 @@ def trained(config: Path, folder: Path, *settings: str, stop_at: int | None = No
             os.kill(os.getpid(), signal.SIGTERM)
 
     stage.after_update = stop
-    train(stage, run.experiment.autoencoder.training, run.folder.autoencoder, workers=0)
+    train(stage, run.experiment.autoencoder.training, run.folder.autoencoder, num_workers=0)
     newest = max((run.folder.autoencoder / "checkpoints").iterdir())
     return {name: tensor.clone() for name, tensor in load_file(newest / "state.safetensors").items()}
 
@@ -123,7 +123,9 @@ def test_stopping_and_going_on_gives_the_same_weights_bit_for_bit(
 def test_accumulated_batches_are_one_batch(
     config: Path, straight: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    assert_close(trained(config, tmp_path / "run", "--autoencoder.training.accumulate", "4"), straight[1])
+    assert_close(
+        trained(config, tmp_path / "run", "--autoencoder.training.gradient_accumulation_steps", "4"), straight[1]
+    )
 
 
 def test_two_processes_are_one(config: Path, straight: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
@@ -138,8 +140,13 @@ def test_two_processes_are_one(config: Path, straight: tuple[Path, dict[str, Ten
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(config: Path, tmp_path: Path) -> None:
-    settings = ["--autoencoder.training.precision", "bf16", "--autoencoder.training.accumulate", "2"]
-    state = trained(config, tmp_path / "run", *settings, "--autoencoder.training.clip-norm", "1")
+    settings = [
+        "--autoencoder.training.mixed_precision",
+        "bf16",
+        "--autoencoder.training.gradient_accumulation_steps",
+        "2",
+    ]
+    state = trained(config, tmp_path / "run", *settings, "--autoencoder.training.max-grad-norm", "1")
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert {tensor.dtype for tensor in state.values()} <= {torch.float32, torch.int64, torch.bool}
 

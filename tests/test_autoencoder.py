@@ -8,7 +8,7 @@ import torch
 from vqvae2 import checkpoint
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder, AutoencoderConfig, LevelConfig
-from vqvae2.models.blocks import grow, prime_factors, shrink
+from vqvae2.models.blocks import make_decoder, make_encoder, prime_factors
 from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig
 
 
@@ -16,7 +16,9 @@ def small(*strides: int, size: tuple[int, int] = (32, 32), channels: int = 3) ->
     levels = tuple(
         LevelConfig(
             stride=stride,
-            quantizer=EMAConfig(codes=9, dim=4 + i) if i % 2 else GradientConfig(codes=7, dim=4 + i, kmeans=False),
+            quantizer=EMAConfig(codebook_size=9, code_dim=4 + i)
+            if i % 2
+            else GradientConfig(codebook_size=7, code_dim=4 + i, kmeans_init=False),
         )
         for i, stride in enumerate(strides)
     )
@@ -48,7 +50,7 @@ def test_shapes_codes_and_decoding(strides: tuple[int, ...], size: tuple[int, in
         assert level.shape == (2, height, width)
         assert spec.shape == (height, width)
         assert level.dtype == torch.int64
-        assert 0 <= level.min() <= level.max() < spec.codes
+        assert 0 <= level.min() <= level.max() < spec.codebook_size
     reconstruction = model.reconstruct(images)
     assert reconstruction.shape == images.shape
     assert reconstruction.abs().max() <= 1
@@ -62,10 +64,10 @@ def test_the_bottom_is_quantized_given_the_top_and_the_decoder_sees_every_level(
     whole = model.decode_codes(codes)
     for index in range(3):
         changed = list(codes)
-        changed[index] = (changed[index] + 1) % model.maps[index].codes
+        changed[index] = (changed[index] + 1) % model.maps[index].codebook_size
         assert not torch.equal(model.decode_codes(tuple(changed)), whole), f"level {index} reaches the image"
-    features = model.joins[0].weight.shape[1]
-    assert features == 8 + model.maps[1].codes - 9 + 5, "bottom features joined to the decoded coarser level"
+    features = model.pre_quant_convs[0].weight.shape[1]
+    assert features == 8 + model.maps[1].codebook_size - 9 + 5, "bottom features joined to the decoded coarser level"
 
 
 def test_only_shows_what_the_named_levels_carry() -> None:
@@ -119,13 +121,16 @@ def test_a_file_brings_back_the_same_network(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_quantizer_survives_the_file(tmp_path: Path) -> None:
-    levels = (LevelConfig(stride=4, quantizer=FSQConfig(grid=(4, 3), dim=5)), LevelConfig(quantizer=GradientConfig()))
+    levels = (
+        LevelConfig(stride=4, quantizer=FSQConfig(grid=(4, 3), code_dim=5)),
+        LevelConfig(quantizer=GradientConfig()),
+    )
     model = AutoencoderConfig(levels=levels, channels=8, residual_channels=4).build((16, 16)).eval()
     model.save(tmp_path / "model.safetensors")
     images = torch.rand(2, 3, 16, 16)
     loaded = Autoencoder.load(tmp_path / "model.safetensors")
     assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
-    assert [level.codes for level in loaded.maps] == [12, 512]
+    assert [level.codebook_size for level in loaded.maps] == [12, 512]
 
 
 def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path) -> None:
@@ -158,9 +163,9 @@ def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path)
 @pytest.mark.parametrize("stride", range(1, 13))
 def test_shrink_and_grow_change_sizes_by_any_factor(stride: int) -> None:
     x = torch.zeros(1, 3, 2 * stride, 3 * stride)
-    small_map = shrink(3, 8, stride, 4, 1)(x)
+    small_map = make_encoder(3, 8, stride, 4, 1)(x)
     assert small_map.shape == (1, 8, 2, 3)
-    assert grow(8, 8, 5, stride, 4, 1)(small_map).shape == (1, 5, 2 * stride, 3 * stride)
+    assert make_decoder(8, 8, 5, stride, 4, 1)(small_map).shape == (1, 5, 2 * stride, 3 * stride)
 
 
 def test_prime_factors_multiply_to_the_number() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sampling.cas import Augmented, CasConfig, accuracy, describe, rgb, train
-from sampling.classifier import ClassifierSpec, as_classifier, load_classifier
+from sampling.evaluation.cas import Augmented, CasConfig, accuracy, describe, rgb, train
+from sampling.evaluation.classifier import ClassifierSpec, as_classifier, load_classifier
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
 from vqvae2.data.images import Item
@@ -125,7 +125,7 @@ def test_the_command_reports_the_score_and_keeps_the_classifiers(
         return files | {"evaluation/metrics.json": json.loads((run / "evaluation" / "metrics.json").read_text())}
 
     before = everything()
-    monkeypatch.setattr("sampling.cas.train", None)  # a classifier that is there is not trained again
+    monkeypatch.setattr("sampling.evaluation.cas.train", None)  # a classifier that is there is not trained again
     assert main(command) == 0
     assert main(["evaluate", str(run)]) == 0  # and the score stays in the table
     assert "CAS" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 
-from sampling.classifier import (
+from sampling.evaluation.classifier import (
     Classifier,
     ClassifierSpec,
     LabelledSamples,

@@ -8,9 +8,9 @@ import torch
 
 from tests.conftest import TINY
 from tests.inception_fixture import two_processes
-from train.autoencoder import AutoencoderObjective, AutoencoderStage, forget
-from train.experiment import open_run
 from train.losses import TrainingUsage
+from train.run import open_run
+from train.stages.autoencoder import AutoencoderObjective, AutoencoderStage, forget
 from vqvae2.data.images import Item
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig, Quantized
@@ -39,7 +39,10 @@ def test_a_window_counts_the_codes_of_all_its_steps() -> None:
 
 
 def test_only_training_is_counted() -> None:
-    levels = (LevelConfig(stride=4, quantizer=EMAConfig(codes=6, dim=4)), LevelConfig(quantizer=GradientConfig(dim=4)))
+    levels = (
+        LevelConfig(stride=4, quantizer=EMAConfig(codebook_size=6, code_dim=4)),
+        LevelConfig(quantizer=GradientConfig(code_dim=4)),
+    )
     objective = AutoencoderObjective(AutoencoderConfig(levels=levels, channels=8).build((16, 16)))
     batch = Item(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.zeros(2))
     objective.eval()
@@ -51,7 +54,9 @@ def test_only_training_is_counted() -> None:
 
 
 def test_the_moments_of_restarted_codes_are_forgotten() -> None:
-    quantizer = GradientConfig(codes=4, dim=2, kmeans=False, restart_below=0.1, decay=0.5).build()
+    quantizer = GradientConfig(
+        codebook_size=4, code_dim=2, kmeans_init=False, dead_code_threshold=0.1, ema_decay=0.5
+    ).build()
     with torch.no_grad():
         quantizer.embedding.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0], [50.0, 50.0]]))
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr=1e-3)
@@ -73,7 +78,7 @@ def test_the_moments_of_restarted_codes_are_forgotten() -> None:
 
 
 def test_without_restarts_the_moments_stay() -> None:
-    quantizer = GradientConfig(codes=4, dim=2, kmeans=True, restart_below=0).build()
+    quantizer = GradientConfig(codebook_size=4, code_dim=2, kmeans_init=True, dead_code_threshold=0).build()
     quantizer(torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(0)))
     quantizer.update()
     assert quantizer.restarted is None, "not even after k-means, which comes before the first step"
@@ -94,9 +99,9 @@ def test_the_first_steps_pass_features_through_and_the_codebooks_start_from_what
     loss.backward()
     assert all(parameter.grad is not None for parameter in stage.network.parameters()), "processes share gradients"
     stage.network.update_codebooks()
-    assert not any(bool(level.initialised) for level in stage.network.quantizers)
+    assert not any(bool(level.initialized) for level in stage.network.quantizers)
     assert stage.gathered() == {}
     stage.before_update(2)
     _, terms = stage.objective(batch)
     assert {"commitment_bottom", "commitment_top"} <= terms.keys()
-    assert all(bool(level.initialised) for level in stage.network.quantizers)
+    assert all(bool(level.initialized) for level in stage.network.quantizers)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.inception_fixture import two_processes
 from vqvae2.errors import UserError
-from vqvae2.metrics.codebook import CodeUsage
+from vqvae2.metrics.codebook_usage import CodeUsage
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=60), st.integers(1, 60))

@@ -85,8 +85,15 @@ def test_run_does_all_stages_and_the_second_time_skips_them(
 def test_stages_of_different_precision_run_one_after_the_other(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], inception_weights: Path
 ) -> None:
-    command = ["run", str(tiny_config), "--run", str(tmp_path / "run"), "--priors.top.training.accumulate", "2"]
-    command += ["--autoencoder.training.precision", "bf16", "--priors.bottom.training.precision", "bf16"]
+    command = [
+        "run",
+        str(tiny_config),
+        "--run",
+        str(tmp_path / "run"),
+        "--priors.top.training.gradient_accumulation_steps",
+        "2",
+    ]
+    command += ["--autoencoder.training.mixed_precision", "bf16", "--priors.bottom.training.mixed_precision", "bf16"]
     assert main([*command, "--evaluation.inception-weights", str(inception_weights)]) == 0
     assert "PSNR" in capsys.readouterr().out
 
@@ -169,13 +176,13 @@ def test_bad_settings_are_one_line(
 def test_a_misspelt_key_in_the_file_is_one_line(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_config.write_text(tiny_config.read_text().replace("validation: 0.1", "validaton: 0.1"))
+    tiny_config.write_text(tiny_config.read_text().replace("val_fraction: 0.1", "validaton: 0.1"))
     fails(capsys, ["run", str(tiny_config), "--run", str(tmp_path / "run")], "data.validaton", "unknown key")
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_images_are_one_line(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["train-autoencoder", str(tiny_config), "--data.labels", "none", "--data.workers", "1"]
+    common = ["train-autoencoder", str(tiny_config), "--data.labels", "none", "--data.num_workers", "1"]
     empty = tmp_path / "empty"
     empty.mkdir()
     fails(capsys, [*common, "--run", str(tmp_path / "a"), "--data.path", str(empty)], "empty", "holds no images")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from train.experiment import Experiment
+from train.run import Experiment
 from vqvae2.config import differences
 from vqvae2.errors import UserError
 
@@ -30,7 +30,7 @@ def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path
             "--data.size",
             "48",
             "64",
-            "--autoencoder.levels.1.quantizer.codes",
+            "--autoencoder.levels.1.quantizer.codebook_size",
             "7",
             "--priors.top.training.learning-rate",
             "3e-4",
@@ -38,7 +38,7 @@ def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path
     )
     assert changed.data.path == "/somewhere"
     assert changed.data.shape == (48, 64)
-    assert changed.autoencoder.levels[1].quantizer.codes == 7
+    assert changed.autoencoder.levels[1].quantizer.codebook_size == 7
     assert changed.priors["top"].training.learning_rate == 3e-4
 
 
@@ -46,7 +46,11 @@ def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path
     ("old", "new", "words"),
     [
         ("stride: 4", "strid: 4", ["autoencoder.levels.0.strid", "unknown key"]),
-        ("codes: 12", "codes: -3", ["autoencoder.levels.1.quantizer.codes", "greater than or equal to 1", "-3"]),
+        (
+            "codebook_size: 12",
+            "codebook_size: -3",
+            ["autoencoder.levels.1.quantizer.codebook_size", "greater than or equal to 1", "-3"],
+        ),
         ("kind: gradient", "kind: gradiant", ["autoencoder.levels.1.quantizer", "gradiant", "'ema'"]),
         ("steps: 6, ", "", ["autoencoder.training.steps", "missing"]),
         ("kernel: 3", "kernel: 4", ["priors.top.model", "kernel must be odd"]),

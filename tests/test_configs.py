@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.experiment import Experiment
+from train.run import Experiment
 from vqvae2.models import Autoencoder
 from vqvae2.priors import Prior, PriorSpec
 
@@ -58,7 +58,7 @@ def test_maps_have_the_sizes_that_the_config_promises(name: str, maps: list[tupl
     _, autoencoder, _ = build(name)
     assert [level.shape for level in autoencoder.maps] == maps
     if name not in ("demo", "photographs64"):
-        assert {level.codes for level in autoencoder.maps} == {512}
+        assert {level.codebook_size for level in autoencoder.maps} == {512}
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.choices import Choices
-from sampling.diagnose import diagnose_run, rows
-from sampling.hierarchy import Generator
-from sampling.judge import judge_codebooks, judge_prior
-from sampling.report import write_report
+from sampling.evaluation.diagnose import diagnose_run, rows
+from sampling.evaluation.training_checks import codebook_warnings, prior_warnings
+from sampling.params import SamplingParams
+from sampling.pipeline import VQVAE2Pipeline
+from sampling.report.report import write_report
 from tests.test_commands import contents, fails
 from tests.test_priors import build
 from tests.test_report import Page
 from vqvae2.__main__ import main
-from vqvae2.data.codes import CodeStore
+from vqvae2.code_maps import MapSpec
+from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import to_bytes
-from vqvae2.maps import MapSpec
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig
 
@@ -40,36 +40,36 @@ def log(nll: list[float], loss: list[float]) -> list[dict[str, float]]:
 
 def test_codebooks_that_have_collapsed_are_named() -> None:
     validation = {"perplexity_bottom": 60.0, "perplexity_top": 1.99, "psnr": 20.0}
-    (warning,) = judge_codebooks(validation, ("bottom", "top"))
+    (warning,) = codebook_warnings(validation, ("bottom", "top"))
     assert warning.startswith("level top: its codes have collapsed (perplexity 1.99")
-    assert judge_codebooks({"perplexity_top": 2.0}, ("bottom", "top")) == judge_codebooks({}, ("top",)) == []
+    assert codebook_warnings({"perplexity_top": 2.0}, ("bottom", "top")) == codebook_warnings({}, ("top",)) == []
 
 
 def test_a_prior_that_overfits_or_has_nothing_to_learn_is_named() -> None:
-    assert judge_prior("top", []) == judge_prior("top", [{"step": 1, "train/loss": 2.0}]) == []
-    (known,) = judge_prior("top", log([0.3, 0.04], [0.3, 0.1]))
+    assert prior_warnings("top", []) == prior_warnings("top", [{"step": 1, "train/loss": 2.0}]) == []
+    (known,) = prior_warnings("top", log([0.3, 0.04], [0.3, 0.1]))
     assert "level top" in known
     assert "0.040 nats" in known
-    (overfits,) = judge_prior("bottom", log([3.0, 2.5, 2.7, 2.9], [3.0, 2.4, 2.0, 1.5]))
+    (overfits,) = prior_warnings("bottom", log([3.0, 2.5, 2.7, 2.9], [3.0, 2.4, 2.0, 1.5]))
     assert "level bottom: its prior overfits" in overfits
     assert "2.900 nats per code at the end, 2.500 at step 2" in overfits
-    assert judge_prior("top", log([3.0, 2.5, 2.54], [3.0, 2.4, 2.0])) == []  # less than 2 % worse
-    assert judge_prior("top", log([3.0, 2.5, 2.9], [2.0, 2.4, 2.6])) == []  # training has gone wrong, too
-    assert judge_prior("top", log([3.0, 2.5, 2.4], [3.0, 2.4, 2.0])) == []
+    assert prior_warnings("top", log([3.0, 2.5, 2.54], [3.0, 2.4, 2.0])) == []  # less than 2 % worse
+    assert prior_warnings("top", log([3.0, 2.5, 2.9], [2.0, 2.4, 2.6])) == []  # training has gone wrong, too
+    assert prior_warnings("top", log([3.0, 2.5, 2.4], [3.0, 2.4, 2.0])) == []
 
 
 def test_each_row_samples_one_level_more(finished_run: Path) -> None:
-    generator = Generator.load(finished_run)
+    pipeline = VQVAE2Pipeline.load(finished_run)
     batch = CodeStore.open(finished_run / "codes" / "val").read(range(4, 7))
-    found = rows(generator, batch.codes, batch.label, seed=3, first=4)
+    found = rows(pipeline, batch.codes, batch.label, seed=3, first=4)
     assert list(found) == ["reconstruction", "true-top", "sampled"]
 
     def image(codes: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return to_bytes(generator.autoencoder.decode_codes(codes))
+        return to_bytes(pipeline.autoencoder.decode_codes(codes))
 
-    sampled = generator.sample_codes(range(4, 7), batch.label, 3, Choices())
-    known = generator.keep_levels(batch.codes, 1)
-    true_top = generator.sample_codes(range(4, 7), batch.label, 3, Choices(), known)
+    sampled = pipeline.sample_codes(range(4, 7), batch.label, 3, SamplingParams())
+    known = pipeline.keep_levels(batch.codes, 1)
+    true_top = pipeline.sample_codes(range(4, 7), batch.label, 3, SamplingParams(), known)
     assert torch.equal(true_top[1], batch.codes[1])
     assert not torch.equal(true_top[0], batch.codes[0])
     for name, codes in (("reconstruction", batch.codes), ("true-top", true_top), ("sampled", sampled)):
@@ -78,16 +78,18 @@ def test_each_row_samples_one_level_more(finished_run: Path) -> None:
 
 def test_three_levels_have_a_row_for_each_number_of_true_ones() -> None:
     torch.manual_seed(0)
-    levels = tuple(LevelConfig(stride=2, quantizer=EMAConfig(codes=11 + index, dim=4)) for index in range(3))
+    levels = tuple(
+        LevelConfig(stride=2, quantizer=EMAConfig(codebook_size=11 + index, code_dim=4)) for index in range(3)
+    )
     autoencoder = AutoencoderConfig(levels=levels, channels=8, residual_channels=4).build((16, 16)).eval()
     sizes = ((8, 8), (4, 4), (2, 2))
     priors = tuple(build(sizes[level], sizes[level + 1 :], kind="pixelcnn") for level in range(2))
     top = build(sizes[2], kind="pixelcnn").config.build(build(sizes[2], kind="pixelcnn").spec).eval()
-    spec = MapSpec(codes=11, height=2, width=2)
+    spec = MapSpec(codebook_size=11, height=2, width=2)
     assert top.spec.level == spec
-    generator = Generator(autoencoder, (*priors, top))
+    pipeline = VQVAE2Pipeline(autoencoder, (*priors, top))
     codes = tuple(torch.randint(11, (2, *size)) for size in sizes)
-    assert list(rows(generator, codes, None, 0)) == ["reconstruction", "true-middle", "true-top", "sampled"]
+    assert list(rows(pipeline, codes, None, 0)) == ["reconstruction", "true-middle", "true-top", "sampled"]
 
 
 def test_the_command_writes_the_pictures_once_and_the_report_shows_them(

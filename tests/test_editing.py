@@ -9,29 +9,29 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.choices import Choices
-from sampling.decode import Choice, Known, Noise, sample_level
-from sampling.hierarchy import Generator
 from sampling.masks import HALVES, keep_masked, read_mask
+from sampling.params import SamplingParams
+from sampling.pipeline import VQVAE2Pipeline
+from sampling.sample_level import LevelSamplingParams, Noise, PartialCodes, sample_level
 from tests.test_commands import contents, fails
 from tests.test_commands import images as image_files
 from tests.test_priors import build, inputs
 from vqvae2.__main__ import main
+from vqvae2.code_maps import MapSpec
 from vqvae2.data.images import to_float
 from vqvae2.errors import UserError
-from vqvae2.maps import MapSpec
 
 KINDS = ["pixelsnail", "pixelcnn", "transformer"]
 
 
 @pytest.fixture(scope="module")
-def generator(finished_run: Path) -> Generator:
-    return Generator.load(finished_run, batch_size=3)
+def pipeline(finished_run: Path) -> VQVAE2Pipeline:
+    return VQVAE2Pipeline.load(finished_run, batch_size=3)
 
 
 def pictures(count: int = 2) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return to_float(torch.randint(0, 256, (count, 3, 32, 32), generator=generator).to(torch.uint8))
+    pipeline = torch.Generator().manual_seed(0)
+    return to_float(torch.randint(0, 256, (count, 3, 32, 32), generator=pipeline).to(torch.uint8))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,26 +49,28 @@ def test_given_codes_are_fed_and_the_others_are_a_naive_samplers(kind: str, part
         "nothing": torch.zeros(5, 6, dtype=torch.bool),
     }[part]
     done: list[int] = []
-    known = Known(given["codes"], keep)
-    found = sample_level(prior, Noise(0, range(3), 0), Choice(), given["coarser"], progress=done.append, known=known)
+    known = PartialCodes(given["codes"], keep)
+    found = sample_level(
+        prior, Noise(0, range(3), 0), LevelSamplingParams(), given["coarser"], progress=done.append, known=known
+    )
     assert sum(done) == 3 * 30
     noise, codes = Noise(0, range(3), 0), torch.zeros(3, 5, 6, dtype=torch.int64)
     for row in range(5):
-        variates = noise.row(6, prior.spec.level.codes)
+        variates = noise.row(6, prior.spec.level.codebook_size)
         for column in range(6):
             with torch.no_grad():
                 logits = prior(codes, given["coarser"])[:, :, row, column]
-            chosen = Choice()(logits, variates[column])
+            chosen = LevelSamplingParams()(logits, variates[column])
             codes[:, row, column] = torch.where(keep[:, row, column], given["codes"][:, row, column], chosen)
     assert torch.equal(found, codes)
     assert torch.equal(found[keep], given["codes"][keep])
-    assert torch.equal(found, sample_level(prior, Noise(0, range(3), 0), Choice(), given["coarser"])) == (
+    assert torch.equal(found, sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), given["coarser"])) == (
         part == "nothing"
     )
 
 
 def test_a_code_is_kept_where_all_of_its_pixels_are() -> None:
-    maps = (MapSpec(codes=9, height=4, width=6), MapSpec(codes=9, height=2, width=3))
+    maps = (MapSpec(codebook_size=9, height=4, width=6), MapSpec(codebook_size=9, height=2, width=3))
     codes = tuple(torch.zeros(2, *level.shape, dtype=torch.int64) for level in maps)
     mask = torch.ones(8, 12, dtype=torch.bool)
     mask[3, 5] = False
@@ -82,11 +84,11 @@ def test_a_code_is_kept_where_all_of_its_pixels_are() -> None:
     assert halves["right-half"].nonzero()[:, 1].min() == 3
 
 
-def test_kept_codes_stay_on_every_level_and_each_variant_has_its_own_noise(generator: Generator) -> None:
+def test_kept_codes_stay_on_every_level_and_each_variant_has_its_own_noise(pipeline: VQVAE2Pipeline) -> None:
     images, mask = pictures(), read_mask("left-half", (32, 32))
-    codes = generator.autoencoder.encode(images)
-    known = keep_masked(codes, mask, generator.autoencoder.maps)
-    found = generator.resample(known, [3, 7], 4, 5, Choices())
+    codes = pipeline.autoencoder.encode(images)
+    known = keep_masked(codes, mask, pipeline.autoencoder.maps)
+    found = pipeline.resample(known, [3, 7], 4, 5, SamplingParams())
     for level, maps in enumerate(found):
         width = maps.shape[2] // 2
         kept = maps.unflatten(0, (2, 4))[..., :width]
@@ -94,42 +96,42 @@ def test_kept_codes_stay_on_every_level_and_each_variant_has_its_own_noise(gener
     sampled = found[0][:, :, 4:].unflatten(0, (2, 4))
     assert len({variant.numpy().tobytes() for image in sampled for variant in image}) == 8
     # Of one image with fewer variants, in other batches, only what (seed, image, variant) says is the same.
-    alone = generator.resample([Known(c[:1], k[:1]) for c, k in known], [3], 2, 5, Choices())
+    alone = pipeline.resample([PartialCodes(c[:1], k[:1]) for c, k in known], [3], 2, 5, SamplingParams())
     for level, maps in zip(alone, found, strict=True):
         assert torch.equal(level, maps[:2])
-    other = generator.resample(known, [3, 7], 4, 6, Choices())
+    other = pipeline.resample(known, [3, 7], 4, 6, SamplingParams())
     assert not torch.equal(other[0], found[0])
 
 
-def test_images_are_completed_and_varied_in_python(generator: Generator) -> None:
+def test_images_are_completed_and_varied_in_python(pipeline: VQVAE2Pipeline) -> None:
     images, mask = pictures(), read_mask("top-half", (32, 32))
-    completed = generator.complete(images, mask, labels=[1], variants=3, seed=2)
+    completed = pipeline.inpaint(images, mask, labels=[1], variants=3, seed=2)
     assert completed.shape == (2, 3, 3, 32, 32)
     assert -1 <= completed.min() < completed.max() <= 1
-    torch.testing.assert_close(generator.complete(images, mask.expand(2, -1, -1), [1], 3, 2), completed)
-    varied = generator.vary(images, labels=[1], variants=2)
-    codes = generator.autoencoder.encode(images)
-    known = generator.keep_levels(codes, 1)
-    bottom, top = generator.resample(known, [1], 2, 0, Choices())
+    torch.testing.assert_close(pipeline.inpaint(images, mask.expand(2, -1, -1), [1], 3, 2), completed)
+    varied = pipeline.variations(images, labels=[1], variants=2)
+    codes = pipeline.autoencoder.encode(images)
+    known = pipeline.keep_levels(codes, 1)
+    bottom, top = pipeline.resample(known, [1], 2, 0, SamplingParams())
     assert torch.equal(top.unflatten(0, (2, 2))[:, 1], codes[1])
     assert not torch.equal(bottom.unflatten(0, (2, 2))[:, 1], codes[0])
-    torch.testing.assert_close(varied.flatten(0, 1), generator.autoencoder.decode_codes((bottom, top)))
+    torch.testing.assert_close(varied.flatten(0, 1), pipeline.autoencoder.decode_codes((bottom, top)))
 
 
-def test_what_cannot_be_edited_is_said(generator: Generator) -> None:
+def test_what_cannot_be_edited_is_said(pipeline: VQVAE2Pipeline) -> None:
     images = pictures()
     with pytest.raises(UserError, match=r"mask of size \(16, 32\); the images of this run are 32 × 32"):
-        generator.complete(images, torch.ones(16, 32, dtype=torch.bool), [0])
+        pipeline.inpaint(images, torch.ones(16, 32, dtype=torch.bool), [0])
     with pytest.raises(UserError, match="has class labels: say which"):
-        generator.complete(images, read_mask("top-half", (32, 32)))
+        pipeline.inpaint(images, read_mask("top-half", (32, 32)))
     with pytest.raises(UserError, match="class 10 does not exist"):
-        generator.vary(images, labels=[10])
+        pipeline.variations(images, labels=[10])
     for count in (0, 2):
         with pytest.raises(UserError, match=f"1 to 1 can be kept, not {count}"):
-            generator.vary(images, count, labels=[0])
-    one_level = Generator(generator.autoencoder, generator.priors[1:])
+            pipeline.variations(images, count, labels=[0])
+    one_level = VQVAE2Pipeline(pipeline.autoencoder, pipeline.priors[1:])
     with pytest.raises(UserError, match="one level"):
-        one_level.vary(images)
+        one_level.variations(images)
 
 
 def test_the_commands_write_a_grid_and_overwrite_nothing(
@@ -137,9 +139,9 @@ def test_the_commands_write_a_grid_and_overwrite_nothing(
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     paths = [str(path) for path in sorted(image_files(tmp_path / "images", 2).iterdir())]
-    command = ["complete", str(run), *paths, "--keep", "top-half", "--variants", "3", "--classes", "2"]
+    command = ["inpaint", str(run), *paths, "--keep", "top-half", "--variants", "3", "--classes", "2"]
     assert main(command) == 0
-    folder = run / "completions"
+    folder = run / "inpaintings"
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == [str(folder / "grid.png"), str(folder / "images")]
     assert printed[3] == "kept codes: bottom 32 of 64, top 8 of 16"
@@ -159,8 +161,11 @@ def test_the_commands_write_a_grid_and_overwrite_nothing(
     assert contents(run) == before
     assert main([*command, "--seed", "1"]) == 0
     assert contents(run).items() > before.items()
-    assert (run / "completions-2" / "images" / "000001-02.png").is_file()
-    assert main(["vary", str(run), paths[0], "--variants", "1", "--classes", "2", "--temperature", "bottom=0.5"]) == 0
+    assert (run / "inpaintings-2" / "images" / "000001-02.png").is_file()
+    assert (
+        main(["variations", str(run), paths[0], "--variants", "1", "--classes", "2", "--temperature", "bottom=0.5"])
+        == 0
+    )
     assert contents(run / "variations").keys() == {"grid.png", "manifest.json", "images/000000-00.png"}
 
 
@@ -170,7 +175,7 @@ def test_a_painted_mask_is_read(finished_run: Path, tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "mask.png")
     assert torch.equal(read_mask(str(tmp_path / "mask.png"), (32, 32)), torch.from_numpy(pixels > 0))
     paths = [str(path) for path in image_files(tmp_path / "images", 1).iterdir()]
-    command = ["complete", str(finished_run), *paths, "--keep", str(tmp_path / "mask.png"), "--variants", "1"]
+    command = ["inpaint", str(finished_run), *paths, "--keep", str(tmp_path / "mask.png"), "--variants", "1"]
     assert main([*command, "--classes", "0", "--out", str(tmp_path / "out")]) == 0
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["keep"]["digest"]) == 64
 
@@ -178,7 +183,7 @@ def test_a_painted_mask_is_read(finished_run: Path, tmp_path: Path) -> None:
 def test_bad_requests_are_one_line(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(finished_run)
     (image,) = image_files(tmp_path / "images", 1).iterdir()
-    command = ["complete", str(finished_run), str(image)]
+    command = ["inpaint", str(finished_run), str(image)]
     fails(capsys, [*command, "--keep", "upper-half"], "--keep upper-half", "top-half", "nor a picture")
     fails(capsys, [*command, "--keep", "top-half"], "class labels", "--classes", "0 to 9")
     fails(capsys, [*command, "--keep", "top-half", "--classes", "10"], "class 10 does not exist")
@@ -188,6 +193,10 @@ def test_bad_requests_are_one_line(finished_run: Path, tmp_path: Path, capsys: p
     fails(capsys, [*command, "--keep", str(tmp_path / "white.png")], "white.png", "nothing to sample")
     (tmp_path / "text.png").write_text("no picture")
     fails(capsys, [*command, "--keep", str(tmp_path / "text.png")], "text.png", "not a readable picture")
-    fails(capsys, ["vary", str(finished_run), str(image), "--classes", "0", "--keep-levels", "2"], "1 to 1 can be kept")
-    fails(capsys, ["vary", str(finished_run), str(tmp_path / "gone.png"), "--classes", "0"], "gone.png")
+    fails(
+        capsys,
+        ["variations", str(finished_run), str(image), "--classes", "0", "--keep-levels", "2"],
+        "1 to 1 can be kept",
+    )
+    fails(capsys, ["variations", str(finished_run), str(tmp_path / "gone.png"), "--classes", "0"], "gone.png")
     assert contents(finished_run) == before

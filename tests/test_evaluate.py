@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.evaluate import EvaluationConfig, describe, evaluate_run
-from sampling.features import summarise
-from sampling.image_sets import ImageFolder
+from sampling.evaluation.evaluate import EvaluationConfig, describe, evaluate_run
+from sampling.evaluation.features import summarize
+from sampling.evaluation.image_sets import ImageFolder
 from tests.inception_fixture import extractor, fill, two_processes
 from vqvae2 import files
 from vqvae2.data.images import DataConfig, open_images
@@ -36,7 +36,7 @@ def test_the_validation_split_is_the_reference_as_the_networks_saw_it(run: Path,
     reference = GaussianStatistics(2048)
     reference.update(extractor()(torch.stack([held_out[index].image for index in range(len(held_out))])).features)
     folder = ImageFolder(run / "samples" / "images")
-    ours = summarise(folder.batches(50), len(folder), extractor()).statistics
+    ours = summarize(folder.batches(50), len(folder), extractor()).statistics
     assert metrics["fid"]["value"] == pytest.approx(ours.distance(reference), rel=1e-5)
     assert metrics["rfid"]["value"] > 0
     assert metrics["protocol"]["reference"] == {
@@ -80,7 +80,7 @@ def test_a_folder_and_its_statistics_give_one_number_and_the_folder_is_measured_
     assert len(cached) == 1
     images = ImageFolder(folder)
     statistics = tmp_path / "reference.npz"
-    summarise(images.batches(50), len(images), extractor()).statistics.save(statistics)
+    summarize(images.batches(50), len(images), extractor()).statistics.save(statistics)
     second = evaluate(run, inception_weights, reference=str(statistics))
     assert second["fid"]["value"] == pytest.approx(first["fid"]["value"], rel=1e-6)
     assert "kid" in first

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.conftest import TINY
 from tests.test_commands import contents, fails, images
 from vqvae2.__main__ import main
-from vqvae2.data.batches import InOrder, load
+from vqvae2.data.samplers import SequentialBatchSampler, load
 from vqvae2.errors import UserError
 
 # 20 steps; 12 images divide by one, two and three processes. Steps so small that Adam does not make of the rounding of
@@ -32,10 +32,10 @@ import os, signal, sys
 from vqvae2.__main__ import main
 from train import loop
 last, update = int(sys.argv[1]), loop._update
-def updating(stage, learners, batches, config, step, *rest):
+def updating(stage, units, batches, config, step, *rest):
     if step + 1 == last:
         os.kill(os.getpid(), signal.SIGTERM)
-    return update(stage, learners, batches, config, step, *rest)
+    return update(stage, units, batches, config, step, *rest)
 loop._update = updating
 sys.exit(main(sys.argv[2:]))
 """
@@ -134,9 +134,9 @@ class Killed:
 def test_a_killed_worker_is_one_line() -> None:
     with pytest.raises(
         UserError,
-        match=r"a process that reads data has died .*(killed by signal|exited unexpectedly).* data\.workers lower",
+        match=r"a process that reads data has died .*(killed by signal|exited unexpectedly).* data\.num_workers lower",
     ):
-        list(load(Killed(), InOrder(8, 2), workers=1))
+        list(load(Killed(), SequentialBatchSampler(8, 2), num_workers=1))
 
 
 def test_data_that_is_gone_between_two_stages_is_one_line_and_the_first_stage_stays(

@@ -1,4 +1,4 @@
-"""Choices by level, and classifier-free guidance: its arithmetic, its independence of the batch, and its refusals."""
+"""SamplingParams by level, and classifier-free guidance: its arithmetic, its independence of the batch, and its refusals."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from sampling.choices import Choices, by_level
-from sampling.decode import Choice, Guided, Noise, sample_level
-from sampling.generate import SamplingConfig
-from sampling.hierarchy import Generator
-from sampling.page import spell
+from sampling.params import SamplingParams, by_level
+from sampling.pipeline import VQVAE2Pipeline
+from sampling.report.page import spell
+from sampling.sample import SamplingConfig
+from sampling.sample_level import ClassifierFreeGuidance, LevelSamplingParams, Noise, sample_level
 from tests.test_commands import contents, fails
 from tests.test_priors import build, inputs
 from vqvae2.__main__ import main
@@ -23,29 +23,31 @@ from vqvae2.priors import Prior, load_prior, save_prior
 KINDS = ["pixelsnail", "pixelcnn", "transformer"]
 
 
-def allow_guidance(generator: Generator) -> Generator:
-    for prior in generator.priors:
+def allow_guidance(pipeline: VQVAE2Pipeline) -> VQVAE2Pipeline:
+    for prior in pipeline.priors:
         prior.made_from["label_dropout"] = 0.1
-    return generator
+    return pipeline
 
 
 def test_one_value_is_for_all_levels_and_a_mapping_for_those_it_names() -> None:
-    choices = Choices(temperature=0.5, top_k={"top": 7}, top_p={"bottom": 0.9, "top": 0.8}, guidance={"top": 3})
-    assert choices.of("top") == Choice(temperature=0.5, top_k=7, top_p=0.8)
-    assert choices.of("bottom") == Choice(temperature=0.5, top_p=0.9)
-    assert (choices.guidance_of("top"), choices.guidance_of("bottom")) == (3, 1)
-    assert Choices().record(["top"]) == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    assert choices.record(["top"])["guidance"] == {"top": 3.0}
+    choices = SamplingParams(
+        temperature=0.5, top_k={"top": 7}, top_p={"bottom": 0.9, "top": 0.8}, guidance_scale={"top": 3}
+    )
+    assert choices.of("top") == LevelSamplingParams(temperature=0.5, top_k=7, top_p=0.8)
+    assert choices.of("bottom") == LevelSamplingParams(temperature=0.5, top_p=0.9)
+    assert (choices.guidance_scale_of("top"), choices.guidance_scale_of("bottom")) == (3, 1)
+    assert SamplingParams().record(["top"]) == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert choices.record(["top"])["guidance_scale"] == {"top": 3.0}
 
 
 def test_a_config_says_it_either_way_and_the_command_line_too() -> None:
     old = SamplingConfig.parse({"choice": {"temperature": 0.9, "top_k": 5}}, "file")
-    assert old.choice.of("top") == old.choice.of("bottom") == Choice(temperature=0.9, top_k=5)
+    assert old.choice.of("top") == old.choice.of("bottom") == LevelSamplingParams(temperature=0.9, top_k=5)
     new = SamplingConfig.parse({"choice": {"temperature": {"top": 0.9}}}, "file")
     assert new.choice.of("top").temperature == 0.9
-    changed = old.override(["--choice.temperature", "top", "0.8", "bottom", "0.7", "--choice.guidance", "2"])
+    changed = old.override(["--choice.temperature", "top", "0.8", "bottom", "0.7", "--choice.guidance_scale", "2"])
     assert changed.choice.temperature == {"top": 0.8, "bottom": 0.7}
-    assert changed.choice.guidance == 2
+    assert changed.choice.guidance_scale == 2
     assert by_level(float)("0.25") == 0.25
     assert by_level(int)("top=3, bottom=4") == {"top": 3, "bottom": 4}
 
@@ -55,13 +57,13 @@ def test_a_config_says_it_either_way_and_the_command_line_too() -> None:
     [
         ({"top_p": {"top": 1.5}}, r"top_p\.top: .*less than or equal to 1, not 1\.5"),
         ({"temperature": -1}, r"temperature: .*greater than or equal to 0, not -1"),
-        ({"guidance": {"bottom": -2}}, "guidance must not be negative, not -2"),
+        ({"guidance_scale": {"bottom": -2}}, "guidance_scale must not be negative, not -2"),
         ({"temperature": float("nan")}, "finite"),
     ],
 )
 def test_values_are_checked_on_every_level(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
-        Choices(**settings)
+        SamplingParams(**settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,20 +72,20 @@ def test_guided_codes_are_those_of_two_full_passes(kind: str, scale: float) -> N
     prior = build(size=(4, 6), coarser=((4, 3),), classes=3, kind=kind)
     given = inputs(prior, batch=3)
     coarser, labels = given["coarser"], given["labels"]
-    found = sample_level(prior, Noise(0, range(3), 0), Choice(), coarser, labels, guidance=scale)
+    found = sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), coarser, labels, guidance_scale=scale)
     noise, codes = Noise(0, range(3), 0), torch.zeros(3, 4, 6, dtype=torch.int64)
     for row in range(4):
-        variates = noise.row(6, prior.spec.level.codes)
+        variates = noise.row(6, prior.spec.level.codebook_size)
         for column in range(6):
             with torch.no_grad():
                 conditional = prior(codes, coarser, labels)[:, :, row, column]
                 unconditional = prior(codes, coarser, None)[:, :, row, column]
             logits = unconditional + scale * (conditional - unconditional)
-            codes[:, row, column] = Choice()(logits, variates[column])
+            codes[:, row, column] = LevelSamplingParams()(logits, variates[column])
     assert torch.equal(found, codes)
     for part in ([2], [1, 0]):
         some = tuple(level[part] for level in coarser)
-        alone = sample_level(prior, Noise(0, part, 0), Choice(), some, labels[part], guidance=scale)
+        alone = sample_level(prior, Noise(0, part, 0), LevelSamplingParams(), some, labels[part], guidance_scale=scale)
         assert torch.equal(alone, found[part])
 
 
@@ -92,7 +94,11 @@ def test_a_scale_of_one_is_the_model_itself_and_more_exaggerates_the_label(kind:
     prior = build(classes=3, kind=kind)
     labels = torch.tensor([0, 2])
     plain, without = prior.incremental(2, (), labels), prior.incremental(2, (), None)
-    walks: list[Any] = [plain, without, *(Guided(prior, (), labels, scale) for scale in (1.0, 0.0, 3.0))]
+    walks: list[Any] = [
+        plain,
+        without,
+        *(ClassifierFreeGuidance(prior, (), labels, scale) for scale in (1.0, 0.0, 3.0)),
+    ]
     for walk in walks:
         walk.begin_row(0)
     c, u, one, none, three = (walk.logits(0) for walk in walks)
@@ -103,33 +109,33 @@ def test_a_scale_of_one_is_the_model_itself_and_more_exaggerates_the_label(kind:
 
 
 def test_each_level_is_sampled_by_its_own_settings(finished_run: Path) -> None:
-    generator = allow_guidance(Generator.load(finished_run))
-    images, labels = range(2), generator.labels_of(range(2), None)
-    bottom, top = generator.sample_codes(images, labels, 0, Choices())
-    for choices in (Choices(temperature={"bottom": 0}), Choices(top_k={"bottom": 1})):
-        found = generator.sample_codes(images, labels, 0, choices)
+    pipeline = allow_guidance(VQVAE2Pipeline.load(finished_run))
+    images, labels = range(2), pipeline.labels_of(range(2), None)
+    bottom, top = pipeline.sample_codes(images, labels, 0, SamplingParams())
+    for choices in (SamplingParams(temperature={"bottom": 0}), SamplingParams(top_k={"bottom": 1})):
+        found = pipeline.sample_codes(images, labels, 0, choices)
         assert torch.equal(found[1], top)
-        prior = generator.priors[0]
-        likeliest = sample_level(prior, Noise(0, images, 0), Choice(temperature=0), (top,), labels)
+        prior = pipeline.priors[0]
+        likeliest = sample_level(prior, Noise(0, images, 0), LevelSamplingParams(temperature=0), (top,), labels)
         assert torch.equal(found[0], likeliest)
         assert not torch.equal(found[0], bottom)
-    guided = generator.sample_codes(images, labels, 0, Choices(guidance={"top": 40}))
+    guided = pipeline.sample_codes(images, labels, 0, SamplingParams(guidance_scale={"top": 40}))
     assert not torch.equal(guided[1], top)
-    again = generator.sample(2, guidance={"top": 40})
-    torch.testing.assert_close(again, generator.autoencoder.decode_codes(guided))
+    again = pipeline.sample(2, guidance_scale={"top": 40})
+    torch.testing.assert_close(again, pipeline.autoencoder.decode_codes(guided))
 
 
 def test_guidance_is_refused_where_it_would_mean_nothing(finished_run: Path) -> None:
-    generator = Generator.load(finished_run)
+    pipeline = VQVAE2Pipeline.load(finished_run)
     with pytest.raises(UserError, match="level bottom was trained without label dropout"):
-        generator.sample(1, guidance=2)
-    with pytest.raises(UserError, match="guidance 3: the prior of level top was trained without label dropout"):
-        generator.sample(1, guidance={"top": 3})
+        pipeline.sample(1, guidance_scale=2)
+    with pytest.raises(UserError, match="guidance_scale 3: the prior of level top was trained without label dropout"):
+        pipeline.sample(1, guidance_scale={"top": 3})
     priors: tuple[Prior, ...] = (build(coarser=((5, 4),)), build())
-    with pytest.raises(UserError, match="guidance 2: the prior of level bottom knows no class labels"):
-        Generator(generator.autoencoder, priors).sample(1, guidance=2)
+    with pytest.raises(UserError, match="guidance_scale 2: the prior of level bottom knows no class labels"):
+        VQVAE2Pipeline(pipeline.autoencoder, priors).sample(1, guidance_scale=2)
     with pytest.raises(UserError, match="no level 'middle'; the levels are bottom, top"):
-        generator.sample(1, temperature={"middle": 0.5})
+        pipeline.sample(1, temperature={"middle": 0.5})
 
 
 def test_the_command_takes_values_by_level(
@@ -138,7 +144,7 @@ def test_the_command_takes_values_by_level(
     run = shutil.copytree(finished_run, tmp_path / "run")
     before = contents(run)
     sample = ["sample", str(run)]
-    fails(capsys, [*sample, "--guidance", "2"], "guidance 2", "label dropout")
+    fails(capsys, [*sample, "--guidance-scale", "2"], "guidance_scale 2", "label dropout")
     fails(capsys, [*sample, "--top-p", "top=1.5"], "top_p.top", "less than or equal to 1")
     fails(capsys, [*sample, "--top-k", "middle=3"], "no level 'middle'", "bottom, top")
     with pytest.raises(SystemExit):
@@ -150,8 +156,18 @@ def test_the_command_takes_values_by_level(
         prior: Any = load_prior(path)
         save_prior(path, prior, prior.config, **prior.made_from | {"label_dropout": 0.1})
     out = tmp_path / "out"
-    command = [*sample, "--temperature", "top=1.0,bottom=0.5", "--guidance", "2", "--count", "2", "--out", str(out)]
+    command = [
+        *sample,
+        "--temperature",
+        "top=1.0,bottom=0.5",
+        "--guidance-scale",
+        "2",
+        "--count",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert main(command) == 0
     choice = json.loads((out / "manifest.json").read_text())["choice"]
-    assert choice == {"temperature": {"top": 1.0, "bottom": 0.5}, "top_k": 0, "top_p": 1.0, "guidance": 2.0}
+    assert choice == {"temperature": {"top": 1.0, "bottom": 0.5}, "top_k": 0, "top_p": 1.0, "guidance_scale": 2.0}
     assert spell(choice).startswith("temperature (top 1.0, bottom 0.5), top-k 0")

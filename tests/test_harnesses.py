@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize("arguments", [["kills", "--moments", "1"], ["fuzz", "--times", "18"]], ids=["kills", "fuzz"])
 def test_nothing_is_lost_and_nothing_is_wrong(arguments: list[str]) -> None:
     name, *options = arguments
-    command = [sys.executable, "-m", f"benchmarks.{name}", *options]
+    command = [sys.executable, "-m", f"tests.harness.{name}", *options]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=600
     )

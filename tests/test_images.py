@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_file_stays_on_its_side_when_files_are_added(folder: Path) -> None:
-    config = DataConfig(path=str(folder), size=16, validation=0.3)
+    config = DataConfig(path=str(folder), size=16, val_fraction=0.3)
     training, held_out = open_images(config)
     assert len(training) + len(held_out) == 60
     assert 5 < len(held_out) < 35
@@ -43,7 +43,7 @@ def test_a_file_stays_on_its_side_when_files_are_added(folder: Path) -> None:
 def test_every_side_has_an_image_even_in_the_smallest_folder(tmp_path: Path) -> None:
     for number in range(2):
         picture(tmp_path / f"{number}.png", seed=number)
-    training, held_out = open_images(DataConfig(path=str(tmp_path), size=16, validation=0.001))
+    training, held_out = open_images(DataConfig(path=str(tmp_path), size=16, val_fraction=0.001))
     assert (len(training), len(held_out)) == (1, 1)
 
 
@@ -132,7 +132,7 @@ def test_floats_are_between_minus_one_and_one_and_come_back_as_the_same_bytes() 
 
 
 def test_scenes_come_in_any_size_and_channels_with_their_classes() -> None:
-    config = DataConfig(size=(16, 24), channels=1, labels="folder", count=50, validation=0.2)
+    config = DataConfig(size=(16, 24), channels=1, labels="folder", num_scenes=50, val_fraction=0.2)
     training, held_out = open_images(config)
     assert len(training) + len(held_out) == 50
     assert training[0].image.shape == (1, 16, 24)
@@ -168,6 +168,6 @@ def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
 
 
 def test_real_photographs_are_read(photographs: Path) -> None:
-    training, held_out = open_images(DataConfig(path=str(photographs / "kodak"), size=(64, 96), validation=0.2))
+    training, held_out = open_images(DataConfig(path=str(photographs / "kodak"), size=(64, 96), val_fraction=0.2))
     assert len(training) + len(held_out) == 24
     assert training[0].image.float().std() > 10

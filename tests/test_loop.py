@@ -48,7 +48,7 @@ class Regression(nn.Module):
 
 
 class Line(Stage):
-    judged_by = "weight"
+    monitor = "weight"
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.name, self.training_data, self.curves = "line", Numbers(), {"loss": ["train/loss"]}
@@ -79,7 +79,7 @@ class Line(Stage):
 
 def config(**changes: Any) -> TrainingConfig:
     settings = {"steps": 12, "batch_size": 8, "learning_rate": 0.01, "checkpoint_every": 4, "validate_every": 5}
-    return TrainingConfig(**settings | {"log_every": 3, "preview_every": 6, "average": 0.9} | changes)
+    return TrainingConfig(**settings | {"log_every": 3, "preview_every": 6, "ema_decay": 0.9} | changes)
 
 
 def newest(folder: Path) -> dict[str, Tensor]:
@@ -94,11 +94,11 @@ def entries(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
 def test_stopping_and_going_on_gives_the_weights_of_one_run_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    summary = train(Line(), config(), straight, workers=0)
+    summary = train(Line(), config(), straight, num_workers=0)
     with pytest.raises(Stopped, match=rf"stopped by SIGTERM at step {stop_at}; .*same command goes on") as stopped:
-        train(Line(stop_at), config(), broken, workers=0)
+        train(Line(stop_at), config(), broken, num_workers=0)
     assert stopped.value.status == 143
-    again = train(Line(), config(), broken, workers=0)
+    again = train(Line(), config(), broken, num_workers=0)
     one, other = newest(straight), newest(broken)
     assert one.keys() == other.keys()
     for name in one:
@@ -109,28 +109,28 @@ def test_stopping_and_going_on_gives_the_weights_of_one_run_bit_for_bit(tmp_path
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    train(Line(), config(), straight, workers=0)
+    train(Line(), config(), straight, num_workers=0)
     stage = Line()
     stage.after_update = lambda _: (_ for _ in ()).throw(ZeroDivisionError) if len(entries(broken)) > 2 else None
     with pytest.raises(ZeroDivisionError):
-        train(stage, config(), broken, workers=0)
+        train(stage, config(), broken, num_workers=0)
     kept = sorted(path.name for path in (broken / "checkpoints").iterdir())
     assert kept == ["00000004", "00000005"], "every fourth, and the best validation's"
-    train(Line(), config(), broken, workers=0)
+    train(Line(), config(), broken, num_workers=0)
     for name, tensor in newest(straight).items():
         assert torch.equal(tensor, newest(broken)[name]), name
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     straight = tmp_path / "straight"
-    train(Line(), config(), straight, workers=0)
+    train(Line(), config(), straight, num_workers=0)
     expected = newest(straight)
     file = straight / "checkpoints" / "00000012" / "state.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(bytes(content))
     with pytest.warns(UserWarning, match="00000012: damaged checkpoint; using the one before it"):
-        train(Line(), config(), straight, workers=0)
+        train(Line(), config(), straight, num_workers=0)
     for name, tensor in expected.items():
         assert torch.equal(tensor, newest(straight)[name]), name
 
@@ -140,13 +140,13 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
     for accumulate in (1, 4):
         stage = Line()
         stage.objective.dropout = nn.Dropout(0)
-        train(stage, config(accumulate=accumulate), tmp_path / str(accumulate), workers=0)
+        train(stage, config(gradient_accumulation_steps=accumulate), tmp_path / str(accumulate), num_workers=0)
         results.append(stage.objective.layer.weight.detach().clone())
     torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
-    summary = train(Line(), config(precision="bf16", steps=80, learning_rate=0.1), tmp_path, workers=0)
+    summary = train(Line(), config(mixed_precision="bf16", steps=80, learning_rate=0.1), tmp_path, num_workers=0)
     assert summary["validation"]["weight"] > 1, "of a line whose weights sum to three, through dropout"
     assert newest(tmp_path)["objective/layer.weight"].dtype == torch.float32
 
@@ -155,7 +155,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     results = []
     for workers in (0, 2):
         stage = Line()
-        train(stage, config(), tmp_path / str(workers), workers=workers)
+        train(stage, config(), tmp_path / str(workers), num_workers=workers)
         results.append(stage.objective.layer.weight.detach().clone())
     assert torch.equal(*results)
 
@@ -164,13 +164,13 @@ def test_a_loss_that_is_not_a_number_stops_with_its_step_term_and_last_good_chec
     stage = Line()
     stage.objective.bad_at = 10
     with pytest.raises(UserError, match=r"step 10: the loss term `loss` is nan; .*checkpoints/00000008"):
-        train(stage, config(), tmp_path, workers=0)
+        train(stage, config(), tmp_path, num_workers=0)
     assert all(tensor.isfinite().all() for tensor in newest(tmp_path).values())
 
 
 def test_validation_sees_the_averaged_weights_and_training_goes_on_with_its_own(tmp_path: Path) -> None:
     stage = Line()
-    train(stage, config(steps=10, validate_every=10), tmp_path, workers=0)
+    train(stage, config(steps=10, validate_every=10), tmp_path, num_workers=0)
     tensors = newest(tmp_path)
     averaged, latest = tensors["average/layer.weight"], tensors["objective/layer.weight"]
     assert not torch.equal(averaged, latest)
@@ -179,7 +179,7 @@ def test_validation_sees_the_averaged_weights_and_training_goes_on_with_its_own(
 
 
 def test_validation_and_training_values_are_logged_apart(tmp_path: Path) -> None:
-    train(Line(), config(steps=10, validate_every=5, log_every=4), tmp_path, workers=0)
+    train(Line(), config(steps=10, validate_every=5, log_every=4), tmp_path, num_workers=0)
     logged = entries(tmp_path)
     assert [entry["step"] for entry in logged if "validation/weight" in entry] == [5, 10]
     assert [entry["step"] for entry in logged if "train/loss" in entry] == [4, 8, 10]
@@ -199,7 +199,7 @@ def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
-    train(Line(), config(checkpoint_every=2, keep_checkpoints=2), tmp_path, workers=0)
+    train(Line(), config(checkpoint_every=2, keep_checkpoints=2), tmp_path, num_workers=0)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000005", "00000010", "00000012"]
 
 
@@ -214,13 +214,16 @@ def test_training_ends_early_with_the_best_weights(tmp_path: Path) -> None:
     settings = {"steps": 20, "batch_size": 4, "validate_every": 2, "checkpoint_every": 100, "keep_checkpoints": 1}
     until_best = TrainingConfig(**settings | {"steps": 4})
     four, early = Rising(), Rising()
-    train(four, until_best, tmp_path / "four", workers=0)
-    summary = train(early, TrainingConfig(**settings, patience=3), tmp_path / "early", workers=0)
+    train(four, until_best, tmp_path / "four", num_workers=0)
+    summary = train(early, TrainingConfig(**settings, early_stopping_patience=3), tmp_path / "early", num_workers=0)
     assert summary["steps"] == 4
     assert summary["validation"] == {"weight": 1.0}
     kept = sorted(path.name for path in (tmp_path / "early" / "checkpoints").iterdir())
     assert kept == ["00000004", "00000010"], "the best, and the newest"
     assert torch.equal(early.objective.layer.weight, four.objective.layer.weight)
     (tmp_path / "early" / "model.safetensors").unlink()  # killed before the result was written
-    assert train(Rising(), TrainingConfig(**settings, patience=3), tmp_path / "early", workers=0) == summary
-    assert train(Rising(), TrainingConfig(**settings), tmp_path / "all", workers=0)["steps"] == 20
+    assert (
+        train(Rising(), TrainingConfig(**settings, early_stopping_patience=3), tmp_path / "early", num_workers=0)
+        == summary
+    )
+    assert train(Rising(), TrainingConfig(**settings), tmp_path / "all", num_workers=0)["steps"] == 20

@@ -14,8 +14,6 @@ import torchvision
 from torch import Tensor, nn
 
 from tests.conftest import TINY
-from train.autoencoder import AutoencoderObjective
-from train.experiment import Experiment
 from train.losses import (
     AdversarialConfig,
     Adversary,
@@ -24,6 +22,8 @@ from train.losses import (
     PerceptualConfig,
     PerceptualDistance,
 )
+from train.run import Experiment
+from train.stages.autoencoder import AutoencoderObjective
 from vqvae2.config import read_yaml
 from vqvae2.data.images import Item
 from vqvae2.errors import UserError
@@ -64,11 +64,11 @@ def autoencoder(*quantizers: EMAConfig | GradientConfig) -> Autoencoder:
 
 
 def ema(commitment: float = 0.25) -> EMAConfig:
-    return EMAConfig(codes=6, dim=4, kmeans=False, commitment=commitment)
+    return EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False, commitment_weight=commitment)
 
 
 def gradient(commitment: float = 0.25) -> GradientConfig:
-    return GradientConfig(codes=6, dim=4, kmeans=False, commitment=commitment)
+    return GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False, commitment_weight=commitment)
 
 
 def item(count: int = 3) -> Item:
@@ -95,7 +95,7 @@ def test_an_adversary_and_fp16_are_refused_together(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(TINY)
     data = read_yaml(tmp_path / "config.yaml")
     data["autoencoder"]["loss"] = {"adversarial": {"weight": 0.1}}
-    data["autoencoder"]["training"]["precision"] = "fp16"
+    data["autoencoder"]["training"]["mixed_precision"] = "fp16"
     with pytest.raises(UserError, match=r"autoencoder: loss.adversarial: .* use bf16"):
         Experiment.parse(data, "config.yaml")
 
@@ -177,10 +177,10 @@ def test_the_hinge_losses_are_those_of_the_scores() -> None:
 
 # Where each term's gradient goes
 
-ENCODERS = {"encoders.0", "encoders.1", "joins.0", "joins.1"}
+ENCODERS = {"encoders.0", "encoders.1", "pre_quant_convs.0", "pre_quant_convs.1"}
 EVERYWHERE = ENCODERS | {"decoders.0", "upsamplers.0", "decoder"}
 BOTTOM = ENCODERS | {"decoders.0"}  # the bottom is quantized given the decoded top, through which gradients pass
-TOP = ENCODERS - {"joins.0"}
+TOP = ENCODERS - {"pre_quant_convs.0"}
 Term = Callable[[AutoencoderObjective, tuple[Quantized, ...], dict[str, Tensor]], Tensor]
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sampling import memory
-from sampling.choices import Choices
-from sampling.generate import SamplingConfig, sample_run
-from sampling.hierarchy import Generator
 from sampling.memory import batch_that_fits, walk_bytes
+from sampling.params import SamplingParams
+from sampling.pipeline import VQVAE2Pipeline
+from sampling.sample import SamplingConfig, sample_run
 from tests.test_commands import contents
 from tests.test_priors import build, inputs
 
@@ -61,22 +61,22 @@ def test_images_are_the_same_however_small_the_memory(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[int] = []
-    sample_codes = Generator.sample_codes
+    sample_codes = VQVAE2Pipeline.sample_codes
 
-    def watched(self: Generator, images: list[int], *rest: Any, **options: Any) -> Any:
+    def watched(self: VQVAE2Pipeline, images: list[int], *rest: Any, **options: Any) -> Any:
         batches.append(len(images))
         return sample_codes(self, images, *rest, **options)
 
-    monkeypatch.setattr(Generator, "sample_codes", watched)
+    monkeypatch.setattr(VQVAE2Pipeline, "sample_codes", watched)
     config = SamplingConfig(count=5, batch_size=5)
     whole = contents(sample_run(finished_run, config, tmp_path / "whole") / "images")
     assert batches == [5]
     tight = sample_run(finished_run, config.model_copy(update={"memory": 1e-9}), tmp_path / "tight")
     assert batches == [5] + 5 * [1]
     assert contents(tight / "images") == whole
-    two = Generator.load(finished_run)
+    two = VQVAE2Pipeline.load(finished_run)
     each = max(walk_bytes(prior, 2) for prior in two.priors)
-    assert 1 < two.batch_that_fits(1000, Choices(), 20 * each / 2**30) < 100
+    assert 1 < two.batch_that_fits(1000, SamplingParams(), 20 * each / 2**30) < 100
     summary = json.loads((tight / "summary.json").read_text())
     assert summary["images"] == 5
     assert summary["images_per_second"] > 0

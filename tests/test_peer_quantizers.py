@@ -26,14 +26,14 @@ def pair(cosine: bool = False, rotation: bool = False, decay: float = 0.9) -> tu
     """Ours and the peer's with one codebook, without restarts, which draw other rows."""
     torch.manual_seed(0)
     ours = EMAConfig(
-        codes=CODES,
-        dim=DIM,
-        decay=decay,
+        codebook_size=CODES,
+        code_dim=DIM,
+        ema_decay=decay,
         epsilon=1e-5,
-        kmeans=False,
-        restart_below=0,
+        kmeans_init=False,
+        dead_code_threshold=0,
         cosine=cosine,
-        gradient="rotation" if rotation else "straight-through",
+        gradient_estimator="rotation" if rotation else "straight-through",
     ).build()
     theirs = VectorQuantize(
         dim=DIM,
@@ -78,8 +78,8 @@ def test_the_codebook_moves_as_the_peers(cosine: bool) -> None:
         ours.update()
         assert torch.equal(found.codes, codes)
         book = theirs._codebook
-        torch.testing.assert_close(ours.usage, book.cluster_size[0], **CLOSE)
-        torch.testing.assert_close(ours.sums, book.embed_avg[0], **CLOSE)
+        torch.testing.assert_close(ours.ema_cluster_size, book.cluster_size[0], **CLOSE)
+        torch.testing.assert_close(ours.ema_embedding_sum, book.embed_avg[0], **CLOSE)
         torch.testing.assert_close(ours.embedding, book.embed[0], **CLOSE)
     assert (ours.embedding - pair(cosine)[0].embedding).abs().max() > 0.1
 
@@ -89,7 +89,7 @@ def test_the_loss_based_codebook_has_the_peers_losses() -> None:
 
     With β = 1 our two terms have the same gradients together, and twice the value.
     """
-    ours = GradientConfig(codes=CODES, dim=DIM, kmeans=False, commitment=1).build()
+    ours = GradientConfig(codebook_size=CODES, code_dim=DIM, kmeans_init=False, commitment_weight=1).build()
     theirs = VectorQuantize(
         dim=DIM,
         codebook_size=CODES,
@@ -115,7 +115,7 @@ def test_the_loss_based_codebook_has_the_peers_losses() -> None:
 
 @pytest.mark.parametrize("grid", [(8, 8, 8), (5, 4, 3), (7, 5, 5, 5)])
 def test_fsq_codes_values_and_gradients_are_the_peers(grid: tuple[int, ...]) -> None:
-    ours = FSQConfig(grid=grid, dim=DIM + 4).build()
+    ours = FSQConfig(grid=grid, code_dim=DIM + 4).build()
     theirs = FSQ(levels=list(grid), dim=DIM + 4)
     for name in ("project_in", "project_out"):
         getattr(theirs, name).load_state_dict(getattr(ours, name).state_dict())
@@ -127,7 +127,7 @@ def test_fsq_codes_values_and_gradients_are_the_peers(grid: tuple[int, ...]) -> 
     torch.testing.assert_close(found.values.movedim(1, -1), values, **CLOSE)
     mine, other = (torch.autograd.grad(value.sum(), x)[0] for value in (found.values, values))
     torch.testing.assert_close(mine, other, **CLOSE)
-    every = torch.arange(ours.codes)[None]
+    every = torch.arange(ours.codebook_size)[None]
     torch.testing.assert_close(ours.lookup(every).movedim(1, -1), theirs.indices_to_codes(every), **CLOSE)
 
 
@@ -135,14 +135,14 @@ def test_fsq_codes_values_and_gradients_are_the_peers(grid: tuple[int, ...]) -> 
 
 CONFIGS = st.one_of(
     st.builds(
-        EMAConfig, codes=st.integers(1, 9), dim=st.just(3), kmeans=st.booleans(), cosine=st.booleans(),
-        project_to=st.sampled_from([None, 2]), gradient=st.sampled_from(["straight-through", "rotation"]),
+        EMAConfig, codebook_size=st.integers(1, 9), code_dim=st.just(3), kmeans_init=st.booleans(), cosine=st.booleans(),
+        codebook_dim=st.sampled_from([None, 2]), gradient_estimator=st.sampled_from(["straight-through", "rotation"]),
     ),
     st.builds(
-        GradientConfig, codes=st.integers(1, 9), dim=st.just(3), kmeans=st.booleans(), cosine=st.booleans(),
-        project_to=st.sampled_from([None, 2]),
+        GradientConfig, codebook_size=st.integers(1, 9), code_dim=st.just(3), kmeans_init=st.booleans(), cosine=st.booleans(),
+        codebook_dim=st.sampled_from([None, 2]),
     ),
-    st.builds(FSQConfig, grid=st.lists(st.integers(2, 5), min_size=1, max_size=3).map(tuple), dim=st.just(3)),
+    st.builds(FSQConfig, grid=st.lists(st.integers(2, 5), min_size=1, max_size=3).map(tuple), code_dim=st.just(3)),
 )  # fmt: skip
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=3)  # with batch and width: ranks 3 to 5
 TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
@@ -165,7 +165,7 @@ def test_training_on_any_shape_and_type(
     assert result.values.dtype == result.loss.dtype == torch.float32
     assert result.codes.shape == (batch, *spatial)
     assert result.codes.dtype == torch.int64
-    assert bool(((result.codes >= 0) & (result.codes < quantizer.codes)).all())
+    assert bool(((result.codes >= 0) & (result.codes < quantizer.codebook_size)).all())
     assert result.loss.isfinite()
     torch.testing.assert_close(quantizer.lookup(result.codes), result.values, atol=1e-4, rtol=1e-4)
     (result.values.sum() + result.loss).backward()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.inspect_store import main as inspect
-from tests.test_codes import header as code_header
-from tests.test_codes import write as write_codes
-from train.prepare import main as prepare
-from vqvae2.data import environments
+from sampling.report.inspect_store import main as inspect
+from tests.test_code_store import header as code_header
+from tests.test_code_store import write as write_codes
+from train.stages.prepare import main as prepare
+from vqvae2.data import lmdb_store
 from vqvae2.data.images import DataConfig, open_images
 from vqvae2.data.sources.prepared import read_header
 from vqvae2.errors import UserError
@@ -31,7 +31,7 @@ def fill(folder: Path, count: int = 12) -> Path:
 
 
 def records(path: Path) -> dict[bytes, bytes]:
-    environments.close_reader(path)
+    lmdb_store.close_reader(path)
     with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
         return dict(transaction.cursor())
 
@@ -39,8 +39,8 @@ def records(path: Path) -> dict[bytes, bytes]:
 @pytest.mark.parametrize(("encoding", "error"), [("raw", 0), ("png", 0), ("jpeg", 30), ("webp", 30)])
 def test_prepared_images_are_those_of_the_folder(tmp_path: Path, encoding: str, error: int) -> None:
     folder, out = fill(tmp_path / "images"), tmp_path / "out"
-    prepare([str(folder), str(out), "--size", "16", "--format", encoding, "--workers", "0"])
-    settings = {"size": 16, "labels": "folder", "validation": 0.3}
+    prepare([str(folder), str(out), "--size", "16", "--format", encoding, "--num-workers", "0"])
+    settings = {"size": 16, "labels": "folder", "val_fraction": 0.3}
     config = DataConfig.parse({"path": str(folder), **settings}, "test")
     for ours, theirs in zip(
         open_images(config.model_copy(update={"path": str(out)})), open_images(config), strict=True
@@ -57,7 +57,7 @@ def test_prepared_images_are_those_of_the_folder(tmp_path: Path, encoding: str, 
 
 def test_random_crops_reach_the_edges_of_prepared_images(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare([str(fill(tmp_path / "images")), str(out), "--size", "16", "--format", "png", "--workers", "0"])
+    prepare([str(fill(tmp_path / "images")), str(out), "--size", "16", "--format", "png", "--num-workers", "0"])
     images, _ = open_images(DataConfig(path=str(out), size=16, crop="random"))
     assert len({images[0, draw].image.numpy().tobytes() for draw in range(60)}) == 12  # 27 − 16 + 1 places
 
@@ -66,9 +66,9 @@ def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> Non
     folder = fill(tmp_path / "images", 200)
     (folder / "dog" / "0071.png").write_text("no image")
     out = tmp_path / "killed"
-    command = [str(folder), str(out), "--size", "16", "--workers", "1"]
+    command = [str(folder), str(out), "--size", "16", "--num-workers", "1"]
     slow = (
-        "import sys, time; from vqvae2.data.sources.prepared import PreparedWriter as W; import train.prepare as p\n"
+        "import sys, time; from vqvae2.data.sources.prepared import PreparedWriter as W; import train.stages.prepare as p\n"
         "write = W.write\n"
         "def slowly(*a): write(*a); print('written', flush=True); time.sleep(60)\n"
         "W.write = slowly; p.main(sys.argv[1:])"
@@ -83,7 +83,7 @@ def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> Non
     assert len(records(out)) == 1 + 64
     prepare(command)
     straight = tmp_path / "straight"
-    prepare([str(folder), str(straight), "--size", "16", "--workers", "0"])
+    prepare([str(folder), str(straight), "--size", "16", "--num-workers", "0"])
     assert records(out) == records(straight)
     assert (out / "index.safetensors").read_bytes() == (straight / "index.safetensors").read_bytes()
     header = read_header(out)
@@ -97,19 +97,19 @@ def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> Non
 
 def test_what_cannot_be_prepared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = fill(tmp_path / "images"), tmp_path / "out"
-    common = [str(folder), str(out), "--workers", "0"]
+    common = [str(folder), str(out), "--num-workers", "0"]
     prepare([*common, "--size", "16"])
     with pytest.raises(UserError, match="another source, size or format"):
         prepare([*common, "--size", "24"])
     with pytest.raises(UserError, match="not empty and not prepared images"):
-        prepare([str(folder), str(folder), "--size", "16", "--workers", "0"])
+        prepare([str(folder), str(folder), "--size", "16", "--num-workers", "0"])
     with pytest.raises(UserError, match="jpeg has no transparency"):
         prepare([str(folder), str(tmp_path / "x"), "--size", "16", "--channels", "4"])
     with pytest.raises(UserError, match=r"quality.*less than or equal to 100"):
         prepare([str(folder), str(tmp_path / "x"), "--size", "16", "--quality", "101"])
     (folder / "dog" / "0001.png").write_text("no image")
     with pytest.raises(UserError, match=r"1 of 12 images .*0001\.png"):
-        prepare([str(folder), str(tmp_path / "y"), "--size", "16", "--workers", "0"])
+        prepare([str(folder), str(tmp_path / "y"), "--size", "16", "--num-workers", "0"])
     write_codes(tmp_path / "codes", code_header(3, (4, 2, 2)))
     with pytest.raises(UserError, match="is a code store; give images"):
         open_images(DataConfig(path=str(tmp_path / "codes"), size=16))
@@ -133,7 +133,7 @@ def test_inspect_prints_what_a_code_store_holds(tmp_path: Path, capsys: pytest.C
 
 
 def test_inspect_prints_what_prepared_images_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare([str(fill(tmp_path / "images")), str(tmp_path / "out"), "--size", "16", "--workers", "0"])
+    prepare([str(fill(tmp_path / "images")), str(tmp_path / "out"), "--size", "16", "--num-workers", "0"])
     capsys.readouterr()
     inspect([str(tmp_path / "out"), "--out", str(tmp_path / "grid.png")])
     text = capsys.readouterr().out

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train.prior import PriorObjective
-from vqvae2.data.codes import Coded
-from vqvae2.maps import MapSpec
+from train.stages.prior import PriorObjective
+from vqvae2.code_maps import MapSpec
+from vqvae2.data.code_store import CodeBatch
 from vqvae2.priors import PixelCNNConfig, PixelSNAILConfig, Prior, PriorConfig, PriorSpec, TransformerConfig
 
 CODES, SIZE = 6, 8
@@ -38,7 +38,7 @@ def trained(config: PriorConfig, spec: PriorSpec, batch: Any, steps: int, level:
 
 
 @torch.no_grad()
-def nll(prior: Prior, batch: Coded) -> float:
+def nll(prior: Prior, batch: CodeBatch) -> float:
     return float(PriorObjective(prior, 0).eval()(batch)[0])
 
 
@@ -58,10 +58,10 @@ def test_a_markov_source_is_learned_to_its_entropy_rate(kind: str) -> None:
     steps = -sum(chance * math.log(chance) for chance in CHANCES)
     entropy = (math.log(CODES) + (SIZE - 1) * steps) / SIZE  # in nats per code
 
-    def batch(count: int, seed: int) -> Coded:
-        return Coded((lines(count, seed),), _none(count))
+    def batch(count: int, seed: int) -> CodeBatch:
+        return CodeBatch((lines(count, seed),), _none(count))
 
-    spec = PriorSpec(level=MapSpec(codes=CODES, height=SIZE, width=SIZE))
+    spec = PriorSpec(level=MapSpec(codebook_size=CODES, height=SIZE, width=SIZE))
     prior = trained(CONFIGS[kind], spec, lambda step: batch(64, step), steps=240 if kind == "transformer" else 130)
     found = nll(prior, batch(2000, 10_000))
     assert entropy * 0.98 < found < entropy * 1.02
@@ -69,11 +69,11 @@ def test_a_markov_source_is_learned_to_its_entropy_rate(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_a_bottom_level_that_copies_the_top_costs_nothing(kind: str) -> None:
-    top, bottom = MapSpec(codes=CODES, height=4, width=4), MapSpec(codes=CODES, height=8, width=8)
+    top, bottom = MapSpec(codebook_size=CODES, height=4, width=4), MapSpec(codebook_size=CODES, height=8, width=8)
 
-    def copies(count: int, seed: int) -> Coded:
+    def copies(count: int, seed: int) -> CodeBatch:
         codes = torch.randint(CODES, (count, 4, 4), generator=torch.Generator().manual_seed(seed))
-        return Coded((codes.repeat_interleave(2, 1).repeat_interleave(2, 2), codes), _none(count))
+        return CodeBatch((codes.repeat_interleave(2, 1).repeat_interleave(2, 2), codes), _none(count))
 
     config = CONFIGS[kind].model_copy(update={"condition_layers": 1})
     prior = trained(config, PriorSpec(level=bottom, coarser=(top,)), lambda step: copies(32, step), steps=120)
@@ -84,11 +84,11 @@ def test_a_bottom_level_that_copies_the_top_costs_nothing(kind: str) -> None:
 def test_labels_that_determine_the_codes_are_used(kind: str) -> None:
     patterns = torch.randint(CODES, (3, SIZE, SIZE), generator=torch.Generator().manual_seed(1))
 
-    def labelled(count: int, seed: int) -> Coded:
+    def labelled(count: int, seed: int) -> CodeBatch:
         labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed))
-        return Coded((patterns[labels],), labels)
+        return CodeBatch((patterns[labels],), labels)
 
-    spec = PriorSpec(level=MapSpec(codes=CODES, height=SIZE, width=SIZE), classes=3)
+    spec = PriorSpec(level=MapSpec(codebook_size=CODES, height=SIZE, width=SIZE), classes=3)
     # Without coordinates as input, a transformer needs longer to find out where it is.
     prior = trained(CONFIGS[kind], spec, lambda step: labelled(32, step), steps=400 if kind == "transformer" else 100)
     batch = labelled(60, 10_000)
@@ -98,11 +98,11 @@ def test_labels_that_determine_the_codes_are_used(kind: str) -> None:
 
 
 def test_label_dropout_teaches_the_label_free_distribution_too() -> None:
-    def labelled(count: int, seed: int) -> Coded:
+    def labelled(count: int, seed: int) -> CodeBatch:
         labels = torch.randint(2, (count,), generator=torch.Generator().manual_seed(seed))
-        return Coded((labels[:, None, None].expand(count, 2, 2).clone(),), labels)
+        return CodeBatch((labels[:, None, None].expand(count, 2, 2).clone(),), labels)
 
-    spec = PriorSpec(level=MapSpec(codes=2, height=2, width=2), classes=2)
+    spec = PriorSpec(level=MapSpec(codebook_size=2, height=2, width=2), classes=2)
     torch.manual_seed(0)
     objective = PriorObjective(CONFIGS["pixelcnn"].build(spec), 0, label_dropout=0.5)
     optimizer = torch.optim.Adam(objective.parameters(), lr=5e-3)

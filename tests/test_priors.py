@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from vqvae2.code_maps import MapSpec
 from vqvae2.errors import UserError
-from vqvae2.maps import MapSpec
 from vqvae2.priors import (
     PixelCNN,
     PixelCNNConfig,
@@ -40,14 +40,14 @@ def build(
     else:
         defaults = {"channels": 8, "residual_channels": 6, "kernel": 3, "blocks": 2, "layers": 1, "heads": 2}
         config = PixelSNAILConfig(**defaults | settings)
-    level, *others = (MapSpec(codes=CODES + i, height=h, width=w) for i, (h, w) in enumerate((size, *coarser)))
+    level, *others = (MapSpec(codebook_size=CODES + i, height=h, width=w) for i, (h, w) in enumerate((size, *coarser)))
     return config.build(PriorSpec(level=level, coarser=tuple(others), classes=classes)).eval()
 
 
 def inputs(prior: Prior, batch: int = 2) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     maps = [
-        torch.randint(level.codes, (batch, *level.shape), generator=generator)
+        torch.randint(level.codebook_size, (batch, *level.shape), generator=generator)
         for level in (prior.spec.level, *prior.spec.coarser)
     ]
     labels = torch.arange(batch) % prior.spec.classes if prior.spec.classes else None
@@ -191,7 +191,7 @@ def test_recomputing_blocks_changes_no_gradient(kind: str) -> None:
     prior = build(size=(6, 6), coarser=((3, 3),), classes=2, kind=kind, dropout=0.3).train()
     given, gradients = inputs(prior), []
     for recompute in (False, True):
-        prior.recompute = recompute
+        prior.gradient_checkpointing = recompute
         prior.zero_grad()
         torch.manual_seed(0)
         torch.nn.functional.cross_entropy(prior(**given), given["codes"]).backward()

@@ -12,12 +12,12 @@ from vqvae2.quantizers.base import rotate, straight_through
 from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest
 
 CONFIGS = {
-    "ema": EMAConfig(codes=6, dim=4, kmeans=False),
-    "gradient": GradientConfig(codes=6, dim=4, kmeans=False),
-    "cosine": EMAConfig(codes=6, dim=4, kmeans=False, cosine=True),
-    "projected": GradientConfig(codes=6, dim=4, kmeans=False, project_to=2),
-    "rotation": EMAConfig(codes=6, dim=4, kmeans=False, gradient="rotation"),
-    "fsq": FSQConfig(grid=(3, 2), dim=4),
+    "ema": EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False),
+    "gradient": GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False),
+    "cosine": EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False, cosine=True),
+    "projected": GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False, codebook_dim=2),
+    "rotation": EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False, gradient_estimator="rotation"),
+    "fsq": FSQConfig(grid=(3, 2), code_dim=4),
 }
 
 
@@ -92,7 +92,9 @@ def test_evaluation_changes_nothing(name: str) -> None:
 
 
 def test_ema_update_is_the_formula_of_appendix_a1() -> None:
-    config = EMAConfig(codes=5, dim=3, kmeans=False, restart_below=0, decay=0.9, epsilon=1e-5)
+    config = EMAConfig(
+        codebook_size=5, code_dim=3, kmeans_init=False, dead_code_threshold=0, ema_decay=0.9, epsilon=1e-5
+    )
     quantizer = config.build()
     vectors = quantizer.embedding.double().numpy().copy()
     n, m = np.ones(5), vectors.copy()
@@ -112,8 +114,8 @@ def test_ema_update_is_the_formula_of_appendix_a1() -> None:
 
 def test_accumulated_batches_update_like_one_batch() -> None:
     torch.manual_seed(0)
-    one = EMAConfig(codes=6, dim=4, kmeans=False, restart_below=0).build()
-    two = EMAConfig(codes=6, dim=4, kmeans=False, restart_below=0).build()
+    one = EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False, dead_code_threshold=0).build()
+    two = EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False, dead_code_threshold=0).build()
     two.load_state_dict(one.state_dict())
     x = features(8, 4, 5)
     one(x)
@@ -125,21 +127,25 @@ def test_accumulated_batches_update_like_one_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [EMAConfig(codes=6, dim=4, kmeans=False), GradientConfig(codes=6, dim=4, kmeans=False)]
+    "config",
+    [
+        EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False),
+        GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False),
+    ],
 )
 def test_losses_are_those_of_equation_3(config: EMAConfig | GradientConfig) -> None:
     quantizer = config.build()
     x = features(2, 4, 5)
     result = quantizer(x)
     error = np.square(rows_of(x) - rows_of(quantizer.lookup(result.codes))).mean()
-    expected = config.commitment * error + (error if isinstance(config, GradientConfig) else 0)
+    expected = config.commitment_weight * error + (error if isinstance(config, GradientConfig) else 0)
     np.testing.assert_allclose(result.loss.item(), expected, rtol=1e-5)
     for term in result.terms.values():
         np.testing.assert_allclose(term.item(), error, rtol=1e-5)
 
 
 def test_beta_weighs_the_commitment_term_and_each_term_reaches_its_own_side() -> None:
-    quantizer = GradientConfig(codes=6, dim=4, kmeans=False, commitment=0.25).build()
+    quantizer = GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False, commitment_weight=0.25).build()
     x = features(2, 4, 5).requires_grad_()
     result = quantizer(x)
     result.loss.backward()
@@ -153,7 +159,7 @@ def test_beta_weighs_the_commitment_term_and_each_term_reaches_its_own_side() ->
 
 
 def test_the_decoders_gradient_reaches_the_encoder_alone() -> None:
-    quantizer = GradientConfig(codes=6, dim=4, kmeans=False).build()
+    quantizer = GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False).build()
     x = features(2, 4, 5).requires_grad_()
     weight = features(2, 4, 5, seed=1)
     (quantizer(x).values * weight).sum().backward()
@@ -187,11 +193,11 @@ def test_autocast_does_not_touch_the_quantizer() -> None:
 
 @pytest.mark.parametrize("config", [EMAConfig, GradientConfig])
 def test_a_dead_code_comes_back_as_a_feature_with_its_sums(config: type[EMAConfig] | type[GradientConfig]) -> None:
-    quantizer = config(codes=4, dim=2, kmeans=False, restart_below=0.1, decay=0.5).build()
+    quantizer = config(codebook_size=4, code_dim=2, kmeans_init=False, dead_code_threshold=0.1, ema_decay=0.5).build()
     with torch.no_grad():
         quantizer.embedding.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0], [50.0, 50.0], [-50.0, 50.0]]))
         if isinstance(config(), EMAConfig):
-            quantizer.get_buffer("sums").copy_(quantizer.embedding)
+            quantizer.get_buffer("ema_embedding_sum").copy_(quantizer.embedding)
     for step in range(8):
         x = features(16, 2, 4, seed=step)
         quantizer(x)
@@ -202,8 +208,8 @@ def test_a_dead_code_comes_back_as_a_feature_with_its_sums(config: type[EMAConfi
 
 
 def test_without_restarts_a_dead_code_stays() -> None:
-    quantizer = EMAConfig(codes=2, dim=2, kmeans=False, restart_below=0).build()
-    for buffer in (quantizer.embedding, quantizer.sums):
+    quantizer = EMAConfig(codebook_size=2, code_dim=2, kmeans_init=False, dead_code_threshold=0).build()
+    for buffer in (quantizer.embedding, quantizer.ema_embedding_sum):
         buffer.copy_(torch.tensor([[0.0, 0.0], [50.0, 50.0]]))
     for step in range(8):
         quantizer(features(16, 2, 4, seed=step))
@@ -215,7 +221,7 @@ def test_without_restarts_a_dead_code_stays() -> None:
 def test_kmeans_puts_the_codebook_among_the_features_before_the_first_lookup(
     config: type[EMAConfig] | type[GradientConfig],
 ) -> None:
-    quantizer: Quantizer = config(codes=16, dim=4).build()
+    quantizer: Quantizer = config(codebook_size=16, code_dim=4).build()
     x = 30 + features(8, 4, 64)
     error = quantizer(x).terms["commitment"]
     assert error < 1.0, "within the spread of the features, which are 30 away from where codebooks begin"
@@ -226,19 +232,19 @@ def test_kmeans_puts_the_codebook_among_the_features_before_the_first_lookup(
 
 @pytest.mark.parametrize("grid", [(2,), (3,), (8, 8, 8), (5, 4, 3, 2)])
 def test_fsq_reaches_every_code_and_no_other(grid: tuple[int, ...]) -> None:
-    quantizer = FSQConfig(grid=grid, dim=len(grid)).build().eval()
+    quantizer = FSQConfig(grid=grid, code_dim=len(grid)).build().eval()
     torch.nn.init.eye_(quantizer.project_in.weight)
     torch.nn.init.zeros_(quantizer.project_in.bias)
     uniform = torch.rand(20_000, len(grid), generator=torch.Generator().manual_seed(0)) * 1.998 - 0.999
     half, even = (quantizer.grid - 1) * 1.001 / 2, (quantizer.grid % 2 == 0) / 2
     codes = quantizer(uniform.atanh() - torch.atanh(even / half)).codes  # every cell of the grid is as likely
-    assert sorted(codes.unique().tolist()) == list(range(quantizer.codes))
-    every = torch.arange(quantizer.codes)[None]
-    assert len(quantizer.lookup(every)[0].T.unique(dim=0)) == quantizer.codes
+    assert sorted(codes.unique().tolist()) == list(range(quantizer.codebook_size))
+    every = torch.arange(quantizer.codebook_size)[None]
+    assert len(quantizer.lookup(every)[0].T.unique(dim=0)) == quantizer.codebook_size
 
 
 def test_fsq_passes_the_gradient_of_the_bounded_value() -> None:
-    quantizer = FSQConfig(grid=(7, 4), dim=2).build()
+    quantizer = FSQConfig(grid=(7, 4), code_dim=2).build()
     x = features(5, 2).requires_grad_()
     values = quantizer(x).values
     (found,) = torch.autograd.grad(values.sum(), x)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sampling.classifier import ClassifierSpec, load_classifier, save_classifier
-from sampling.rejection import candidates, select
+from sampling.evaluation.classifier import ClassifierSpec, load_classifier, save_classifier
+from sampling.evaluation.rejection import candidates, select
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
 from vqvae2.data.images import read_image
@@ -72,7 +72,18 @@ def test_the_command_keeps_the_likeliest_and_goes_on_where_it_was_stopped(
     finished_run: Path, tmp_path: Path, judge: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
-    command = ["sample", str(run), "--count", "4", "--classes", "3,7", "--reject-to", "0.5", "--classifier", str(judge)]
+    command = [
+        "sample",
+        str(run),
+        "--count",
+        "4",
+        "--classes",
+        "3,7",
+        "--keep-fraction",
+        "0.5",
+        "--classifier",
+        str(judge),
+    ]
     capsys.readouterr()
     assert main(command) == 0
     folder = run / "samples-2"
@@ -109,14 +120,14 @@ def test_the_same_candidates_judged_otherwise_leave_the_first_choice_alone(
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     command = ["sample", str(run), "--classifier", str(judge)]
-    assert main([*command, "--reject-to", "1"]) == 0
+    assert main([*command, "--keep-fraction", "1"]) == 0
     first = contents(run / "samples" / "accepted")
     assert {name for name in first if name.endswith(".png")} == {"grid.png", "classes.png"} | {
         f"images/{n:06d}.png" for n in range(5)
     }
     other = load_classifier(str(judge))
     save_classifier(judge, other.network, ClassifierSpec(architecture="resnet18", classes=CLASSES, size=(16, 16)), {})
-    assert main([*command, "--reject-to", "1"]) == 0
+    assert main([*command, "--keep-fraction", "1"]) == 0
     assert contents(run / "samples" / "accepted") == first
     assert (run / "samples" / "accepted-2" / "rejection.json").is_file()
 
@@ -126,11 +137,11 @@ def test_bad_requests_are_one_line_and_sample_nothing(
 ) -> None:
     before = contents(finished_run)
     sample = ["sample", str(finished_run)]
-    fails(capsys, [*sample, "--reject-to", "0.5"], "--reject-to", "needs --classifier")
-    fails(capsys, [*sample, "--classifier", str(judge)], "--classifier", "needs --reject-to")
+    fails(capsys, [*sample, "--keep-fraction", "0.5"], "--keep-fraction", "needs --classifier")
+    fails(capsys, [*sample, "--classifier", str(judge)], "--classifier", "needs --keep-fraction")
     for fraction in ("0", "-1", "1.5", "nan"):
-        fails(capsys, [*sample, f"--reject-to={fraction}", "--classifier", str(judge)], fraction, "at most 1")
-    both = [*sample, "--reject-to", "0.5", "--classifier"]
+        fails(capsys, [*sample, f"--keep-fraction={fraction}", "--classifier", str(judge)], fraction, "at most 1")
+    both = [*sample, "--keep-fraction", "0.5", "--classifier"]
     fails(capsys, [*both, "resnet51"], "resnet51", "neither a file", "resnet50")
     fails(capsys, [*both, str(tmp_path)], str(tmp_path), "a folder")
     foreign = tmp_path / "weights.pth"
@@ -147,10 +158,10 @@ def test_bad_requests_are_one_line_and_sample_nothing(
 def test_a_run_without_labels_is_refused(
     finished_run: Path, judge: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vqvae2.data.codes import CodeStore
+    from vqvae2.data.code_store import CodeStore
 
     opened = CodeStore.open(finished_run / "codes" / "train")
     opened.header = opened.header.model_copy(update={"classes": ()})
     monkeypatch.setattr(CodeStore, "open", lambda *_: opened)
-    command = ["sample", str(finished_run), "--reject-to", "0.5", "--classifier", str(judge)]
-    fails(capsys, command, "--reject-to", "no class labels")
+    command = ["sample", str(finished_run), "--keep-fraction", "0.5", "--classifier", str(judge)]
+    fails(capsys, command, "--keep-fraction", "no class labels")

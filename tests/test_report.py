@@ -15,8 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from sampling import page
-from sampling.report import write_report
+from sampling.report import page
+from sampling.report.report import write_report
 from vqvae2 import files
 from vqvae2.__main__ import main
 from vqvae2.errors import UserError

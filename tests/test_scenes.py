@@ -16,7 +16,7 @@ from vqvae2.errors import UserError
 N = len(scenes.CLASSES)
 
 
-def shrink(picture: NDArray[np.uint8], factor: int) -> NDArray[np.float64]:
+def make_encoder(picture: NDArray[np.uint8], factor: int) -> NDArray[np.float64]:
     """Average blocks of factor x factor pixels."""
     height, width, _ = picture.shape
     blocks = picture.reshape(height // factor, factor, width // factor, factor, 3)
@@ -89,9 +89,9 @@ def test_too_small_a_picture_is_refused_in_one_line(height: int, width: int) -> 
 @pytest.mark.parametrize("index", range(3 * N))
 def test_a_scene_is_the_same_at_every_size(index: int) -> None:
     small = scenes.render(index, 64, 64).astype(np.float64)
-    assert rms(shrink(scenes.render(index, 128, 128), 2), small) < 12.0
+    assert rms(make_encoder(scenes.render(index, 128, 128), 2), small) < 12.0
     # Another picture of the same class is no such match: the bound above can fail.
-    assert rms(shrink(scenes.render(index + N, 128, 128), 2), small) > 15.0
+    assert rms(make_encoder(scenes.render(index + N, 128, 128), 2), small) > 15.0
 
 
 @pytest.mark.parametrize("kind", range(N))
@@ -106,7 +106,7 @@ def test_there_is_fine_texture_but_no_noise(kind: int) -> None:
     lost = []
     for k in range(8):
         picture = scenes.render(kind + N * k, 64, 64)
-        blurred = shrink(picture, 2).repeat(2, axis=0).repeat(2, axis=1)
+        blurred = make_encoder(picture, 2).repeat(2, axis=0).repeat(2, axis=1)
         lost.append(rms(picture.astype(np.float64), blurred))
     assert 3.0 < np.mean(lost) < 20.0
 
@@ -115,7 +115,9 @@ def test_classes_can_be_told_apart_by_layout() -> None:
     """Nearest class mean on 16 x 16 thumbnails, judged on pictures that the means have not seen."""
 
     def thumbnails(start: int, rounds: int) -> NDArray[np.float64]:
-        pictures = [shrink(scenes.render(index, 32, 32), 2).ravel() for index in range(start * N, (start + rounds) * N)]
+        pictures = [
+            make_encoder(scenes.render(index, 32, 32), 2).ravel() for index in range(start * N, (start + rounds) * N)
+        ]
         return np.stack(pictures).reshape(rounds, N, -1)
 
     means = thumbnails(0, 24).mean(axis=0)

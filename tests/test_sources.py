@@ -18,9 +18,9 @@ import torchvision
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from vqvae2.data.batches import InOrder, load
 from vqvae2.data.images import DataConfig, Images, open_images
-from vqvae2.data.index import Index, Names
+from vqvae2.data.index import Index, StringTable
+from vqvae2.data.samplers import SequentialBatchSampler, load
 from vqvae2.data.sources import FolderSource, TarSource, open_source
 from vqvae2.errors import UserError
 
@@ -54,12 +54,12 @@ def tarred(folder: Path, out: Path, mode: str = "w") -> Path:
 
 
 def opened(path: object, **settings: object) -> tuple[Images, Images]:
-    config = {"path": str(path), "size": 16, "labels": "folder", "validation": 0.3, **settings}
+    config = {"path": str(path), "size": 16, "labels": "folder", "val_fraction": 0.3, **settings}
     return open_images(DataConfig.parse(config, "test"))
 
 
-def stacked(images: Images, workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(load(images, InOrder(len(images), 5), workers))
+def stacked(images: Images, num_workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(load(images, SequentialBatchSampler(len(images), 5), num_workers))
     return torch.cat([batch.image for batch in batches]), torch.cat([batch.label for batch in batches])
 
 
@@ -244,7 +244,7 @@ def test_an_index_is_made_anew_when_something_changed(folder: Path, tmp_path: Pa
 
 def test_names_are_compact_and_come_back(tmp_path: Path) -> None:
     texts = ["", "a/b.png", "ü.png", "\udcff.png", "日本/語.jpg"]
-    names = Names.of(texts)
+    names = StringTable.of(texts)
     assert list(names) == texts
     assert (names[-1], list(names[1:3]), list(names.take(np.array([3, 0])))) == (texts[-1], texts[1:3], [texts[3], ""])
     with pytest.raises(IndexError):

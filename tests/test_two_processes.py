@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import TINY
 from tests.inception_fixture import two_processes
-from train.autoencoder import AutoencoderObjective
+from train.stages.autoencoder import AutoencoderObjective
 from vqvae2 import distributed
 from vqvae2.__main__ import main
-from vqvae2.data.codes import CodeStore
+from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import Item
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig
@@ -24,15 +24,25 @@ from vqvae2.quantizers import EMAConfig, GradientConfig
 STEPS, BATCH = 20, 8
 
 
-def trained(restart_below: float) -> dict[str, Tensor]:
+def trained(dead_code_threshold: float) -> dict[str, Tensor]:
     """The quantizers' state after 20 steps of an autoencoder on this process's share of every batch."""
     torch.manual_seed(0)
     levels = (
-        LevelConfig(stride=4, quantizer=EMAConfig(codes=24, dim=6, decay=0.8, restart_below=restart_below)),
-        LevelConfig(stride=2, quantizer=GradientConfig(codes=24, dim=6, decay=0.8, restart_below=restart_below)),
+        LevelConfig(
+            stride=4,
+            quantizer=EMAConfig(codebook_size=24, code_dim=6, ema_decay=0.8, dead_code_threshold=dead_code_threshold),
+        ),
+        LevelConfig(
+            stride=2,
+            quantizer=GradientConfig(
+                codebook_size=24, code_dim=6, ema_decay=0.8, dead_code_threshold=dead_code_threshold
+            ),
+        ),
     )
     network = AutoencoderConfig(levels=levels, channels=16, residual_channels=8).build((32, 32))
-    for join in network.joins:  # features spread out about as far as a trained network's, not a hundredth of it
+    for (
+        join
+    ) in network.pre_quant_convs:  # features spread out about as far as a trained network's, not a hundredth of it
         torch.nn.init.normal_(join.weight)
     objective = AutoencoderObjective(network)
     wrapped = DistributedDataParallel(objective) if distributed.is_distributed() else objective

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2.data.batches import InOrder, TrainingOrder, load
 from vqvae2.data.images import DataConfig, Images, open_images
+from vqvae2.data.samplers import ResumableBatchSampler, SequentialBatchSampler, load
 from vqvae2.errors import UserError
 
 BAD = (4, 5, 17)
@@ -40,7 +40,14 @@ def on_stderr() -> Iterator[None]:
 
 
 def opened(folder: Path, **settings: object) -> Images:
-    config = {"path": str(folder), "size": 8, "channels": 1, "validation": 1e-9, "unreadable": 0.1, **settings}
+    config = {
+        "path": str(folder),
+        "size": 8,
+        "channels": 1,
+        "val_fraction": 1e-9,
+        "max_unreadable_fraction": 0.1,
+        **settings,
+    }
     return open_images(DataConfig.parse(config, "test"))[0]
 
 
@@ -49,9 +56,9 @@ def greys(batches: Iterator[object]) -> list[list[int]]:
 
 
 @pytest.mark.usefixtures("on_stderr")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_next_readable_image_stands_in_and_each_is_named_once(
-    folder: Path, workers: int, capfd: pytest.CaptureFixture[str]
+    folder: Path, num_workers: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     images = opened(folder)
     expected = {int(name[:2]): int(name[:2]) for name in images.names}
@@ -59,9 +66,9 @@ def test_the_next_readable_image_stands_in_and_each_is_named_once(
         assert instead in expected
         expected[number] = instead
     for _ in range(2):
-        seen = list(itertools.chain(*greys(load(images, InOrder(len(images), 7), workers))))
+        seen = list(itertools.chain(*greys(load(images, SequentialBatchSampler(len(images), 7), num_workers))))
         assert seen == list(expected.values())
-    assert list(itertools.chain(*greys(load(opened(folder), InOrder(len(images), 7), 0)))) == seen
+    assert list(itertools.chain(*greys(load(opened(folder), SequentialBatchSampler(len(images), 7), 0)))) == seen
     warned = capfd.readouterr().err.splitlines()
     assert len(warned) == 3
     for number in BAD:
@@ -69,22 +76,22 @@ def test_the_next_readable_image_stands_in_and_each_is_named_once(
 
 
 def test_the_order_of_training_depends_on_seed_and_step_alone(folder: Path) -> None:
-    def batches(start: int, workers: int = 0) -> list[list[int]]:
+    def batches(start: int, num_workers: int = 0) -> list[list[int]]:
         images = opened(folder, crop="random", flip=True)
-        return greys(load(images, TrainingOrder(len(images), 8, start=start, stop=12, seed=1), workers))
+        return greys(load(images, ResumableBatchSampler(len(images), 8, start=start, stop=12, seed=1), num_workers))
 
     whole = batches(0)
-    assert whole == batches(0, workers=2)
+    assert whole == batches(0, num_workers=2)
     for start in (1, 4, 7):  # resumed before and after the bad ones were met
         assert batches(start) == whole[start:]
     assert not {*BAD} & set(itertools.chain(*whole))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_are_one_error_that_lists_them(folder: Path, workers: int) -> None:
-    images = opened(folder, unreadable=0.06)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_are_one_error_that_lists_them(folder: Path, num_workers: int) -> None:
+    images = opened(folder, max_unreadable_fraction=0.06)
     with pytest.raises(UserError) as error:
-        list(load(images, InOrder(len(images), 7), workers))
+        list(load(images, SequentialBatchSampler(len(images), 7), num_workers))
     text = str(error.value)
     assert "\n" not in text
     assert text.startswith("data.path: 3 of 39 images cannot be read as images, more than the share of 0.06")

@@ -27,7 +27,7 @@ class Optimized(NamedTuple):
 class TrainingState:
     """Everything that a step reads and changes: weights, their average, the optimizers' moments, the step.
 
-    `optimized` is by prefix of the names in a file: "" for what is trained, one for each opponent.
+    `optimized` is by prefix of the names in a file: "" for what is trained, one for each auxiliary.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class TrainingState:
         self.seconds = 0.0
         self.last_validation: dict[str, float] = {}
         self.best_step, self.best_value = 0, math.inf  # of the value that judges the network, lower is better
-        self.stale = 0  # validations since then
+        self.bad_validations = 0  # validations since then
         self.unlogged: dict[str, dict[str, Any]] = {"terms": {}, "stage": {}}  # gathered since the log's last entry
 
-    def judge(self, value: float) -> bool:
+    def record_validation(self, value: float) -> bool:
         """Take in a validation's value; whether it is the best so far."""
         better = value < self.best_value
-        self.stale = 0 if better else self.stale + 1
+        self.bad_validations = 0 if better else self.bad_validations + 1
         if better:
             self.best_step, self.best_value = self.step, value
         return better
@@ -95,7 +95,7 @@ class TrainingState:
             "step": self.step,
             "seconds": self.seconds,
             "last_validation": self.last_validation,
-            "best": [self.best_step, self.best_value, self.stale] if self.best_step else None,
+            "best": [self.best_step, self.best_value, self.bad_validations] if self.best_step else None,
             "unlogged": self.unlogged,
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
@@ -111,13 +111,13 @@ class TrainingState:
             _fill_moments(optimizer, groups.get(f"{prefix}optimizer", {}))
         averages = groups.get("average", {})
         if averages.keys() != self.average.keys():
-            raise UserError(f"{path}: made with another setting of `average`")
+            raise UserError(f"{path}: made with another setting of `ema_decay`")
         _set(self.average, averages)
         if self.scaler and metadata["scaler"]:
             self.scaler.load_state_dict(metadata["scaler"])
         self.step, self.seconds = metadata["step"], metadata["seconds"]
         self.last_validation, self.unlogged = metadata["last_validation"], metadata["unlogged"]
-        self.best_step, self.best_value, self.stale = metadata.get("best") or (0, math.inf, 0)
+        self.best_step, self.best_value, self.bad_validations = metadata.get("best") or (0, math.inf, 0)
 
 
 class Checkpoints:

@@ -5,7 +5,7 @@ learning-rate schedule, averaged weights, validation, logs, checkpoints and resu
 step, one update of the weights from one global batch. Random numbers of a step depend on (seed, step, process) alone,
 so the same command goes on from any checkpoint to the same result.
 
-A stage may have an opponent, a second network trained against the first. Both gradients of a step are taken at the
+A stage may have an auxiliary, a second network trained against the first. Both gradients of a step are taken at the
 weights that the step began with, so accumulated batches, and several processes, still come to what one batch would.
 """
 
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from train.checkpoints import Checkpoints, Optimized, TrainingState
-from train.history import History
+from train.metric_log import MetricLog
 from train.signals import StopSignals
 from vqvae2 import files
 from vqvae2.config import Config
-from vqvae2.data.batches import Collection, TrainingOrder, load
+from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, load
 from vqvae2.errors import Stopped, UserError
 
 
@@ -40,17 +40,19 @@ class TrainingConfig(Config):
 
     steps: int = Field(ge=1)
     batch_size: int = Field(default=128, ge=1, description="of all processes and accumulated batches together")
-    accumulate: int = Field(default=1, ge=1, description="smaller batches that make up one, one after the other")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="smaller batches that make up one, one after the other"
+    )
     learning_rate: float = Field(default=3e-4, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float | None = Field(default=None, gt=0, description="limit of the gradient's norm")
-    average: float | None = Field(
+    max_grad_norm: float | None = Field(default=None, gt=0, description="limit of the gradient's norm")
+    ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="decay of the averaged weights, which become the result"
     )
-    precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="mixed precision")
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = Field(default=False, description="compile the network (pays on a GPU)")
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1)
@@ -58,7 +60,7 @@ class TrainingConfig(Config):
     preview_every: int = Field(default=5000, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1, description="how many of the newest checkpoints stay, with the best")
-    patience: int | None = Field(
+    early_stopping_patience: int | None = Field(
         default=None, ge=1, description="end after so many validations without a better one, with the best weights"
     )
 
@@ -79,11 +81,11 @@ class TrainingConfig(Config):
 
 
 @dataclass(frozen=True)
-class Opponent:
+class AuxiliaryNetwork:
     """A second network, trained beside the first by an optimizer of its own; no part of the result."""
 
     name: str  # of its loss in the log
-    objective: nn.Module  # what `Stage.for_opponent` gives → (loss to minimise, other terms by name)
+    objective: nn.Module  # what `Stage.auxiliary_batch` gives → (loss to minimise, other terms by name)
     learning_rate: float  # at its peak; it follows the schedule of the first network's
     betas: tuple[float, float]
     start: int = 0  # the step from which it is trained
@@ -97,13 +99,13 @@ class Stage(ABC):
     """
 
     name: str  # for people: "autoencoder", "prior-top"
-    training_data: Collection
+    training_data: MapDataset
     curves: dict[str, list[str]]  # panels of the curve picture: title → names of logged values
 
-    judged_by: str  # the value of `validate` that tells better networks from worse, lower is better
+    monitor: str  # the value of `validate` that tells better networks from worse, lower is better
 
     objective: nn.Module  # around the network: batch on the device → (loss to minimise, other terms by name)
-    opponent: Opponent | None = None
+    auxiliary: AuxiliaryNetwork | None = None
 
     @property
     @abstractmethod
@@ -125,13 +127,13 @@ class Stage(ABC):
     def before_update(self, step: int) -> None:
         """Called before every update of the weights with the step's number, from 0; most stages have nothing to do."""
 
-    def for_opponent(self) -> Any:
-        """What the opponent learns from: something that the objective keeps of the batch it has just seen."""
+    def auxiliary_batch(self) -> Any:
+        """What the auxiliary learns from: something that the objective keeps of the batch it has just seen."""
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after every update of the weights, with their optimizer; most stages have nothing to do."""
 
-    def judge(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
+    def training_warnings(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
         """What the log, its entries in order, warns of at the end of training."""
         return []
 
@@ -148,7 +150,7 @@ class Stage(ABC):
 
 
 @dataclass(frozen=True)
-class _Learner:
+class TrainableUnit:
     """An objective and its optimizer, as Accelerate wraps them."""
 
     loss: str  # its name in the log
@@ -158,13 +160,13 @@ class _Learner:
     start: int
 
 
-def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> dict[str, Any]:
+def train(stage: Stage, config: TrainingConfig, folder: Path, num_workers: int) -> dict[str, Any]:
     """Train until `config.steps`, from the newest checkpoint in `folder`; the last validation's values and the time."""
-    accelerator = make_accelerator(config.precision, folder, config.accumulate)
-    learners = _learners(stage, config, accelerator)
-    state = TrainingState(stage.trained, _optimized(stage, learners), config.average, accelerator.scaler)
+    accelerator = make_accelerator(config.mixed_precision, folder, config.gradient_accumulation_steps)
+    units = _trainable_units(stage, config, accelerator)
+    state = TrainingState(stage.trained, _optimized(stage, units), config.ema_decay, accelerator.scaler)
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-    history = History(folder, accelerator.is_main_process)
+    history = MetricLog(folder, accelerator.is_main_process)
     if checkpoints.restore(state):
         accelerator.print(f"{stage.name}: going on from step {state.step:,} of {config.steps:,}")
         stage.resume(state.unlogged["stage"])
@@ -172,9 +174,9 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
     started = time.monotonic() - state.seconds
     with StopSignals() as signals, _progress(stage.name, state.step, config.steps, accelerator) as bar:
         ended = state.step == config.steps or _exhausted(state, config)
-        for step, batches in () if ended else _steps(stage, config, accelerator, state.step, workers):
+        for step, batches in () if ended else _steps(stage, config, accelerator, state.step, num_workers):
             seed_step(config.seed, step, accelerator.process_index)
-            terms = _update(stage, learners, batches, config, step, accelerator, checkpoints)
+            terms = _update(stage, units, batches, config, step, accelerator, checkpoints)
             state.advance(time.monotonic() - started)
             bar.update()
             done = state.step
@@ -188,7 +190,7 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
                 with state.averaged():
                     state.last_validation = stage.validate(accelerator)
                 accelerator.log(history.write(done, "validation", state.last_validation), step=done)
-                better = state.judge(state.last_validation[stage.judged_by])
+                better = state.record_validation(state.last_validation[stage.monitor])
             ended = done == config.steps or _exhausted(state, config)
             if accelerator.is_main_process and (done % config.preview_every == 0 or ended):
                 with state.averaged():
@@ -208,9 +210,9 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
                 )
             if ended:
                 break
-    if config.patience:
+    if config.early_stopping_patience:
         checkpoints.restore_best(state)
-    for warning in stage.judge(history.entries):
+    for warning in stage.training_warnings(history.entries):
         accelerator.print(f"warning: {warning}")
     summary = {"steps": state.step, "seconds": round(state.seconds, 1), "validation": state.last_validation}
     if accelerator.is_main_process:
@@ -224,18 +226,20 @@ def train(stage: Stage, config: TrainingConfig, folder: Path, workers: int) -> d
 
 
 def _exhausted(state: TrainingState, config: TrainingConfig) -> bool:
-    return config.patience is not None and state.stale >= config.patience
+    return config.early_stopping_patience is not None and state.bad_validations >= config.early_stopping_patience
 
 
-def make_accelerator(precision: str = "no", folder: Path | None = None, accumulate: int = 1) -> Accelerator:
+def make_accelerator(
+    mixed_precision: str = "fp32", folder: Path | None = None, gradient_accumulation_steps: int = 1
+) -> Accelerator:
     """Accelerate's handle on devices and processes, with a TensorBoard log in `folder`/logs."""
     # Accelerate keeps one precision for the life of a process; the stages of a run may each have their own.
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without which processes without GPUs would not find each other
-        mixed_precision=precision,
-        gradient_accumulation_steps=accumulate,
+        mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
         log_with="tensorboard" if folder else None,
         project_dir=folder,
     )
@@ -258,29 +262,29 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _steps(
-    stage: Stage, config: TrainingConfig, accelerator: Accelerator, start: int, workers: int
+    stage: Stage, config: TrainingConfig, accelerator: Accelerator, start: int, num_workers: int
 ) -> Iterator[tuple[int, list[Any]]]:
     """Each step's number, from 0, with its micro-batches."""
-    order = TrainingOrder(
+    order = ResumableBatchSampler(
         len(stage.training_data),
         config.batch_size,
         start=start,
         stop=config.steps,
         seed=config.seed,
-        accumulate=config.accumulate,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    micro = load(stage.training_data, order, workers, pin_memory=accelerator.device.type == "cuda")
+    micro = load(stage.training_data, order, num_workers, pin_memory=accelerator.device.type == "cuda")
     for step in range(start, config.steps):
-        yield step, [to_device(next(micro), accelerator.device) for _ in range(config.accumulate)]
+        yield step, [to_device(next(micro), accelerator.device) for _ in range(config.gradient_accumulation_steps)]
 
 
-def _learners(stage: Stage, config: TrainingConfig, accelerator: Accelerator) -> list[_Learner]:
-    """The stage's objective, and its opponent where it has one, ready to be trained."""
-    learners = []
-    first = Opponent("loss", stage.objective, config.learning_rate, config.betas)
-    for index, each in enumerate([first, stage.opponent] if stage.opponent else [first]):
+def _trainable_units(stage: Stage, config: TrainingConfig, accelerator: Accelerator) -> list[TrainableUnit]:
+    """The stage's objective, and its auxiliary where it has one, ready to be trained."""
+    units = []
+    first = AuxiliaryNetwork("loss", stage.objective, config.learning_rate, config.betas)
+    for index, each in enumerate([first, stage.auxiliary] if stage.auxiliary else [first]):
         optimizer = torch.optim.AdamW(
             each.objective.parameters(),
             lr=each.learning_rate,
@@ -290,24 +294,26 @@ def _learners(stage: Stage, config: TrainingConfig, accelerator: Accelerator) ->
         )
         module = torch.compile(each.objective) if config.compile else each.objective
         wrapped, optimizer = accelerator.prepare(module, optimizer)
-        learners.append(_Learner(each.name, wrapped, optimizer, each.learning_rate / config.learning_rate, each.start))
-    return learners
+        units.append(
+            TrainableUnit(each.name, wrapped, optimizer, each.learning_rate / config.learning_rate, each.start)
+        )
+    return units
 
 
-def _optimized(stage: Stage, learners: Sequence[_Learner]) -> dict[str, Optimized]:
+def _optimized(stage: Stage, units: Sequence[TrainableUnit]) -> dict[str, Optimized]:
     """What checkpoints hold, by prefix."""
     objectives = {"": stage.objective} | (
-        {f"{stage.opponent.name}-": stage.opponent.objective} if stage.opponent else {}
+        {f"{stage.auxiliary.name}-": stage.auxiliary.objective} if stage.auxiliary else {}
     )
     return {
-        prefix: Optimized(objective, learner.optimizer.optimizer)
-        for (prefix, objective), learner in zip(objectives.items(), learners, strict=True)
+        prefix: Optimized(objective, unit.optimizer.optimizer)
+        for (prefix, objective), unit in zip(objectives.items(), units, strict=True)
     }
 
 
 def _update(
     stage: Stage,
-    learners: Sequence[_Learner],
+    units: Sequence[TrainableUnit],
     batches: list[Any],
     config: TrainingConfig,
     step: int,
@@ -316,27 +322,27 @@ def _update(
 ) -> dict[str, float]:
     """One update of the weights; the mean of each loss term over its micro-batches."""
     stage.before_update(step)
-    learners = [learner for learner in learners if step >= learner.start]
+    units = [unit for unit in units if step >= unit.start]
     sums: dict[str, Tensor] = {}
     for batch in batches:
-        with accelerator.accumulate(*(learner.objective for learner in learners)), accelerator.autocast():
-            for index, learner in enumerate(learners):
-                loss, terms = learner.objective(stage.for_opponent() if index else batch)
+        with accelerator.accumulate(*(unit.objective for unit in units)), accelerator.autocast():
+            for index, unit in enumerate(units):
+                loss, terms = unit.objective(stage.auxiliary_batch() if index else batch)
                 accelerator.backward(loss)
-                for name, term in ({learner.loss: loss} | terms).items():
+                for name, term in ({unit.loss: loss} | terms).items():
                     sums[name] = sums.get(name, 0) + term.detach().float() / len(batches)
     means = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
     _check_finite(means, step, checkpoints)
-    for index, learner in enumerate(learners):
-        if config.clip_norm:
-            norm = accelerator.clip_grad_norm_(learner.objective.parameters(), config.clip_norm)
-            name = f"gradient_norm_{learner.loss}" if index else "gradient_norm"
+    for index, unit in enumerate(units):
+        if config.max_grad_norm:
+            norm = accelerator.clip_grad_norm_(unit.objective.parameters(), config.max_grad_norm)
+            name = f"gradient_norm_{unit.loss}" if index else "gradient_norm"
             means[name] = float(norm if norm is not None else math.nan)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = learner.pace * config.rate(step)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
-    stage.after_update(learners[0].optimizer.optimizer)
+        for group in unit.optimizer.param_groups:
+            group["lr"] = unit.pace * config.rate(step)
+        unit.optimizer.step()
+        unit.optimizer.zero_grad()
+    stage.after_update(units[0].optimizer.optimizer)
     return means
 
 
@@ -347,7 +353,7 @@ def _check_finite(means: dict[str, float], step: int, checkpoints: Checkpoints) 
             where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise UserError(
                 f"step {step + 1}: the loss term `{name}` is {value}; {where}; "
-                "lower the learning rate, set clip_norm, or use precision bf16 instead of fp16"
+                "lower the learning rate, set max_grad_norm, or use mixed_precision bf16 instead of fp16"
             )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vqvae2.config import Config
 from vqvae2.distributed import rank, sum_over_processes
 from vqvae2.errors import UserError
-from vqvae2.metrics.codebook import CodeUsage
+from vqvae2.metrics.codebook_usage import CodeUsage
 from vqvae2.models.discriminator import DiscriminatorConfig
 from vqvae2.quantizers import Quantized
 

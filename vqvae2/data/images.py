@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqvae2.config import Config
-from vqvae2.data.decoding import Unreadable, read_image
-from vqvae2.data.index import Integers, Names
+from vqvae2.data.image_io import Unreadable, read_image
+from vqvae2.data.index import Integers, StringTable
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.base import Source
 from vqvae2.errors import UserError
@@ -43,19 +43,19 @@ class DataConfig(Config):
     labels: Literal["none", "folder"] = Field(
         default="none", description="`folder`: the first folder in a path is its class, or what the data set says"
     )
-    validation: float = Field(default=0.05, gt=0, lt=1, description="share of images that is held out")
-    unreadable: float = Field(
+    val_fraction: float = Field(default=0.05, gt=0, lt=1, description="share of images that is held out")
+    max_unreadable_fraction: float = Field(
         default=0.01, ge=0, lt=1, description="share of images that may be unreadable, and are skipped"
     )
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(default=False, description="mirror half of the training images")
-    count: int = Field(default=4096, ge=2, description="how many pictures `scenes` has")
-    workers: int = Field(default=2, ge=0, description="processes that decode images; 0 decodes in the main one")
+    num_scenes: int = Field(default=4096, ge=2, description="how many pictures `scenes` has")
+    num_workers: int = Field(default=2, ge=0, description="processes that decode images; 0 decodes in the main one")
 
     @property
     def source(self) -> str:
         """The path as sources take it, with the number of built-in pictures."""
-        return f"scenes:{self.count}" if self.path == "scenes" else self.path
+        return f"scenes:{self.num_scenes}" if self.path == "scenes" else self.path
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,7 +77,7 @@ class Images(Dataset[Item]):
 
     In the place of an unreadable image stands the next readable one, so what stands there depends on the number alone
     and training can be resumed; `read` says None instead. Each is named in one warning, whichever worker finds it, and
-    `UserError` lists them when they are more than the share that `data.unreadable` allows.
+    `UserError` lists them when they are more than the share that `data.max_unreadable_fraction` allows.
     """
 
     def __init__(self, config: DataConfig, source: Source, chosen: Integers) -> None:
@@ -89,7 +89,7 @@ class Images(Dataset[Item]):
         self._warned = _warned.setdefault(known, _flags(len(chosen)))
 
     @property
-    def names(self) -> Names:
+    def names(self) -> StringTable:
         """What tells the images apart."""
         return self.source.index.names.take(self.chosen)
 
@@ -129,14 +129,14 @@ class Images(Dataset[Item]):
         return self.source.index.digest(self.chosen)
 
     def refuse_many(self, unreadable: Integers | list[int], reason: str = "") -> None:
-        """UserError where these are more unreadable images than `data.unreadable` allows."""
-        if len(unreadable) <= self.config.unreadable * len(self):
+        """UserError where these are more unreadable images than `data.max_unreadable_fraction` allows."""
+        if len(unreadable) <= self.config.max_unreadable_fraction * len(self):
             return
         listed = ", ".join(self.source.describe(int(self.chosen[index])) for index in unreadable[:_LISTED])
         more = f" and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
         raise UserError(
             f"data.path: {len(unreadable)} of {len(self)} images cannot be read as images, more than the share of "
-            f"{self.config.unreadable:g} that data.unreadable allows: {listed}{more}{reason}; remove or replace "
+            f"{self.config.max_unreadable_fraction:g} that data.max_unreadable_fraction allows: {listed}{more}{reason}; remove or replace "
             f"{'them' if len(unreadable) > 1 else 'it'}"
         )
 
@@ -167,7 +167,7 @@ def open_images(config: DataConfig, cache: Path | None = None) -> tuple[Images, 
     if config.labels == "folder" and (loose := np.flatnonzero(index.labels < 0)).size:
         name = source.describe(int(loose[0]))
         raise UserError(f"data.labels: `folder`, but {name} lies in no class folder; use `none`")
-    training, held_out = index.split(config.validation)
+    training, held_out = index.split(config.val_fraction)
     return Images(config, source, training), Images(config, source, held_out)
 
 

@@ -22,7 +22,7 @@ _TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
 Integers = NDArray[np.int64]
 
 
-class Names(Sequence[str]):
+class StringTable(Sequence[str]):
     """Strings in one array of bytes; `ends` are the offsets behind each, `chosen` which of them and in what order."""
 
     def __init__(self, text: NDArray[np.uint8], ends: Integers, chosen: Integers | None = None) -> None:
@@ -35,9 +35,9 @@ class Names(Sequence[str]):
         text = np.frombuffer(b"".join(encoded), np.uint8)
         return cls(text, np.cumsum([len(name) for name in encoded], dtype=np.int64))
 
-    def take(self, chosen: Integers) -> "Names":
+    def take(self, chosen: Integers) -> "StringTable":
         """A view of the names at these positions."""
-        return Names(self.text, self.ends, chosen if self.chosen is None else self.chosen[chosen])
+        return StringTable(self.text, self.ends, chosen if self.chosen is None else self.chosen[chosen])
 
     def __len__(self) -> int:
         return len(self.ends if self.chosen is None else self.chosen)
@@ -45,8 +45,8 @@ class Names(Sequence[str]):
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, index: slice) -> "Names": ...
-    def __getitem__(self, index: int | slice) -> "str | Names":
+    def __getitem__(self, index: slice) -> "StringTable": ...
+    def __getitem__(self, index: int | slice) -> "str | StringTable":
         if isinstance(index, slice):
             return self.take(np.arange(*index.indices(len(self)), dtype=np.int64))
         at = range(len(self))[index] if self.chosen is None else int(self.chosen[index])
@@ -61,7 +61,7 @@ class Names(Sequence[str]):
 class Index:
     """What is known of every image of a source without opening it, sorted by name."""
 
-    names: Names
+    names: StringTable
     labels: NDArray[np.int32]  # positions in `classes`; −1 where an image has none
     hashes: NDArray[np.uint64]  # of the names; they decide the split
     classes: tuple[str, ...]
@@ -85,7 +85,7 @@ class Index:
         label_of: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
         hashed = (hashlib.sha256(names[i].encode("utf-8", "surrogateescape")).digest()[:8] for i in order)
         return cls(
-            Names.of([names[i] for i in order]),
+            StringTable.of([names[i] for i in order]),
             np.fromiter((label_of.get(class_names[i], -1) for i in order), np.int32, len(names)),
             np.fromiter(map(int.from_bytes, hashed), np.uint64, len(names)),
             classes,
@@ -99,7 +99,7 @@ class Index:
     def take(self, chosen: Integers, columns: dict[str, Integers] | None = None) -> "Index":
         """The index of these images alone, in its own memory."""
         return Index(
-            Names.of(list(self.names.take(chosen))),
+            StringTable.of(list(self.names.take(chosen))),
             self.labels[chosen],
             self.hashes[chosen],
             self.classes,
@@ -151,7 +151,7 @@ class Index:
                 if len(data) < start + end:
                     return None
             columns = {k.removeprefix("column."): v for k, v in arrays.items() if k.startswith("column.")}
-            names = Names(arrays["text"], arrays["ends"])
+            names = StringTable(arrays["text"], arrays["ends"])
             if header["format"] != _FORMAT or digest != _digest(header, arrays):
                 return None
             return cls(names, arrays["labels"], arrays["hashes"], tuple(header["classes"]), columns, header["stamp"])

@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqvae2 import checkpoint, files
+from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.config import Config
 from vqvae2.errors import UserError
-from vqvae2.maps import CodeMaps, MapSpec
-from vqvae2.models.blocks import grow, prime_factors, shrink, upsample
+from vqvae2.models.blocks import make_decoder, make_encoder, prime_factors, upsample
 from vqvae2.quantizers import EMAConfig, Quantized, Quantizer, QuantizerConfig
 
 
@@ -63,22 +63,24 @@ class Autoencoder(nn.Module):
         _check_size(config, size)
         self.config, self.size, self.image_channels = config, size, image_channels
         c, r, n = config.channels, config.residual_channels, config.residual_layers
-        dims = [level.quantizer.dim for level in config.levels]
+        dims = [level.quantizer.code_dim for level in config.levels]
         strides = [level.stride for level in config.levels]
         top = len(dims) - 1
         # Width of everything known once level i is quantized: its own map, and the coarser ones brought to its size.
         known = [2 * dim for dim in dims[:-1]] + dims[-1:]
         below_top = range(top)
         self.encoders = nn.ModuleList(
-            shrink(image_channels if i == 0 else c, c, stride, r, n) for i, stride in enumerate(strides)
+            make_encoder(image_channels if i == 0 else c, c, stride, r, n) for i, stride in enumerate(strides)
         )
         self.decoders = nn.ModuleList(  # from what is known at level i + 1 to the size of level i
-            grow(known[i + 1], c, dims[i + 1], strides[i + 1], r, n) for i in below_top
+            make_decoder(known[i + 1], c, dims[i + 1], strides[i + 1], r, n) for i in below_top
         )
-        self.joins = nn.ModuleList(nn.Conv2d(c + (dims[i + 1] if i < top else 0), dim, 1) for i, dim in enumerate(dims))
+        self.pre_quant_convs = nn.ModuleList(
+            nn.Conv2d(c + (dims[i + 1] if i < top else 0), dim, 1) for i, dim in enumerate(dims)
+        )
         self.quantizers = nn.ModuleList(level.quantizer.build() for level in config.levels)
         self.upsamplers = nn.ModuleList(_bring_up(known[i + 1], dims[i], strides[i + 1]) for i in below_top)
-        self.decoder = grow(known[0], c, image_channels, strides[0], r, n)
+        self.decoder = make_decoder(known[0], c, image_channels, strides[0], r, n)
         # Activations follow the weights: convolutions run faster so, and features already are rows for the quantizers.
         self.to(memory_format=torch.channels_last)
 
@@ -88,7 +90,7 @@ class Autoencoder(nn.Module):
         specs, (height, width) = [], self.size
         for level, quantizer in zip(self.config.levels, self._quantizers(), strict=True):
             height, width = height // level.stride, width // level.stride
-            specs.append(MapSpec(codes=quantizer.codes, height=height, width=width))
+            specs.append(MapSpec(codebook_size=quantizer.codebook_size, height=height, width=width))
         return tuple(specs)
 
     def forward(self, images: Float[Tensor, "b c h w"], quantized: bool = True) -> Reconstruction:
@@ -108,7 +110,7 @@ class Autoencoder(nn.Module):
             joined = features[index]
             if known is not None:
                 joined = torch.cat([self.decoders[index](known), joined], 1)
-            quantizer, latents = quantizers[index], self.joins[index](joined)
+            quantizer, latents = quantizers[index], self.pre_quant_convs[index](joined)
             levels.insert(0, quantizer(latents) if quantized else quantizer.pass_through(latents))
             known = self._add(index, levels[0].values, known)
         return Reconstruction(self.decoder(known), tuple(levels))
@@ -138,8 +140,8 @@ class Autoencoder(nn.Module):
             raise ValueError(f"expected code maps of sizes {expected}, finest first, got {found}")
         values = []
         for index, (level, spec, quantizer) in enumerate(zip(codes, self.maps, self._quantizers(), strict=True)):
-            if level.numel() and not 0 <= int(level.min()) <= int(level.max()) < spec.codes:
-                raise ValueError(f"level {index}: codes must be in [0, {spec.codes})")
+            if level.numel() and not 0 <= int(level.min()) <= int(level.max()) < spec.codebook_size:
+                raise ValueError(f"level {index}: codes must be in [0, {spec.codebook_size})")
             value = quantizer.lookup(level)
             takes_part = only is None or only[index]
             values.append(value if takes_part else value.mean((2, 3), keepdim=True).expand_as(value))

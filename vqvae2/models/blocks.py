@@ -21,7 +21,9 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def shrink(inputs: int, channels: int, stride: int, residual_channels: int, residual_layers: int) -> nn.Sequential:
+def make_encoder(
+    inputs: int, channels: int, stride: int, residual_channels: int, residual_layers: int
+) -> nn.Sequential:
     """(B, inputs, H, W) to (B, channels, H / stride, W / stride): strided convolutions, a 3×3 one, residual blocks.
 
     The first strided convolution has half the channels, as in the reference networks of both papers.
@@ -36,7 +38,7 @@ def shrink(inputs: int, channels: int, stride: int, residual_channels: int, resi
     return nn.Sequential(*layers, nn.ReLU(inplace=True))
 
 
-def grow(
+def make_decoder(
     inputs: int, channels: int, outputs: int, stride: int, residual_channels: int, residual_layers: int
 ) -> nn.Sequential:
     """(B, inputs, h, w) to (B, outputs, h · stride, w · stride), the mirror image of `shrink`."""

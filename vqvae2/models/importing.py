@@ -16,14 +16,14 @@ _PARTS = {
     "enc_t.blocks.": "encoders.1.",
     "dec_t.blocks.": "decoders.0.",
     "dec.blocks.": "decoder.",
-    "quantize_conv_b.": "joins.0.",
-    "quantize_conv_t.": "joins.1.",
+    "quantize_conv_b.": "pre_quant_convs.0.",
+    "quantize_conv_t.": "pre_quant_convs.1.",
     "upsample_t.": "upsamplers.0.0.",
     "quantize_b.": "quantizers.0.",
     "quantize_t.": "quantizers.1.",
 }
 # Their codebooks are (D, K), ours (K, D).
-_CODEBOOK = {"embed": "embedding", "cluster_size": "usage", "embed_avg": "sums"}
+_CODEBOOK = {"embed": "embedding", "cluster_size": "ema_cluster_size", "embed_avg": "ema_embedding_sum"}
 
 
 def import_autoencoder(path: Path, size: tuple[int, int] = (256, 256)) -> Autoencoder:
@@ -39,8 +39,8 @@ def import_autoencoder(path: Path, size: tuple[int, int] = (256, 256)) -> Autoen
     model = _config(ours, path).build(size).eval()
     for name, expected in model.state_dict().items():
         kind = name.rsplit(".", 1)[-1]
-        if kind in ("initialised", "updates"):  # facts that the other program does not keep
-            ours[name] = torch.tensor(True) if kind == "initialised" else expected
+        if kind in ("initialized", "updates"):  # facts that the other program does not keep
+            ours[name] = torch.tensor(True) if kind == "initialized" else expected
         elif name not in ours:
             raise UserError(f"{path}: not a checkpoint of that VQ-VAE-2: `{_their_name(name)}` is missing")
         elif ours[name].shape != expected.shape:
@@ -89,13 +89,18 @@ def _their_name(name: str) -> str:
 
 def _config(ours: dict[str, Tensor], path: Path) -> AutoencoderConfig:
     """The widths that the shapes tell."""
-    keys = ("joins.1.weight", "quantizers.0.embedding", "quantizers.1.embedding", "encoders.0.5.body.1.weight")
+    keys = (
+        "pre_quant_convs.1.weight",
+        "quantizers.0.embedding",
+        "quantizers.1.embedding",
+        "encoders.0.5.body.1.weight",
+    )
     for key in keys:
         if key not in ours:
             raise UserError(f"{path}: not a checkpoint of that VQ-VAE-2: `{_their_name(key)}` is missing")
     strides = zip((4, 2), keys[1:3], strict=True)
     levels = tuple(
-        LevelConfig(stride=stride, quantizer=EMAConfig(codes=ours[key].shape[0], dim=ours[key].shape[1]))
+        LevelConfig(stride=stride, quantizer=EMAConfig(codebook_size=ours[key].shape[0], code_dim=ours[key].shape[1]))
         for stride, key in strides
     )
     residual = [name for name in ours if name.startswith("encoders.0.") and name.endswith(".body.1.weight")]

@@ -9,7 +9,7 @@ from pydantic import Field
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config
 from vqvae2.errors import UserError
-from vqvae2.priors.base import Prior, PriorSpec, Steps
+from vqvae2.priors.base import IncrementalDecoder, Prior, PriorSpec
 from vqvae2.priors.pixelcnn import PixelCNN, PixelCNNConfig
 from vqvae2.priors.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from vqvae2.priors.transformer import Transformer, TransformerConfig
@@ -47,6 +47,7 @@ def load_prior(path: Path, device: torch.device | str = "cpu") -> Prior:
 
 
 __all__ = [
+    "IncrementalDecoder",
     "PixelCNN",
     "PixelCNNConfig",
     "PixelSNAIL",
@@ -54,7 +55,6 @@ __all__ = [
     "Prior",
     "PriorConfig",
     "PriorSpec",
-    "Steps",
     "Transformer",
     "TransformerConfig",
     "load_prior",

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.config import Config
-from vqvae2.maps import CodeMaps, MapSpec
 
 
 class PriorSpec(Config):
@@ -26,7 +26,7 @@ class Prior(nn.Module, ABC):
     config: Any  # what built it
     digest: str | None = None  # SHA-256 of the file the weights came from
     made_from: dict[str, Any]  # digests of what it was trained on
-    recompute = False  # whether training computes each block twice instead of keeping what is inside it
+    gradient_checkpointing = False  # whether training computes each block twice instead of keeping what is inside it
 
     def __init__(self, spec: PriorSpec) -> None:
         super().__init__()
@@ -43,12 +43,14 @@ class Prior(nn.Module, ABC):
         """
 
     @abstractmethod
-    def incremental(self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None) -> "Steps":
+    def incremental(
+        self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    ) -> "IncrementalDecoder":
         """The same logits one position at a time, for sampling, with folded copies of the weights."""
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
         """One block of the forward pass, with gradient checkpointing (Chen et al. 2016) where asked for."""
-        if self.recompute and torch.is_grad_enabled():
+        if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
@@ -62,7 +64,7 @@ class Prior(nn.Module, ABC):
 Column = int | Tensor
 
 
-class Steps(ABC):
+class IncrementalDecoder(ABC):
     """A walk over the positions of one batch of maps in raster order, computing each position once.
 
     for row in range(height):

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from vqvae2.maps import CodeMaps
+from vqvae2.code_maps import CodeMaps
 from vqvae2.priors.base import PriorSpec
 from vqvae2.priors.layers import repeat_to
 
@@ -21,7 +21,7 @@ class Conditioner(nn.Module):
     def __init__(self, spec: PriorSpec, channels: int, kernel: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.spec = spec
-        self.embeddings = nn.ModuleList(nn.Embedding(level.codes, channels) for level in spec.coarser)
+        self.embeddings = nn.ModuleList(nn.Embedding(level.codebook_size, channels) for level in spec.coarser)
         # The last entry stands for "no label": what guidance and label dropout ask for.
         self.labels = nn.Embedding(spec.classes + 1, channels) if spec.classes else None
         stack = [weight_norm(nn.Conv2d(channels, channels, kernel, padding=kernel // 2))]

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from vqvae2.priors import rows
+from vqvae2.priors import toom_cook
 from vqvae2.priors.base import Column
-from vqvae2.priors.rows import RowsWalk
+from vqvae2.priors.toom_cook import IncrementalRows
 
 
 class CausalConv2d(nn.Module):
@@ -40,32 +40,32 @@ class CausalConv2d(nn.Module):
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         weight = self.weight  # made anew, from its norms and directions, each time it is asked for
         above = self.taps_above(weight)
-        if self.above and rows.tiled(above, x.shape[3]) and not torch.is_autocast_enabled(x.device.type):
+        if self.above and toom_cook.tiled(above, x.shape[3]) and not torch.is_autocast_enabled(x.device.type):
             finished = F.pad(x, (self.padding, self.padding, self.rows_above, -1))
             current = F.conv2d(F.pad(x, (self.padding, 0)), weight[:, :, None, self.above :], self.bias)
-            return current[..., : x.shape[3]] + rows.conv2d(finished, above)
+            return current[..., : x.shape[3]] + toom_cook.conv2d(finished, above)
         count = self.rows_above + 1
         unused = count * self.kernel - weight.shape[2]  # the last taps in raster order
         weight = F.pad(weight, (0, unused)).unflatten(2, (count, self.kernel))
         x = F.pad(x, (self.padding, self.padding, self.rows_above, 0))
         return F.conv2d(x, weight, self.bias)
 
-    def walk(self, batch: int, width: int) -> "ConvWalk":
+    def incremental(self, batch: int, width: int) -> "IncrementalConv2d":
         """The incremental twin for a batch of maps of this width."""
-        return ConvWalk(self, batch, width)
+        return IncrementalConv2d(self, batch, width)
 
     def taps_above(self, weight: Tensor) -> Float[Tensor, "o i r k"]:
         """The taps on finished rows."""
         return weight[:, :, : self.above].unflatten(2, (self.rows_above, self.kernel))
 
 
-class ConvWalk:
+class IncrementalConv2d:
     """One causal convolution, position by position: `begin_row`, then for each column `put` its input and `at` it."""
 
     def __init__(self, conv: CausalConv2d, batch: int, width: int) -> None:
         weight = conv.weight.detach()  # weight norm folded
         outputs, inputs, _ = weight.shape
-        self.above = RowsWalk(conv.taps_above(weight), batch, width) if conv.above else None
+        self.above = IncrementalRows(conv.taps_above(weight), batch, width) if conv.above else None
         # (O, taps · I): the order of a flattened window
         self.current = weight[:, :, conv.above :].transpose(1, 2).reshape(outputs, -1).contiguous()
         self.bias = conv.bias.detach()[:, None]
@@ -113,12 +113,12 @@ class Pointwise(nn.Module):
     def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
         return self.conv(x)
 
-    def walk(self) -> "PointWalk":
+    def incremental(self) -> "IncrementalPointwise":
         """The incremental twin."""
-        return PointWalk(self.conv)
+        return IncrementalPointwise(self.conv)
 
 
-class PointWalk:
+class IncrementalPointwise:
     """A 1×1 convolution of vectors (…, inputs)."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -155,9 +155,9 @@ class GatedResidual(nn.Module):
             gates = gates + repeat_to(self.condition(condition), gates.shape[2], gates.shape[3])
         return x + glu(gates)
 
-    def walk(self, batch: int, width: int) -> "GatedWalk":
+    def incremental(self, batch: int, width: int) -> "IncrementalGatedResidual":
         """The incremental twin."""
-        return GatedWalk(self, batch, width)
+        return IncrementalGatedResidual(self, batch, width)
 
 
 def glu(gates: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
@@ -185,13 +185,13 @@ class _GLU(torch.autograd.Function):
         return result
 
 
-class GatedWalk:
+class IncrementalGatedResidual:
     """A gated residual block, position by position."""
 
     def __init__(self, block: GatedResidual, batch: int, width: int) -> None:
-        self.first, self.second = block.first.walk(batch, width), block.second.walk(batch, width)
-        self.extra = block.extra.walk() if block.extra else None
-        self.condition = block.condition.walk() if block.condition else None
+        self.first, self.second = block.first.incremental(batch, width), block.second.incremental(batch, width)
+        self.extra = block.extra.incremental() if block.extra else None
+        self.condition = block.condition.incremental() if block.condition else None
         self.width = width
 
     def begin_row(self, row: int, condition: Float[Tensor, "w b c"] | None = None) -> None:
@@ -239,22 +239,22 @@ class CausalAttention(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return attended.transpose(2, 3).reshape(len(query), self.width, height, width)
 
-    def walk(self, batch: int, height: int, width: int) -> "AttentionWalk":
+    def incremental(self, batch: int, height: int, width: int) -> "IncrementalAttention":
         """The incremental twin."""
-        return AttentionWalk(self, batch, height, width)
+        return IncrementalAttention(self, batch, height, width)
 
     def _split(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b heads n e"]:
         # Contiguous, without which no fused kernel takes it and all N × N weights would be kept.
         return x.flatten(2).unflatten(1, (self.heads, -1)).transpose(2, 3).contiguous()
 
 
-class AttentionWalk:
+class IncrementalAttention:
     """Attention with cached keys and values."""
 
     def __init__(self, attention: CausalAttention, batch: int, height: int, width: int) -> None:
-        self.key_block = attention.key_block.walk(batch, width)
-        self.query_block = attention.query_block.walk(batch, width)
-        self.key_value, self.query = attention.key_value.walk(), attention.query.walk()
+        self.key_block = attention.key_block.incremental(batch, width)
+        self.query_block = attention.query_block.incremental(batch, width)
+        self.key_value, self.query = attention.key_value.incremental(), attention.query.incremental()
         self.heads = attention.heads
         self.cache = self.query.weight.new_zeros(2, batch, self.heads, height * width, attention.width // self.heads)
         self.width, self.row = width, 0

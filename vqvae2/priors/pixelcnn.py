@@ -14,12 +14,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
-from vqvae2.maps import CodeMaps
-from vqvae2.priors.base import Column, Prior, PriorSpec, Steps
+from vqvae2.priors.base import Column, IncrementalDecoder, Prior, PriorSpec
 from vqvae2.priors.conditioning import Conditioner
 from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map, repeat_to
-from vqvae2.priors.rows import RowsWalk
+from vqvae2.priors.toom_cook import IncrementalRows
 
 
 class PixelCNNConfig(Config):
@@ -52,13 +52,13 @@ class PixelCNN(Prior):
         self.config = config
         channels = config.channels
         self.conditioner = Conditioner.if_needed(spec, channels, config.kernel, config.condition_layers, config.dropout)
-        self.embedding = nn.Embedding(spec.level.codes, channels)
+        self.embedding = nn.Embedding(spec.level.codebook_size, channels)
         self.coordinates = Pointwise(2, channels)
         self.layers = nn.ModuleList(
             Layer(config, conditioned=self.conditioner is not None) for _ in range(config.layers)
         )
         self.hidden = Pointwise(channels, config.output_channels)
-        self.logits = Pointwise(config.output_channels, spec.level.codes)
+        self.logits = Pointwise(config.output_channels, spec.level.codebook_size)
 
     def forward(
         self, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
@@ -75,10 +75,12 @@ class PixelCNN(Prior):
         return self.logits(F.relu(self.hidden(F.relu(right))))
 
     @torch.inference_mode()
-    def incremental(self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None) -> Steps:
+    def incremental(
+        self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    ) -> IncrementalDecoder:
         self._check_coarser(coarser)
         condition = self.conditioner(batch, coarser, labels) if self.conditioner else None
-        return _PixelCNNSteps(self, batch, condition)
+        return _IncrementalPixelCNN(self, batch, condition)
 
 
 class Layer(nn.Module):
@@ -112,20 +114,20 @@ def gate(x: Tensor, dim: int) -> Tensor:
     return torch.tanh(value) * torch.sigmoid(opening)
 
 
-class _PixelCNNSteps(Steps):
+class _IncrementalPixelCNN(IncrementalDecoder):
     def __init__(self, model: PixelCNN, batch: int, condition: Float[Tensor, "b c h w"] | None) -> None:
         height, width = model.spec.level.shape
         self.condition = None if condition is None else condition.permute(2, 3, 0, 1).contiguous()
         self.height, self.width, self.batch = height, width, batch
         self.embedding = model.embedding.weight.detach()
         coordinates = coordinate_map(height, width, self.embedding.device).permute(1, 2, 0)
-        self.coordinates = model.coordinates.walk()(coordinates)  # (H, W, C)
+        self.coordinates = model.coordinates.incremental()(coordinates)  # (H, W, C)
         # Embedded codes: of the row above, and of the current one, shifted by one to the right.
         self.above = self.embedding.new_zeros(width, batch, self.embedding.shape[1])
         self.current = self.embedding.new_zeros(width + 1, batch, self.embedding.shape[1])
         self.row_coordinates = self.coordinates[0].clone()
-        self.layers = [_LayerWalk(layer, batch, width) for layer in model.layers if isinstance(layer, Layer)]
-        self.hidden, self.to_logits = model.hidden.walk(), model.logits.walk()
+        self.layers = [_IncrementalLayer(layer, batch, width) for layer in model.layers if isinstance(layer, Layer)]
+        self.hidden, self.to_logits = model.hidden.incremental(), model.logits.incremental()
 
     @torch.inference_mode()
     def begin_row(self, row: int) -> None:
@@ -153,14 +155,14 @@ class _PixelCNNSteps(Steps):
             self.current[column + 1] = embedded
 
 
-class _LayerWalk:
+class _IncrementalLayer:
     def __init__(self, layer: Layer, batch: int, width: int) -> None:
         weight = layer.vertical.weight.detach()  # (2C, C, rows, kernel), weight norm folded
-        self.vertical = RowsWalk(weight, batch, width)
+        self.vertical = IncrementalRows(weight, batch, width)
         self.bias = weight.new_zeros(()) if layer.vertical.bias is None else layer.vertical.bias.detach()
-        self.horizontal = layer.horizontal.walk(batch, width)
-        self.across, self.out = layer.across.walk(), layer.out.walk()
-        self.condition = layer.condition.walk() if layer.condition else None
+        self.horizontal = layer.horizontal.incremental(batch, width)
+        self.across, self.out = layer.across.incremental(), layer.out.incremental()
+        self.condition = layer.condition.incremental() if layer.condition else None
         self.width = width
 
     def begin_row(self, row: int, down: Float[Tensor, "w b c"], condition: Tensor | None) -> Float[Tensor, "w b c"]:

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
-from vqvae2.maps import CodeMaps
-from vqvae2.priors.base import Column, Prior, PriorSpec, Steps
+from vqvae2.priors.base import Column, IncrementalDecoder, Prior, PriorSpec
 from vqvae2.priors.conditioning import Conditioner
 from vqvae2.priors.layers import (
     CausalAttention,
@@ -69,7 +69,7 @@ class PixelSNAIL(Prior):
         self.config = config
         channels, dropout = config.channels, config.dropout
         self.conditioner = Conditioner.if_needed(spec, channels, config.kernel, config.condition_layers, config.dropout)
-        self.embedding = nn.Embedding(spec.level.codes, channels)
+        self.embedding = nn.Embedding(spec.level.codebook_size, channels)
         self.first = CausalConv2d(channels, channels, config.kernel, strict=True)
         self.coordinates = Pointwise(2, channels)
         self.blocks = nn.ModuleList(
@@ -79,7 +79,7 @@ class PixelSNAIL(Prior):
         self.output = nn.ModuleList(
             GatedResidual(channels, config.residual_channels, 1, dropout=dropout) for _ in range(config.output_layers)
         )
-        self.logits = Pointwise(channels, spec.level.codes)
+        self.logits = Pointwise(channels, spec.level.codebook_size)
 
     def forward(
         self, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
@@ -96,10 +96,12 @@ class PixelSNAIL(Prior):
         return self.logits(F.elu(x))
 
     @torch.inference_mode()
-    def incremental(self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None) -> Steps:
+    def incremental(
+        self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    ) -> IncrementalDecoder:
         self._check_coarser(coarser)
         condition = self.conditioner(batch, coarser, labels) if self.conditioner else None
-        return _PixelSNAILSteps(self, batch, condition)
+        return _IncrementalPixelSNAIL(self, batch, condition)
 
 
 class Block(nn.Module):
@@ -125,20 +127,22 @@ class Block(nn.Module):
         return features
 
 
-class _PixelSNAILSteps(Steps):
+class _IncrementalPixelSNAIL(IncrementalDecoder):
     def __init__(self, model: PixelSNAIL, batch: int, condition: Float[Tensor, "b c h w"] | None) -> None:
         height, width = model.spec.level.height, model.spec.level.width
         # Rows of the condition as (h, w, B, C): a row of it is then what the walks take.
         self.condition = None if condition is None else condition.permute(2, 3, 0, 1).contiguous()
         self.height = height
         self.embedding = model.embedding.weight.detach()
-        self.first = model.first.walk(batch, width)
+        self.first = model.first.incremental(batch, width)
         self.coordinates = coordinate_map(height, width, self.embedding.device).permute(1, 2, 0).contiguous()
         self.row_coordinates = self.coordinates[0].clone()
-        self.from_coordinates = model.coordinates.walk()
-        self.blocks = [_BlockWalk(block, batch, height, width) for block in model.blocks if isinstance(block, Block)]
-        self.output = [layer.walk(batch, width) for layer in model.output if isinstance(layer, GatedResidual)]
-        self.to_logits = model.logits.walk()
+        self.from_coordinates = model.coordinates.incremental()
+        self.blocks = [
+            _IncrementalBlock(block, batch, height, width) for block in model.blocks if isinstance(block, Block)
+        ]
+        self.output = [layer.incremental(batch, width) for layer in model.output if isinstance(layer, GatedResidual)]
+        self.to_logits = model.logits.incremental()
         self.batch = batch
 
     @torch.inference_mode()
@@ -166,11 +170,11 @@ class _PixelSNAILSteps(Steps):
         self.first.put(column, F.embedding(codes, self.embedding))
 
 
-class _BlockWalk:
+class _IncrementalBlock:
     def __init__(self, block: Block, batch: int, height: int, width: int) -> None:
-        self.layers = [layer.walk(batch, width) for layer in block.layers if isinstance(layer, GatedResidual)]
-        self.attention = block.attention.walk(batch, height, width) if block.attention else None
-        self.merge = block.merge.walk(batch, width) if block.merge else None
+        self.layers = [layer.incremental(batch, width) for layer in block.layers if isinstance(layer, GatedResidual)]
+        self.attention = block.attention.incremental(batch, height, width) if block.attention else None
+        self.merge = block.merge.incremental(batch, width) if block.merge else None
 
     def begin_row(self, row: int, condition: Tensor | None) -> None:
         for layer in self.layers:

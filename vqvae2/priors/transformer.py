@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
-from vqvae2.maps import CodeMaps
-from vqvae2.priors.base import Column, Prior, PriorSpec, Steps
+from vqvae2.priors.base import Column, IncrementalDecoder, Prior, PriorSpec
 from vqvae2.priors.conditioning import Conditioner
 from vqvae2.priors.layers import attend, repeat_to
 
@@ -58,11 +58,11 @@ class Transformer(Prior):
         self.conditioner = Conditioner.if_needed(
             spec, channels, _CONDITION_KERNEL, config.condition_layers, config.dropout
         )
-        self.embedding = nn.Embedding(level.codes, channels)
+        self.embedding = nn.Embedding(level.codebook_size, channels)
         self.start = nn.Parameter(torch.zeros(channels))  # in place of a code before the first one
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(channels)
-        self.logits = nn.Linear(channels, level.codes, bias=False)
+        self.logits = nn.Linear(channels, level.codebook_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.start, std=0.02)
         nn.init.normal_(self.logits.weight, std=0.02)
@@ -83,9 +83,11 @@ class Transformer(Prior):
         return self.logits(self.norm(x)).transpose(1, 2).unflatten(2, (height, width))
 
     @torch.inference_mode()
-    def incremental(self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None) -> Steps:
+    def incremental(
+        self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    ) -> IncrementalDecoder:
         self._check_coarser(coarser)
-        return _TransformerSteps(self, batch, self._condition(batch, coarser, labels))
+        return _IncrementalTransformer(self, batch, self._condition(batch, coarser, labels))
 
     def turns(self) -> Float[Tensor, "2 n e"]:
         """How the numbers of a head turn at each position."""
@@ -111,10 +113,10 @@ class Block(nn.Module):
         self.first_norm, self.second_norm = nn.RMSNorm(channels), nn.RMSNorm(channels)
         self.query_key_value = nn.Linear(channels, 3 * channels, bias=False)
         self.out = nn.Linear(channels, channels, bias=False)
-        self.grow = nn.Linear(channels, 2 * hidden, bias=False)
-        self.shrink = nn.Linear(hidden, channels, bias=False)
+        self.gate_up_proj = nn.Linear(channels, 2 * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, channels, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        for layer in (self.out, self.shrink):  # blocks add little at first, however many there are
+        for layer in (self.out, self.down_proj):  # blocks add little at first, however many there are
             nn.init.normal_(layer.weight, std=0.02 / (2 * config.layers) ** 0.5)
 
     def forward(self, x: Float[Tensor, "b n c"], turns: Float[Tensor, "2 n e"]) -> Float[Tensor, "b n c"]:
@@ -131,8 +133,8 @@ class Block(nn.Module):
     def finish(self, x: Float[Tensor, "b n c"], attended: Float[Tensor, "b heads n e"]) -> Float[Tensor, "b n c"]:
         """Everything after attention."""
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
-        value, gate = self.grow(self.second_norm(x)).chunk(2, 2)
-        return x + self.dropout(self.shrink(value * F.silu(gate)))
+        value, gate = self.gate_up_proj(self.second_norm(x)).chunk(2, 2)
+        return x + self.dropout(self.down_proj(value * F.silu(gate)))
 
 
 def rotary_turns(height: int, width: int, size: int, device: torch.device) -> Float[Tensor, "2 n size"]:
@@ -151,7 +153,7 @@ def turn(x: Float[Tensor, "b heads n e"], turns: Float[Tensor, "2 n e"]) -> Floa
     return x * cosine + torch.cat([-second, first], -1) * sine
 
 
-class _TransformerSteps(Steps):
+class _IncrementalTransformer(IncrementalDecoder):
     def __init__(self, model: Transformer, batch: int, condition: Float[Tensor, "b n c"] | None) -> None:
         level, config = model.spec.level, model.config
         self.model, self.condition, self.width = model, condition, level.width

@@ -25,8 +25,8 @@ class Quantizer(nn.Module, ABC):
     (8, 32, 32) in [0, 512).
     """
 
-    codes: int
-    dim: int
+    codebook_size: int
+    code_dim: int
 
     @abstractmethod
     def forward(self, features: Float[Tensor, "b d *spatial"]) -> Quantized:
@@ -48,8 +48,8 @@ class Quantizer(nn.Module, ABC):
         """Take in what the forward passes since the last call have seen; call it once after every optimizer step."""
 
     def _check_width(self, features: Tensor) -> None:
-        if features.ndim < 2 or features.shape[1] != self.dim:
-            raise ValueError(f"expected features (batch, {self.dim}, ...), got {tuple(features.shape)}")
+        if features.ndim < 2 or features.shape[1] != self.code_dim:
+            raise ValueError(f"expected features (batch, {self.code_dim}, ...), got {tuple(features.shape)}")
 
 
 def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:

@@ -21,22 +21,22 @@ _KMEANS_ROWS_PER_CODE = 64
 class CodebookConfig(Config):
     """Settings of a codebook; `codes` × `dim` is 512 × 64 in the VQ-VAE-2 paper."""
 
-    codes: int = Field(default=512, ge=1, description="number of codes")
-    dim: int = Field(default=64, ge=1, description="width of the features that are quantized")
-    commitment: float = Field(default=0.25, ge=0, description="β, the weight of the commitment term")
-    decay: float = Field(
+    codebook_size: int = Field(default=512, ge=1, description="number of codes")
+    code_dim: int = Field(default=64, ge=1, description="width of the features that are quantized")
+    commitment_weight: float = Field(default=0.25, ge=0, description="β, the weight of the commitment term")
+    ema_decay: float = Field(
         default=0.99, ge=0, lt=1, description="γ, of the moving averages of use (and of an EMA codebook)"
     )
-    kmeans: bool = Field(default=True, description="start from k-means centres of the first batch")
-    restart_below: float = Field(
+    kmeans_init: bool = Field(default=True, description="start from k-means centres of the first batch")
+    dead_code_threshold: float = Field(
         default=0.1,
         ge=0,
         lt=1,
         description="restart a code that is used less than this share of the average; 0 never does",
     )
     cosine: bool = Field(default=False, description="compare directions: features and codes are scaled to length one")
-    project_to: int | None = Field(default=None, ge=1, description="look codes up in a space of this many dimensions")
-    gradient: Literal["straight-through", "rotation"] = Field(
+    codebook_dim: int | None = Field(default=None, ge=1, description="look codes up in a space of this many dimensions")
+    gradient_estimator: Literal["straight-through", "rotation"] = Field(
         default="straight-through", description="how gradients pass the quantizer"
     )
 
@@ -48,21 +48,21 @@ class CodebookQuantizer(Quantizer):
     a codebook is the same on one process with batch 2N, on two with batch N, or over two accumulated batches of N.
     """
 
-    usage: Tensor  # (K,) moving average of how often each code is used in a step, all processes together
-    initialised: Tensor  # () bool: the vectors are in place
+    ema_cluster_size: Tensor  # (K,) moving average of how often each code is used in a step, all processes together
+    initialized: Tensor  # () bool: the vectors are in place
     updates: Tensor  # () int64: how many updates there have been; seeds the draws that every process must agree on
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__()
         self.config = config
-        self.codes, self.dim = config.codes, config.dim
-        width = config.project_to or config.dim
-        self.project_in = nn.Linear(config.dim, width) if config.project_to else nn.Identity()
-        self.project_out = nn.Linear(width, config.dim) if config.project_to else nn.Identity()
-        self.register_buffer("usage", torch.ones(config.codes))
-        self.register_buffer("initialised", torch.tensor(not config.kmeans))
+        self.codebook_size, self.code_dim = config.codebook_size, config.code_dim
+        width = config.codebook_dim or config.code_dim
+        self.project_in = nn.Linear(config.code_dim, width) if config.codebook_dim else nn.Identity()
+        self.project_out = nn.Linear(width, config.code_dim) if config.codebook_dim else nn.Identity()
+        self.register_buffer("ema_cluster_size", torch.ones(config.codebook_size))
+        self.register_buffer("initialized", torch.tensor(not config.kmeans_init))
         self.register_buffer("updates", torch.tensor(0))
-        self._ready = not config.kmeans
+        self._ready = not config.kmeans_init
         self._counts: Tensor | None = None  # statistics of the forward passes since the last update
         self._sums: Tensor | None = None
         self._rows: Tensor | None = None  # the latest rows, from which codes are restarted
@@ -91,18 +91,18 @@ class CodebookQuantizer(Quantizer):
                 latents = F.normalize(latents, dim=-1)
             rows = latents.reshape(-1, latents.shape[-1])
             if self.training and len(rows):
-                self._ensure_initialised(rows.detach())
+                self._ensure_initialized(rows.detach())
             codes = nearest(rows.detach(), self.vectors)
             quantized = F.embedding(codes, self.vectors)
             commitment = mean_square(rows - quantized.detach())
             codebook = self._codebook_loss(rows.detach(), quantized)
-            loss = self.config.commitment * commitment + (0.0 if codebook is None else codebook)
+            loss = self.config.commitment_weight * commitment + (0.0 if codebook is None else codebook)
             terms = {"commitment": commitment.detach()} | ({} if codebook is None else {"codebook": codebook.detach()})
             if self.training:
                 self._record(rows.detach(), codes)
             values = quantized.detach()
             if rows.requires_grad:  # otherwise exactly the codebook's vectors, as `lookup` gives them
-                values = (rotate if self.config.gradient == "rotation" else straight_through)(rows, values)
+                values = (rotate if self.config.gradient_estimator == "rotation" else straight_through)(rows, values)
             values = self.project_out(values.reshape(latents.shape))
             return Quantized(values.movedim(-1, 1), codes.reshape(latents.shape[:-1]), loss, terms)
 
@@ -116,42 +116,44 @@ class CodebookQuantizer(Quantizer):
             return
         counts, sums, rows = sum_over_processes(self._counts), sum_over_processes(self._sums), self._rows
         self._counts = self._sums = self._rows = None
-        self.usage.lerp_(counts, 1 - self.config.decay)
+        self.ema_cluster_size.lerp_(counts, 1 - self.config.ema_decay)
         self._learn(counts, sums)
-        if self.config.restart_below > 0:
+        if self.config.dead_code_threshold > 0:
             # A new code is given twice the use it is judged by, so that it has time to find features: 69 steps at γ =
             # 0.99.
-            fresh = _rows_of_all_processes(rows, self.codes, self._generator())
-            threshold = self.config.restart_below * counts.sum() / self.codes
-            dead = self.usage < threshold
-            grace = (2 * threshold).expand(self.codes)
-            self.usage.copy_(torch.where(dead, grace, self.usage))
+            fresh = _rows_of_all_processes(rows, self.codebook_size, self._generator())
+            threshold = self.config.dead_code_threshold * counts.sum() / self.codebook_size
+            dead = self.ema_cluster_size < threshold
+            grace = (2 * threshold).expand(self.codebook_size)
+            self.ema_cluster_size.copy_(torch.where(dead, grace, self.ema_cluster_size))
             self._set_vectors(fresh, grace, dead)
         self.updates += 1
 
     def _record(self, rows: Tensor, codes: Tensor) -> None:
-        counts, sums = cluster_sums(rows, codes, self.codes)
+        counts, sums = cluster_sums(rows, codes, self.codebook_size)
         self._counts = counts if self._counts is None else self._counts + counts
         self._sums = sums if self._sums is None else self._sums + sums
         self._rows = rows
 
     @torch.no_grad()
-    def _ensure_initialised(self, rows: Tensor) -> None:
+    def _ensure_initialized(self, rows: Tensor) -> None:
         """Start from k-means centres of the first batch, the same on every process."""
-        if self._ready or self.initialised.item():
+        if self._ready or self.initialized.item():
             self._ready = True  # asked of the tensor once only: on a GPU the question waits for the device
             return
         generator = self._generator()
-        sample = _rows_of_all_processes(rows, self.codes * _KMEANS_ROWS_PER_CODE, generator)
-        centres, counts = kmeans(sample, self.codes, _KMEANS_ITERATIONS, generator)
+        sample = _rows_of_all_processes(rows, self.codebook_size * _KMEANS_ROWS_PER_CODE, generator)
+        centres, counts = kmeans(sample, self.codebook_size, _KMEANS_ITERATIONS, generator)
         if is_distributed():  # sums on a GPU are not the same to the last bit on every process
             for tensor in (centres, counts):
                 torch.distributed.broadcast(tensor, src=0)
         total = sum_over_processes(torch.tensor(float(len(rows)), device=rows.device))
-        usage = (counts * total / counts.sum()).clamp_min(2 * self.config.restart_below * total / self.codes)
-        self.usage.copy_(usage)
-        self._set_vectors(centres, usage, torch.ones_like(self.usage, dtype=torch.bool))
-        self.initialised.fill_(True)
+        usage = (counts * total / counts.sum()).clamp_min(
+            2 * self.config.dead_code_threshold * total / self.codebook_size
+        )
+        self.ema_cluster_size.copy_(usage)
+        self._set_vectors(centres, usage, torch.ones_like(self.ema_cluster_size, dtype=torch.bool))
+        self.initialized.fill_(True)
         self._ready = True
 
     def _generator(self) -> torch.Generator:

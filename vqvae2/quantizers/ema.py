@@ -25,16 +25,16 @@ class EMAQuantizer(CodebookQuantizer):
     """Codebook learned by exponential moving averages; no gradient reaches it."""
 
     embedding: Tensor  # (K, width) e_i
-    sums: Tensor  # (K, width) m_i
+    ema_embedding_sum: Tensor  # (K, width) m_i
 
     def __init__(self, config: EMAConfig) -> None:
         super().__init__(config)
-        vectors = torch.randn(config.codes, config.project_to or config.dim)
+        vectors = torch.randn(config.codebook_size, config.codebook_dim or config.code_dim)
         if config.cosine:
             vectors = F.normalize(vectors, dim=-1)
         self.epsilon = config.epsilon
         self.register_buffer("embedding", vectors)
-        self.register_buffer("sums", vectors.clone())
+        self.register_buffer("ema_embedding_sum", vectors.clone())
 
     @property
     def vectors(self) -> Tensor:
@@ -45,10 +45,10 @@ class EMAQuantizer(CodebookQuantizer):
 
     def _learn(self, counts: Tensor, sums: Tensor) -> None:
         """N ← γN + (1−γ)n (done by the caller), m ← γm + (1−γ)Σz, e = m / N with Laplace smoothing of N."""
-        self.sums.lerp_(sums, 1 - self.config.decay)
-        total = self.usage.sum()
-        smoothed = (self.usage + self.epsilon) / (total + self.codes * self.epsilon) * total
-        vectors = self.sums / smoothed[:, None]
+        self.ema_embedding_sum.lerp_(sums, 1 - self.config.ema_decay)
+        total = self.ema_cluster_size.sum()
+        smoothed = (self.ema_cluster_size + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
+        vectors = self.ema_embedding_sum / smoothed[:, None]
         self.embedding.copy_(F.normalize(vectors, dim=-1) if self.config.cosine else vectors)
 
     def _set_vectors(self, vectors: Tensor, usage: Tensor, where: Tensor) -> None:
@@ -56,4 +56,4 @@ class EMAQuantizer(CodebookQuantizer):
             vectors = F.normalize(vectors, dim=-1)
         # The sums start again with the code: left alone, they would undo the restart at the next update.
         self.embedding.copy_(torch.where(where[:, None], vectors, self.embedding))
-        self.sums.copy_(torch.where(where[:, None], vectors * usage[:, None], self.sums))
+        self.ema_embedding_sum.copy_(torch.where(where[:, None], vectors * usage[:, None], self.ema_embedding_sum))

@@ -19,10 +19,10 @@ class FSQConfig(Config):
 
     kind: Literal["fsq"] = "fsq"
     grid: tuple[int, ...] = Field(default=(8, 8, 8), min_length=1, description="values of each dimension, 2 or more")
-    dim: int = Field(default=64, ge=1, description="width of the features that are quantized")
+    code_dim: int = Field(default=64, ge=1, description="width of the features that are quantized")
 
     @property
-    def codes(self) -> int:
+    def codebook_size(self) -> int:
         """Number of codes."""
         return math.prod(self.grid)
 
@@ -42,9 +42,9 @@ class FSQuantizer(Quantizer):
         if min(config.grid) < 2:
             raise ValueError(f"grid must have at least 2 values in each dimension, not {min(config.grid)}")
         self.config = config
-        self.codes, self.dim = config.codes, config.dim
-        self.project_in = nn.Linear(config.dim, len(config.grid))
-        self.project_out = nn.Linear(len(config.grid), config.dim)
+        self.codebook_size, self.code_dim = config.codebook_size, config.code_dim
+        self.project_in = nn.Linear(config.code_dim, len(config.grid))
+        self.project_out = nn.Linear(len(config.grid), config.code_dim)
         grid = torch.tensor(config.grid)
         self.register_buffer("grid", grid)
         self.register_buffer("basis", torch.cumprod(torch.cat([grid.new_ones(1), grid[:-1]]), 0))

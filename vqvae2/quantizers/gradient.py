@@ -29,8 +29,8 @@ class GradientQuantizer(CodebookQuantizer):
     def __init__(self, config: GradientConfig) -> None:
         super().__init__(config)
         self.restarted: Tensor | None = None
-        self.embedding = nn.Parameter(torch.empty(config.codes, config.project_to or config.dim))
-        nn.init.uniform_(self.embedding, -1 / config.codes, 1 / config.codes)
+        self.embedding = nn.Parameter(torch.empty(config.codebook_size, config.codebook_dim or config.code_dim))
+        nn.init.uniform_(self.embedding, -1 / config.codebook_size, 1 / config.codebook_size)
 
     def update(self) -> None:
         self.restarted = None

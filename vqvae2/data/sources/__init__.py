@@ -30,7 +30,7 @@ def open_source(path: str, cache: Path | None = None) -> Source:
 
     With a `cache`, a file, its index is kept there, and made anew only when the source has changed.
     """
-    kind = next(kind for kind in SOURCES if kind.takes(path))
+    kind = next(kind for kind in SOURCES if kind.matches(path))
     keep = cache if kind.keeps_index else None
     index = Index.load(keep) if keep else None
     if index is None or not kind.unchanged(path, index.stamp):

@@ -28,7 +28,7 @@ class Source(ABC):
 
     @classmethod
     @abstractmethod
-    def takes(cls, path: str) -> bool:
+    def matches(cls, path: str) -> bool:
         """Whether `data.path` names a source of this kind."""
 
     @classmethod

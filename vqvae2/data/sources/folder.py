@@ -23,7 +23,7 @@ class FolderSource(Source):
     """
 
     @classmethod
-    def takes(cls, path: str) -> bool:
+    def matches(cls, path: str) -> bool:
         del path
         return True  # the last in the list: what no other kind takes is meant as a folder
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from vqvae2.data.decoding import Unreadable
+from vqvae2.data.image_io import Unreadable
 from vqvae2.data.index import Index
 from vqvae2.data.sources.named import NamedSource
 from vqvae2.errors import UserError

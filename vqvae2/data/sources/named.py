@@ -21,7 +21,7 @@ class NamedSource(Source):
         return self.__dict__ | {"_opened": None}  # a worker opens the files for itself
 
     @classmethod
-    def takes(cls, path: str) -> bool:
+    def matches(cls, path: str) -> bool:
         return path.startswith(cls.prefix)
 
     @classmethod

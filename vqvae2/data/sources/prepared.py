@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from vqvae2.code_maps import Count
 from vqvae2.config import Config
-from vqvae2.data import environments
-from vqvae2.data.decoding import MODES, Unreadable, decode
+from vqvae2.data import lmdb_store
+from vqvae2.data.image_io import MODES, Unreadable, decode
 from vqvae2.data.index import Index
 from vqvae2.data.sources.base import Source
 from vqvae2.errors import UserError
-from vqvae2.maps import Count
 
 Encoding = Literal["jpeg", "webp", "png", "raw"]
 _RAW = b"RAW\0"  # before width, height, channels and the pixels
@@ -52,12 +52,12 @@ class PreparedSource(Source):
     keeps_index = False
 
     @classmethod
-    def takes(cls, path: str) -> bool:
+    def matches(cls, path: str) -> bool:
         return Path(path, "data.mdb").is_file()
 
     @classmethod
     def scan(cls, path: str) -> Index:
-        if not (read_header(Path(path)).complete and environments.is_sealed(Path(path))):
+        if not (read_header(Path(path)).complete and lmdb_store.is_sealed(Path(path))):
             raise UserError(f"data.path: {path} is unfinished; run the same `vqvae2 prepare` again to complete it")
         index = Index.load(_index(Path(path)))
         if index is None:
@@ -67,7 +67,7 @@ class PreparedSource(Source):
     def open(self, number: int, size: tuple[int, int]) -> bytes | Image.Image:
         del size
         position = int(self.index.columns["position"][number])
-        value = environments.get(environments.reader(Path(self.path), _KIND), environments.key(position))
+        value = lmdb_store.get(lmdb_store.reader(Path(self.path), _KIND), lmdb_store.key(position))
         if not value:
             raise Unreadable(self.describe(number), "its record is missing")
         return _unpack(value) if value[:4] == _RAW else value
@@ -75,7 +75,7 @@ class PreparedSource(Source):
 
 def read_header(path: Path) -> PreparedHeader:
     """What the prepared images at `path` say of themselves; UserError where they are something else."""
-    found = environments.get(environments.reader(path, _KIND), _HEADER)
+    found = lmdb_store.get(lmdb_store.reader(path, _KIND), _HEADER)
     data = json.loads(found) if found else {}
     if data.get("kind") != "images":
         what = "a code store" if "autoencoder" in data else "an LMDB of something else"
@@ -93,16 +93,16 @@ class PreparedWriter:
         if path.is_dir() and any(path.iterdir()) and not (path / "data.mdb").is_file():
             raise UserError(f"{path}: not empty and not prepared images; choose another folder")
         self.path, self.header, self.finished = path, header, False
-        if environments.exists(path):
+        if lmdb_store.exists(path):
             self.header = read_header(path)
-            self.finished = self.header.complete and environments.is_sealed(path)
+            self.finished = self.header.complete and lmdb_store.is_sealed(path)
             if self.header.identity != header.identity:
                 raise UserError(
                     f"{path}: holds images of another source, size or format; delete the folder or name another"
                 )
-        self.environment = environments.writer(path)
-        if environments.get(self.environment, _HEADER) is None:
-            environments.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
+        self.environment = lmdb_store.writer(path)
+        if lmdb_store.get(self.environment, _HEADER) is None:
+            lmdb_store.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
 
     def done(self) -> int:
         """How many images are written: the first so many, since they are written in order."""
@@ -111,7 +111,7 @@ class PreparedWriter:
 
     def write(self, first: int, images: Sequence[bytes]) -> None:
         """Write images from position `first`; an empty one is unreadable."""
-        environments.put(self.environment, ((environments.key(first + at), image) for at, image in enumerate(images)))
+        lmdb_store.put(self.environment, ((lmdb_store.key(first + at), image) for at, image in enumerate(images)))
 
     def unreadable(self) -> list[int]:
         """Positions of the unreadable among what is written."""
@@ -119,7 +119,7 @@ class PreparedWriter:
             return [
                 int.from_bytes(bytes(key), "big")
                 for key, value in transaction.cursor()
-                if len(key) == environments.KEY_BYTES and not len(value)
+                if len(key) == lmdb_store.KEY_BYTES and not len(value)
             ]
 
     def finish(self, index: Index) -> PreparedHeader:
@@ -129,9 +129,9 @@ class PreparedWriter:
         index.take(kept, {"position": kept}).save(_index(self.path))
         names = tuple(index.names[position] for position in left_out)
         header = self.header.model_copy(update={"unreadable": names, "complete": True})
-        environments.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
+        lmdb_store.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
         self.close()
-        environments.seal(self.path)
+        lmdb_store.seal(self.path)
         return header
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The built-in pictures, each drawn once and kept: `scenes:COUNT`, what `data.path: scenes` with `data.count` means."""
+"""The built-in pictures, each drawn once and kept: `scenes:COUNT`, what `data.path: scenes` with `data.num_scenes` means."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from vqvae2.data import scenes
-from vqvae2.data.index import Index, Names
+from vqvae2.data.index import Index, StringTable
 from vqvae2.data.sources.base import Source
 
 _PREFIX = "scenes:"
@@ -22,7 +22,7 @@ class SceneSource(Source):
         self._drawn: dict[tuple[int, tuple[int, int]], Image.Image] = {}
 
     @classmethod
-    def takes(cls, path: str) -> bool:
+    def matches(cls, path: str) -> bool:
         return path.startswith(_PREFIX)
 
     @classmethod
@@ -32,7 +32,7 @@ class SceneSource(Source):
         names = [f"{scenes.CLASSES[label]}/{number:06d}" for number, label in enumerate(labels)]
         hashed = (hashlib.sha256(f"scene {number}".encode()).digest()[:8] for number in range(count))
         hashes = np.fromiter(map(int.from_bytes, hashed), np.uint64, count)
-        return Index(Names.of(names), labels, hashes, scenes.CLASSES)
+        return Index(StringTable.of(names), labels, hashes, scenes.CLASSES)
 
     def open(self, number: int, size: tuple[int, int]) -> Image.Image:
         key = number, size

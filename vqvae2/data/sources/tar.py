@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vqvae2.data.decoding import Unreadable
+from vqvae2.data.image_io import Unreadable
 from vqvae2.data.index import Index
 from vqvae2.data.sources.archive import ReadAt, open_archive, state
 from vqvae2.data.sources.base import Source, is_image, require
@@ -33,7 +33,7 @@ class TarSource(Source):
         self._read = [ReadAt(shard) for shard in expand(path)]
 
     @classmethod
-    def takes(cls, path: str) -> bool:
+    def matches(cls, path: str) -> bool:
         return path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
 
     @classmethod

@@ -5,7 +5,7 @@ import zipfile
 import zlib
 from typing import Any
 
-from vqvae2.data.decoding import Unreadable
+from vqvae2.data.image_io import Unreadable
 from vqvae2.data.index import Index
 from vqvae2.data.sources.archive import ReadAt, open_archive, state
 from vqvae2.data.sources.base import Source, is_image, require
@@ -22,7 +22,7 @@ class ZipSource(Source):
         self._read = ReadAt(path)
 
     @classmethod
-    def takes(cls, path: str) -> bool:
+    def matches(cls, path: str) -> bool:
         return path.lower().endswith(".zip")
 
     @classmethod

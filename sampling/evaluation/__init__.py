@@ -1,0 +1,1 @@
+"""Measure samples: features, distances, classifiers, diagnosis."""

@@ -1,0 +1,1 @@
+"""Show a run: an HTML report, and the contents of code stores and prepared data sets."""

@@ -1,0 +1,108 @@
+"""Extraction: mirrored copies, names of records, unreadable images left out, and a data folder that moved."""
+
+import copy
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import TINY
+from train.run import CodesConfig, Experiment, Run
+from train.stages.extract_codes import extract_codes
+from vqvae2.config import read_yaml
+from vqvae2.data import lmdb_store
+from vqvae2.data.code_store import PER_VALUE, CodeStore
+from vqvae2.data.images import open_images, to_float
+from vqvae2.errors import UserError
+from vqvae2.models import Autoencoder
+from vqvae2.run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path: Path, finished_run: Path) -> Run:
+    """A run whose autoencoder is trained, on a folder of 120 images with one that is none."""
+    for number in range(120):
+        path = tmp_path / "images" / f"{number:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((32, 32)).save(path)
+    (tmp_path / "images" / "070.png").write_text("no image")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    settings = copy.deepcopy(read_yaml(tmp_path / "tiny.yaml"))
+    settings["data"] = {"path": str(tmp_path / "images"), "size": 32, "num_workers": 0, "val_fraction": 0.05}
+    folder = RunFolder(tmp_path / "run")
+    folder.autoencoder.mkdir(parents=True)
+    folder.autoencoder_weights.write_bytes((finished_run / "autoencoder" / "model.safetensors").read_bytes())
+    return Run(Experiment.parse(settings, "test"), folder)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_every_record_can_be_traced_to_its_image(run: Run, flip: bool) -> None:
+    if flip:
+        run = Run(run.experiment.model_copy(update={"codes": CodesConfig(flip=True)}), run.folder)
+    extract_codes(run)
+    training, held_out = open_images(run.experiment.data)
+    network = Autoencoder.load(run.folder.autoencoder_weights)
+    store, other = (CodeStore.open(run.folder.code_store(split)) for split in ("train", "val"))
+    copies = 2 if flip else 1
+    bad = list(training.names).index("070.png")
+    assert store.header.unreadable == tuple(range(bad * copies, (bad + 1) * copies))
+    assert (store.header.flip, other.header.flip) == (flip, False)
+    assert len(store) == (len(training) - 1) * copies
+    assert len(other) == len(held_out)
+    assert [store.name(index) for index in range(0, len(store), copies)] == [
+        n for n in training.names if n != "070.png"
+    ]
+    everything = store.read(range(len(store)))
+    assert (everything.label == -1).all()
+    images = [training[list(training.names).index(store.name(index))].image for index in range(len(store))]
+    assert [store.mirrored(index) for index in range(len(store))] == [flip and i % 2 == 1 for i in range(len(store))]
+    images = torch.stack([image.flip(2) if store.mirrored(i) else image for i, image in enumerate(images)])
+    assert bad * copies >= PER_VALUE
+    with torch.inference_mode():
+        first, whole = (network.encode(to_float(part)) for part in (images[:PER_VALUE], images))
+    for level, exact, expected in zip(everything.codes, first, whole, strict=True):
+        assert torch.equal(level[:PER_VALUE], exact)
+        assert (level == expected).float().mean(dim=(1, 2)).min() > 0.5  # rounding differs in other batches
+
+
+def test_a_moved_data_folder_is_gone_on_with_and_other_images_are_not(run: Run, tmp_path: Path) -> None:
+    extract_codes(run)
+    digest = CodeStore.open(run.folder.code_store("train")).header.digest
+    for part in ("train", "val"):
+        (run.folder.code_store(part) / "data.mdb").rename(tmp_path / f"{part}.mdb")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    data = run.experiment.data.model_copy(update={"path": str(tmp_path / "moved")})
+    moved = Run(run.experiment.model_copy(update={"data": data}), run.folder)
+    unfinish(tmp_path / "train.mdb", run.folder.code_store("train"))
+    extract_codes(moved)
+    assert CodeStore.open(run.folder.code_store("train")).header.digest == digest
+
+    (tmp_path / "moved" / "000.png").rename(tmp_path / "moved" / "new.png")
+    unfinish(run.folder.code_store("train") / "data.mdb", run.folder.code_store("train"))
+    with pytest.raises(UserError, match="holds the codes of something else"):
+        extract_codes(moved)
+
+
+def unfinish(database: Path, store: Path) -> None:
+    """Put a database in place of a store's and take back that it is complete."""
+    database.rename(store / "data.mdb")
+    (store / "seal.json").unlink()
+    lmdb_store.close_reader(store)
+    with lmdb.open(str(store)) as environment, environment.begin(write=True) as transaction:
+        header = transaction.get(b"header")
+        assert header is not None
+        transaction.put(b"header", header.replace(b'"complete":true', b'"complete":false'))
+        transaction.delete((0).to_bytes(8, "big"))
+
+
+def test_too_many_unreadable_images_stop_it_and_nothing_is_finished(run: Run) -> None:
+    data = run.experiment.data.model_copy(update={"max_unreadable_fraction": 0.0})
+    with pytest.raises(UserError, match=r"1 of \d+ images .*070\.png"):
+        extract_codes(Run(run.experiment.model_copy(update={"data": data}), run.folder))
+    assert not CodeStore.read_header(run.folder.code_store("train")).complete
+    extract_codes(run)
+    assert CodeStore.open(run.folder.code_store("train")).header.complete

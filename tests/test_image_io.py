@@ -1,0 +1,156 @@
+"""Decoding: every kind of picture becomes 8-bit channels in a defined way, and what cannot is unreadable."""
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqvae2.data.image_io import Unreadable, read_image
+
+RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+
+
+def png16(path: Path, pixels: np.ndarray) -> Path:
+    """A 16-bit PNG, grey (H, W) or RGB (H, W, 3), which Pillow cannot write for RGB."""
+    height, width = pixels.shape[:2]
+    rows = pixels.astype(">u2").reshape(height, -1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    body = b"".join(
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part)) for kind, part in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["png grey", "png rgb", "tiff grey", "pgm"])
+def test_16_bits_are_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
+    if kind == "png grey":
+        path = png16(tmp_path / "a.png", RAMP)
+    elif kind == "png rgb":
+        path = png16(tmp_path / "a.png", np.stack([RAMP] * 3, -1))
+    elif kind == "tiff grey":
+        path = tmp_path / "a.tif"
+        Image.fromarray(RAMP).save(path)
+    else:
+        path = tmp_path / "a.pgm"
+        path.write_bytes(b"P5 8 8 65535\n" + RAMP.astype(">u2").tobytes())
+    found = read_image(path, (8, 8))
+    np.testing.assert_allclose(found[..., 0], RAMP / 257, atol=1)
+    assert (found.min(), found.max()) == (0, 255)
+    assert (found == found[..., :1]).all()
+
+
+def test_pixels_without_a_range_are_unreadable(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((8, 8), 70_000, np.int32)).save(tmp_path / "wide.tif")
+    with pytest.raises(Unreadable, match=r"float\.tif: .*floating-point"):
+        read_image(tmp_path / "float.tif", (8, 8))
+    with pytest.raises(Unreadable, match=r"wide\.tif: .*more than 16 bits"):
+        read_image(tmp_path / "wide.tif", (8, 8))
+
+
+def palette(path: Path, **options: object) -> Path:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.paste(0, (0, 0, 4, 8))
+    image.save(path, **options)
+    return path
+
+
+def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
+    opaque = read_image(palette(tmp_path / "a.png"), (8, 8))
+    assert (opaque[:, :4] == 0).all()
+    assert (opaque[:, 4:] == (200, 100, 50)).all()
+    path = palette(tmp_path / "b.png", transparency=0)
+    assert (read_image(path, (8, 8))[:, :4] == 255).all()
+    kept = read_image(path, (8, 8), 4)
+    assert (kept[:, :4, 3] == 0).all()
+    assert (kept[:, 4:] == (200, 100, 50, 255)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_over_white_or_kept(tmp_path: Path, mode: str) -> None:
+    image = Image.new("RGBA", (8, 8), (100, 100, 100, 255))
+    image.paste((100, 100, 100, 0), (0, 0, 4, 8))
+    image.putpixel((7, 7), (0, 0, 0, 128))
+    image.convert(mode).save(tmp_path / "a.png")
+    for channels in (1, 3):
+        found = read_image(tmp_path / "a.png", (8, 8), channels)
+        assert (found[:, :4] == 255).all()
+        assert (found[:7, 4:] == 100).all()
+        assert abs(int(found[7, 7, 0]) - 127) <= 1
+    kept = read_image(tmp_path / "a.png", (8, 8), 4)
+    assert (kept[0, 0, 3], kept[0, 7, 3], kept[7, 7, 3]) == (0, 255, 128)
+
+
+def test_cmyk_is_converted(tmp_path: Path) -> None:
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=100)
+    assert np.abs(read_image(tmp_path / "red.jpg", (16, 16)).astype(int) - (255, 0, 0)).max() < 6
+    Image.new("CMYK", (16, 16), (0, 0, 0, 255)).save(tmp_path / "black.tif")
+    assert read_image(tmp_path / "black.tif", (16, 16)).max() == 0
+
+
+@pytest.mark.parametrize("extension", ["webp", "png", "gif", "tif"])
+def test_the_first_frame_counts(tmp_path: Path, extension: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    options = {"lossless": True} if extension == "webp" else {}
+    frames[0].save(tmp_path / f"a.{extension}", save_all=True, append_images=frames[1:], **options)
+    assert (read_image(tmp_path / f"a.{extension}", (16, 16)) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_applied_to_jpegs_too(tmp_path: Path, orientation: int) -> None:
+    upright = np.zeros((64, 32), np.uint8)
+    upright[:32, :16], upright[32:, :16], upright[:32, 16:] = 250, 150, 50
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Pillow's transpositions, the one that undoes each
+    image = Image.fromarray(upright).convert("RGB")
+    if orientation > 1:
+        image = image.transpose(Image.Transpose(back[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    found = read_image(tmp_path / "a.jpg", (16, 8), 1)[..., 0].astype(int)
+    corners = found[2, 1], found[13, 1], found[2, 6], found[13, 6]
+    np.testing.assert_allclose(corners, (250, 150, 50, 0), atol=6)
+
+
+@pytest.mark.parametrize("limit", [50, 30], ids=["warned of by Pillow", "refused by Pillow"])
+def test_decompression_bombs_are_unreadable_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    Image.new("L", (8, 9)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with warnings.catch_warnings(record=True) as leaked:
+        warnings.simplefilter("always")
+        with pytest.raises(Unreadable, match=rf"bomb\.png: .*more than {limit} pixels.*decompression bomb"):
+            read_image(tmp_path / "bomb.png", (8, 8))
+    assert leaked == []
+
+
+def test_damaged_metadata_is_no_warning(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
+    assert read_image(tmp_path / "a.jpg", (8, 8)).shape == (8, 8, 3)
+
+
+def test_a_crop_at_the_full_scale_moves_whole_pixels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 21, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for where, left in (((0.0, 0.0), 0), ((0.5, 0.5), 3), ((1.0, 1.0), 5)):
+        assert (read_image(tmp_path / "a.png", (16, 16), where=where) == pixels[:, left : left + 16]).all()
+
+
+@pytest.mark.parametrize("where", [(0.0, 0.0), (0.3, 0.7), (1.0, 1.0)])
+def test_every_size_is_cropped_within_the_picture(where: tuple[float, float]) -> None:
+    for width in range(230, 250):  # 97 / (97 / 233) is above 233 in floating point, and so is 245's
+        assert read_image(Image.new("L", (width, 700)), (96, 97), 1, where).shape == (96, 97, 1)
+
+
+def test_missing_files_and_directories_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "missing.png", (8, 8))

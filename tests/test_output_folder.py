@@ -1,0 +1,65 @@
+"""What lies beside sampled images: a grid, a row for each class, and how fast they were made."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sampling.output_folder import image_path, write_grids
+from vqvae2.__main__ import main
+from vqvae2.pictures import save_png, save_rows
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_rows_have_captions_and_may_differ_in_length(tmp_path: Path, channels: int) -> None:
+    images = torch.full((3, channels, 32, 32), 100, dtype=torch.uint8)
+    save_rows(tmp_path / "rows.png", {"a cat": images, "caf\udce9": images[:1]})
+    with Image.open(tmp_path / "rows.png") as picture:
+        pixels = np.array(picture.convert("RGB")).astype(int)
+    margin = pixels.shape[1] - (3 * 98 + 2)
+    assert pixels.shape[0] == 2 * 98 + 2
+    assert margin > 30
+    for row in range(2):  # each caption stands in its own row, dark on white
+        band = pixels[2 + 98 * row : 98 * (row + 1), :margin]
+        assert band.min() < 60
+        assert (band[:20] == 255).all()
+        assert (band[-20:] == 255).all()
+    shown = pixels[:, margin:]
+    assert (shown[2:98, 2:98] == 100).all()
+    assert (shown[100:196, 2:98] == 100).all()
+    if channels < 4:
+        assert (shown[100:196, 100:] == 255).all()
+
+
+def test_a_class_has_a_row_of_its_images(tmp_path: Path) -> None:
+    labels = [2, 0, 2, 1, 2]
+    for number, label in enumerate(labels):
+        save_png(image_path(tmp_path, number), torch.full((3, 96, 96), 40 + 50 * label, dtype=torch.uint8))
+    write_grids(tmp_path, 5, labels, ("same", "other", "same"))
+    with Image.open(tmp_path / "classes.png") as picture:
+        pixels = np.array(picture).astype(int)[:, -(3 * 98 + 2) :]
+    for row, (label, count) in enumerate([(2, 3), (0, 1), (1, 1)]):
+        for column in range(3):
+            found = pixels[2 + 98 * row : 98 * (row + 1), 2 + 98 * column : 98 * (column + 1)]
+            assert (found == (40 + 50 * label if column < count else 255)).all()
+    (tmp_path / "classes.png").unlink()
+    write_grids(tmp_path, 5, None, ())
+    assert not (tmp_path / "classes.png").exists()
+
+
+def test_sampling_says_how_fast_it_was(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    assert (run / "samples" / "classes.png").is_file()
+    (run / "samples" / "classes.png").unlink()
+    assert main(["sample", str(run)]) == 0
+    assert (run / "samples" / "classes.png").is_file()
+    assert "images/s" not in capsys.readouterr().err  # nothing was sampled
+    assert main(["sample", str(run), "--seed", "4", "--count", "3", "--memory", "0.5"]) == 0
+    assert "samples: 3 images in " in capsys.readouterr().err
+    summary = json.loads((run / "samples-2" / "summary.json").read_text())
+    assert summary["images"] == 3
+    assert summary["images_per_second"] > 0

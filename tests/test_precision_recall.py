@@ -1,0 +1,79 @@
+"""Precision and recall against torch-fidelity, density and coverage against their definitions, block by block."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from vqvae2.errors import UserError
+from vqvae2.metrics import precision_recall as module
+from vqvae2.metrics.precision_recall import manifold
+
+
+def sets(n: int = 80, m: int = 60, dims: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dims, generator=generator) * 1.3 + 5, torch.randn(m, dims, generator=generator) + 5.5
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_and_recall_are_those_of_torch_fidelity(k: int) -> None:
+    generated, reference = sets()
+    expected = prc_features_to_metric(generated.double(), reference.double(), prc_neighborhood=k, verbose=False)
+    result = manifold(generated, reference, k=k)
+    assert result.precision == pytest.approx(expected["precision"], abs=1e-6)
+    assert result.recall == pytest.approx(expected["recall"], abs=1e-6)
+    assert 0 < result.precision < 1
+    assert 0 < result.recall < 1
+
+
+def direct(generated: np.ndarray, reference: np.ndarray, k: int) -> tuple[float, float]:
+    """Equations 2 and 3 of Naeem et al."""
+
+    def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(a[:, None] - b[None], axis=2)
+
+    radii = np.sort(distance(reference, reference), axis=1)[:, k]
+    inside = distance(generated, reference) < radii
+    return inside.sum() / (k * len(generated)), inside.any(0).mean()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(6, 40), st.integers(6, 40), st.integers(1, 5), st.integers(0, 1000))
+def test_density_and_coverage_are_their_definitions(n: int, m: int, k: int, seed: int) -> None:
+    generated, reference = sets(n, m, seed=seed)
+    density, coverage = direct(generated.double().numpy(), reference.double().numpy(), k)
+    result = manifold(generated, reference, k_density=k)
+    assert result.density == pytest.approx(density)
+    assert result.coverage == pytest.approx(coverage)
+
+
+def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = manifold(*sets())
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 60 * 7)
+    assert manifold(*sets()) == whole
+
+
+def test_equal_sets_are_perfect_and_far_ones_share_nothing() -> None:
+    generated, _ = sets()
+    same, far = manifold(generated, generated), manifold(generated, generated + 1000)
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
+
+
+def test_a_copied_image_counts_as_a_neighbour() -> None:
+    reference = torch.tensor([[0.0], [0.0], [10.0], [20.0], [30.0], [40.0], [50.0]])
+    generated = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0], [5.0], [6.0]])
+    # With k = 1 the doubled image's ball has no width: it holds the equal generated image (≤) for precision only.
+    result = manifold(generated, reference, k=1, k_density=1)
+    assert result.precision == pytest.approx(7 / 7)
+    assert result.density == pytest.approx(6 / 7)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    generated, reference = sets()
+    with pytest.raises(UserError, match="expected"):
+        manifold(generated, reference[:, 1:])
+    with pytest.raises(UserError, match="5 images; the 5th neighbour"):
+        manifold(generated[:5], reference)

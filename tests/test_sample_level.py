@@ -1,0 +1,113 @@
+"""Sampling: filters against NumPy, the distribution itself, and images that depend on seed and number alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sampling import row_sampler
+from sampling.sample_level import LevelSamplingParams, Noise, keep_top_k, keep_top_p, sample_level
+from tests.test_priors import build, inputs
+
+
+@given(seed=st.integers(0, 999), k=st.integers(1, 12))
+def test_top_k_keeps_the_k_largest(seed: int, k: int) -> None:
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(seed))
+    kept = keep_top_k(logits, k).isfinite().numpy()
+    expected = np.argsort(np.argsort(-logits.numpy())) < k
+    np.testing.assert_array_equal(kept, expected)
+
+
+@given(seed=st.integers(0, 999), share=st.floats(0.01, 1.0))
+@settings(deadline=None)
+def test_top_p_keeps_the_fewest_that_reach_the_share(seed: int, share: float) -> None:
+    logits = 3 * torch.randn(4, 9, generator=torch.Generator().manual_seed(seed))
+    kept = keep_top_p(logits, share).isfinite()
+    probabilities = logits.double().softmax(1)
+    for row, mask in zip(probabilities, kept, strict=True):
+        assert row[mask].sum() >= share - 1e-5
+        assert row[mask].sum() - row[mask].min() < share + 1e-5
+        assert row[mask].min() >= row[~mask].max() if (~mask).any() else True
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_codes_are_drawn_from_the_softmax(temperature: float) -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    count = 40_000
+    noise = Noise(0, [7], 0).row(count, 4)[:, 0]
+    codes = LevelSamplingParams(temperature=temperature)(logits.expand(count, 4), noise)
+    found = np.bincount(codes.numpy(), minlength=4) / count
+    expected = (logits / temperature).softmax(0).numpy()
+    assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / count)
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    for seed in range(20):
+        assert LevelSamplingParams(temperature=0)(logits, Noise(seed, [0], 0).row(1, 3)[0]) == 1
+
+
+def test_an_image_depends_on_the_seed_and_its_number_not_on_the_batch() -> None:
+    prior = build(size=(6, 6), coarser=((3, 3),), classes=3)
+    coarser, labels = inputs(prior, batch=7)["coarser"], inputs(prior, batch=7)["labels"]
+    whole = sample_level(prior, Noise(5, range(7), 0), LevelSamplingParams(), coarser, labels)
+    for part in ([0, 1, 2], [3, 4, 5, 6], [6], [4, 2]):
+        alone = sample_level(
+            prior, Noise(5, part, 0), LevelSamplingParams(), tuple(c[part] for c in coarser), labels[part]
+        )
+        assert torch.equal(alone, whole[part])
+    other = sample_level(prior, Noise(6, range(7), 0), LevelSamplingParams(), coarser, labels)
+    assert not torch.equal(other, whole)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [LevelSamplingParams(), LevelSamplingParams(temperature=0.7, top_k=5), LevelSamplingParams(top_p=0.8)],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
+def test_the_incremental_sampler_gives_the_codes_of_a_naive_one(choice: LevelSamplingParams, kind: str) -> None:
+    prior = build(size=(5, 6), coarser=((5, 3),), kind=kind)
+    coarser = inputs(prior, batch=3)["coarser"]
+    found = sample_level(prior, Noise(0, range(3), 0), choice, coarser)
+    noise = Noise(0, range(3), 0)
+    codes = torch.zeros(3, 5, 6, dtype=torch.int64)
+    for row in range(5):
+        variates = noise.row(6, prior.spec.level.codebook_size)
+        for column in range(6):
+            with torch.no_grad():
+                logits = prior(codes, coarser)[:, :, row, column]
+            codes[:, row, column] = choice(logits, variates[column])
+    assert torch.equal(found, codes)
+
+
+class Replay:
+    """Stands for a CUDA graph: the work again, after the few times that recording takes."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.replay = work
+        for _ in range(3):
+            work()
+
+
+@pytest.mark.parametrize("width", [1, 6])
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
+def test_a_position_that_is_replayed_gives_the_same_codes(
+    kind: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = build(size=(5, width), classes=2, kind=kind)
+    labels = torch.tensor([0, 1, 1])
+    expected = sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), (), labels)
+    monkeypatch.setattr(row_sampler, "record", Replay)
+    start = row_sampler.RowSampler.__init__
+
+    def recorded(self: row_sampler.RowSampler, *arguments: Any) -> None:
+        start(self, *arguments)
+        self.recorded = True
+
+    monkeypatch.setattr(row_sampler.RowSampler, "__init__", recorded)
+    assert torch.equal(sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), (), labels), expected)

@@ -1,0 +1,1 @@
+"""The training stages: autoencoder, code extraction, priors."""

@@ -1,0 +1,145 @@
+"""Stage 2: encode every image once and keep its codes in LMDB."""
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from train.loop import make_accelerator, to_device
+from train.run import Run, open_run, print_main
+from vqvae2 import files
+from vqvae2.data import lmdb_store
+from vqvae2.data.code_store import PER_VALUE, UNREADABLE, CodeHeader, CodeStore, CodeWriter
+from vqvae2.data.images import Images, open_images, to_float
+from vqvae2.data.samplers import load
+from vqvae2.models import Autoencoder
+
+
+def extract_codes(run: Run) -> None:
+    """Write the code stores of both splits; what an earlier run has written is kept."""
+    digest = files.digest(run.folder.autoencoder_weights) if run.folder.autoencoder_weights.is_file() else None
+    stores = {split: run.folder.code_store(split) for split in ("train", "val")}
+    if all(_finished(path, digest) for path in stores.values()):
+        print_main(f"codes: finished, {run.folder.codes}")
+        return
+    accelerator = make_accelerator()
+    network = Autoencoder.load(run.folder.autoencoder_weights, accelerator.device)
+    started = time.monotonic()
+    for split, images in zip(stores, open_images(run.experiment.data, run.folder.data_index), strict=True):
+        _extract(run, network, images, split, accelerator)
+    if accelerator.is_main_process:
+        files.write_json(run.folder.codes / "summary.json", {"seconds": round(time.monotonic() - started, 1)})
+
+
+def _finished(path: Path, digest: str | None) -> bool:
+    """Whether a complete store of this autoencoder is there; UserError where it is of another one."""
+    if not lmdb_store.exists(path):
+        return False
+    header = CodeStore.read_header(path)
+    header.check_autoencoder(digest, path)
+    return header.complete and lmdb_store.is_sealed(path)
+
+
+class Record(NamedTuple):
+    """One record to be: an image or its mirror; `UNREADABLE` in the place of the label where there is none."""
+
+    image: UInt8[Tensor, "c h w"]
+    label: int
+
+
+class Records(Dataset[Record]):
+    """The images of a split as the records of its store; with `flip` each is followed by its mirror image."""
+
+    def __init__(self, images: Images, flip: bool) -> None:
+        self.images, self.flip = images, flip
+
+    def __len__(self) -> int:
+        return len(self.images) * (2 if self.flip else 1)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
+        """Records in order; the two of one image are decoded once."""
+        at, item, records = -1, None, []
+        for number in numbers:
+            index, mirrored = divmod(number, 2) if self.flip else (number, 0)
+            if index != at:
+                at, item = index, self.images.read(index)
+            if item is None:
+                config = self.images.config
+                records.append(Record(torch.zeros(config.channels, *config.shape, dtype=torch.uint8), UNREADABLE))
+            else:
+                records.append(Record(item.image.flip(2) if mirrored else item.image, item.label))
+        return records
+
+    def names(self, numbers: Sequence[int]) -> list[str]:
+        """Names of the images that records are of."""
+        names = self.images.names
+        return [names[number // 2 if self.flip else number] for number in numbers]
+
+
+def _extract(run: Run, network: Autoencoder, images: Images, split: str, accelerator: Accelerator) -> None:
+    path = run.folder.code_store(split)
+    if _finished(path, network.digest):
+        return
+    records = Records(images, flip=split == "train" and run.experiment.codes.flip)
+    header = CodeHeader(
+        levels=network.maps,
+        count=len(records),
+        classes=images.classes,
+        split=split,
+        source=run.experiment.data.path,
+        data=images.digest(),
+        flip=records.flip,
+        autoencoder=str(network.digest),
+    )
+    if accelerator.is_main_process:
+        CodeWriter(path, header).close()
+    accelerator.wait_for_everyone()
+    with closing(CodeWriter(path, header)) as writer:
+        # LMDB's locks do not reach over a network file system: the processes of the first machine do all the work.
+        writers = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+        mine = writer.missing()[accelerator.process_index :: writers] if accelerator.process_index < writers else []
+        _write(run, network, records, writer, mine, accelerator)
+        accelerator.wait_for_everyone()
+        unreadable = writer.unreadable()
+        images.refuse_many([record // 2 for record in unreadable[::2]] if records.flip else unreadable)
+        if accelerator.is_main_process:
+            writer.finish()
+            if unreadable:
+                print_main(
+                    f"codes of {split}: {len(unreadable):,} of {header.count:,} records left out: unreadable images"
+                )
+    accelerator.wait_for_everyone()
+
+
+def _write(
+    run: Run, network: Autoencoder, records: Records, writer: CodeWriter, mine: list[int], accelerator: Accelerator
+) -> None:
+    """Encode this process's values of the store."""
+    values = [list(range(number * PER_VALUE, min((number + 1) * PER_VALUE, len(records)))) for number in mine]
+    batches = load(records, values, run.experiment.data.num_workers)
+    split, main = writer.header.split, accelerator.is_main_process
+    with tqdm(desc=f"codes of {split}", total=sum(map(len, values)), unit="image", disable=not main) as bar:
+        for number, value, batch in zip(mine, values, batches, strict=True):
+            with torch.inference_mode():
+                parts = [
+                    network.encode(to_float(to_device(part, accelerator.device)))
+                    for part in batch.image.split(run.experiment.codes.batch_size)
+                ]
+            codes = [torch.cat(level) for level in zip(*parts, strict=True)]
+            writer.write(number, codes, batch.label, records.names(value))
+            bar.update(len(value))
+
+
+def main(arguments: list[str]) -> None:
+    """The command `vqvae2 extract-codes`."""
+    run, _ = open_run("extract-codes", arguments, "Encode every image and cache its codes (stage 2).")
+    extract_codes(run)
