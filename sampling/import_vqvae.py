@@ -1,19 +1,24 @@
-"""The command `vqvae2 import-vqvae`: a checkpoint of the widely used PyTorch VQ-VAE-2 as our weights file."""
+"""The command `vqvae2 import-vqvae`: convert a checkpoint of rosinality/vq-vae-2-pytorch to a weights file."""
 
-import argparse
 from pathlib import Path
 
+from pydantic import Field
+from tyro.conf import Positional
+
+from vqvae2.command_line import Options
 from vqvae2.models.importing import import_autoencoder
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 import-vqvae`."""
-    parser = argparse.ArgumentParser(prog="vqvae2 import-vqvae", description=__doc__)
-    parser.add_argument("file", type=Path, help="its .pt file")
-    parser.add_argument("out", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--size", type=int, nargs=2, default=(256, 256), metavar=("H", "W"), help="of the images")
-    options = parser.parse_args(arguments)
-    height, width = options.size
-    model = import_autoencoder(options.file, (height, width))
+class ImportOptions(Options):
+    """Convert an autoencoder checkpoint of rosinality/vq-vae-2-pytorch to a safetensors file of this project."""
+
+    file: Positional[Path] = Field(description="the .pt file")
+    out: Positional[Path] = Field(description="the .safetensors file to write")
+    size: tuple[int, int] = Field(default=(256, 256), description="height and width of the images, in pixels")
+
+
+def main(options: ImportOptions) -> None:
+    """Run the command `vqvae2 import-vqvae`."""
+    model = import_autoencoder(options.file, options.size)
     model.save(options.out, imported_from=options.file.name)
     print(options.out)

@@ -1,4 +1,4 @@
-"""What is kept of an image: the part that a mask covers, or its coarsest levels."""
+"""What is kept of an image in editing: the part that a mask covers, or its coarsest levels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,14 @@ HALVES = ("top-half", "bottom-half", "left-half", "right-half")
 
 
 def read_mask(source: str, size: tuple[int, int]) -> Bool[Tensor, "h w"]:
-    """True where pixels are kept: one of `HALVES`, or the white of a picture of just this size.
+    """Return a mask that is true for pixels to keep.
 
-    Raises UserError for any other word, a file that is no picture, a picture of another size, and a mask that leaves
-    nothing to sample.
+    Args:
+        source: One of `HALVES`, or the path of a picture of this size whose white pixels are kept.
+        size: Height and width.
+
+    Raises:
+        UserError: If the file is missing, unreadable, of another size, or leaves nothing to sample.
     """
     mask = torch.zeros(size, dtype=torch.bool)
     height, width = size
@@ -31,7 +35,7 @@ def read_mask(source: str, size: tuple[int, int]) -> Bool[Tensor, "h w"]:
         mask[rows.get(side, slice(None)), columns.get(side, slice(None))] = True
         return mask
     if not Path(source).is_file():
-        raise UserError(f"--keep {source}: neither {', '.join(HALVES)} nor a picture whose white is kept")
+        raise UserError(f"--keep {source}: no such file. Give {', '.join(HALVES)}, or a picture whose white is kept.")
     try:
         with Image.open(source) as picture:
             mask = torch.from_numpy(np.array(picture.convert("L")) >= 128)
@@ -39,26 +43,24 @@ def read_mask(source: str, size: tuple[int, int]) -> Bool[Tensor, "h w"]:
         raise UserError(f"--keep {source}: not a readable picture ({error})") from None
     if tuple(mask.shape) != size:
         found = f"{mask.shape[0]} × {mask.shape[1]}"
-        raise UserError(f"--keep {source}: {found} pixels, but the images of this run are {height} × {width}")
+        raise UserError(f"--keep {source}: the mask is {found} pixels, but the images are {height} × {width}")
     if mask.all():
-        raise UserError(f"--keep {source}: all of it is white, which leaves nothing to sample; paint that black")
+        raise UserError(f"--keep {source}: the mask is all white, so nothing is left to sample. Paint that part black.")
     return mask
 
 
 def keep_masked(codes: CodeMaps, mask: Bool[Tensor, "..."], maps: Sequence[MapSpec]) -> tuple[PartialCodes, ...]:
-    """Codes kept by a mask (H, W) or (B, H, W) of pixels: on each level those of whose pixels all are kept."""
+    """Keep, on each level, the codes all of whose pixels a mask (H, W) or (B, H, W) covers."""
     mask = mask.expand(len(codes[0]), *mask.shape[-2:])
-    known = []
+    partial = []
     for level, spec in zip(codes, maps, strict=True):
         rows, columns = mask.shape[1] // spec.height, mask.shape[2] // spec.width
         cells = mask.unflatten(2, (spec.width, columns)).unflatten(1, (spec.height, rows))
-        known.append(PartialCodes(level, cells.all(4).all(2).to(level.device)))
-    return tuple(known)
+        partial.append(PartialCodes(level, cells.all(4).all(2).to(level.device)))
+    return tuple(partial)
 
 
 def keep_coarsest(codes: CodeMaps, count: int) -> tuple[PartialCodes, ...]:
-    """Codes of which the `count` coarsest levels are kept whole, and nothing of the finer ones."""
+    """Keep all codes of the `count` coarsest levels, and none of the finer levels."""
     finer = len(codes) - count
-    return tuple(
-        PartialCodes(level, torch.full_like(level, index >= finer).bool()) for index, level in enumerate(codes)
-    )
+    return tuple(PartialCodes(level, torch.full_like(level, index >= finer).bool()) for index, level in enumerate(codes))

@@ -1,5 +1,6 @@
-"""How much memory sampling takes, found before it is taken: a walk's buffers on the meta device, which has none."""
+"""Estimate the memory that sampling needs before it is allocated, with buffers on the meta device."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,53 +12,57 @@ from torch import Tensor, nn
 from vqvae2.priors import Prior
 from vqvae2.priors.toom_cook import IncrementalRows
 
-_SHARE = 0.5  # of the free memory that walks may fill; the rest is for what comes and goes
-_FLOAT = 4  # bytes
+_FREE_MEMORY_FRACTION = 0.5  # for buffers and caches; the rest is for temporary tensors
+_FLOAT_BYTES = 4
 
 
 def batch_that_fits(prior: Prior, wanted: int, guided: bool, memory: float | None) -> int:
-    """How many of `wanted` images one level can sample at once in `memory` GiB, half of what is free where None."""
+    """Return how many of `wanted` images fit at once into `memory` GiB, or into half of the free memory if None.
+
+    The result may be 0 or negative if not even one image fits.
+    """
     if wanted <= 1:
         return wanted
     device = next(prior.parameters()).device
-    budget = free_bytes(device) * _SHARE if memory is None else memory * 2**30
-    one, two = walk_bytes(prior, 1), walk_bytes(prior, 2)
-    each, once = two - one, 2 * one - two  # weights are folded once, whatever the batch
-    noise = prior.spec.level.width * prior.spec.level.codebook_size * _FLOAT
-    return min(wanted, int((budget - once) // (each * (2 if guided else 1) + noise)))
+    budget = free_bytes(device) * _FREE_MEMORY_FRACTION if memory is None else memory * 2**30
+    if math.isinf(budget):
+        return wanted
+    one, two = decoder_bytes(prior, 1), decoder_bytes(prior, 2)
+    per_image, fixed = two - one, 2 * one - two  # folded weights do not depend on the batch size
+    noise = prior.spec.level.width * prior.spec.level.codebook_size * _FLOAT_BYTES
+    return min(wanted, int((budget - fixed) // (per_image * (2 if guided else 1) + noise)))
 
 
-def walk_bytes(prior: Prior, batch: int) -> int:
-    """Bytes that the buffers, caches and folded weights of a walk over `batch` maps fill, measured without filling."""
+def decoder_bytes(prior: Prior, batch: int) -> int:
+    """Return the bytes of an incremental decoder's buffers, caches and folded weights, without allocating them."""
     with torch.device("meta"):
         twin: Prior = prior.config.build(prior.spec)
     twin.eval().requires_grad_(False)
     coarser = tuple(torch.zeros(batch, *level.shape, dtype=torch.int64, device="meta") for level in prior.spec.coarser)
     labels = torch.zeros(batch, dtype=torch.int64, device="meta") if prior.spec.classes else None
-    return _held(twin.incremental(batch, coarser, labels))
+    return _reachable_bytes(twin.incremental(batch, coarser, labels))
 
 
 def free_bytes(device: torch.device) -> float:
-    """Free memory of a GPU, or this process's part of what the machine has free; infinite where it is not known."""
+    """Return the free memory of a GPU, or this process's share of the machine's; infinity if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.is_file():
-        return float("inf")
+        return math.inf
     lines = (line.split() for line in meminfo.read_text(encoding="utf-8").splitlines())
     kibibytes = {words[0].rstrip(":"): int(words[1]) for words in lines}
     return kibibytes["MemAvailable"] * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _held(steps: object) -> int:
-    """Bytes of all tensors that a walk reaches, each storage once, and of the finished rows that it will keep; the
-    network's own weights are left out."""
+def _reachable_bytes(decoder: object) -> int:
+    """Return the bytes of all tensors that an object reaches, except modules, counting each storage once."""
     storages: dict[int, int] = {}
-    to_come = 0
+    not_yet_allocated = 0
     seen: set[int] = set()
-    found: list[Any] = [steps]
-    while found:
-        value = found.pop()
+    pending: list[Any] = [decoder]
+    while pending:
+        value = pending.pop()
         if id(value) in seen or isinstance(value, nn.Module):
             continue
         seen.add(id(value))
@@ -65,17 +70,17 @@ def _held(steps: object) -> int:
             storage = value.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
         elif isinstance(value, Mapping):
-            found += value.values()
+            pending += value.values()
         elif isinstance(value, list | tuple):
-            found += value
+            pending += value
         elif hasattr(value, "__dict__"):
-            found += vars(value).values()
-            to_come += _finished_rows(value) if isinstance(value, IncrementalRows) else 0
-    return sum(storages.values()) + to_come
+            pending += vars(value).values()
+            not_yet_allocated += _finished_row_bytes(value) if isinstance(value, IncrementalRows) else 0
+    return sum(storages.values()) + not_yet_allocated
 
 
-def _finished_rows(walk: IncrementalRows) -> int:
-    """Bytes of the transformed rows that a walk keeps, once there are as many as it reaches."""
-    batch, _, inputs = walk.padded.shape
-    tiles = -(-walk.shape[0] // walk.matrices.tile)
-    return walk.reach * walk.matrices.points * inputs * batch * tiles * _FLOAT
+def _finished_row_bytes(rows: IncrementalRows) -> int:
+    """Return the bytes of the transformed rows that are cached once enough rows are finished."""
+    batch, _, inputs = rows.padded.shape
+    tiles = -(-rows.shape[0] // rows.matrices.tile)
+    return rows.reach * rows.matrices.points * inputs * batch * tiles * _FLOAT_BYTES

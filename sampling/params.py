@@ -1,104 +1,156 @@
-"""How codes are chosen on every level: each setting is one value for all levels, or values by level."""
+"""Sampling parameters of one level and of all levels: temperature, top-k, top-p and guidance scale."""
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+import tyro
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from sampling.sample_level import LevelSamplingParams
 from vqvae2.config import Config
 from vqvae2.errors import UserError
 
-_Number = TypeVar("_Number", int, float)
+
+class LevelSamplingParams(Config):
+    """Sampling parameters of one level. The defaults sample from the prior's own distribution."""
+
+    temperature: float = Field(default=1.0, ge=0, description="divides the logits; 0 selects the most likely code")
+    top_k: int = Field(default=0, ge=0, description="sample from the k most likely codes only; 0 for all")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample from the most likely codes with this total probability only"
+    )
+    guidance_scale: float = Field(
+        default=1.0, ge=0, description="classifier-free guidance; 1 disables it, above 1 follows the label more closely"
+    )
+
+
+def _parse_per_level(value: Any) -> Any:
+    """Parse `0.9`, or values per level such as `top=1.0,bottom=0.9`; return anything but a string unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        if "=" not in value:
+            return float(value)
+        pairs = (part.split("=") for part in value.split(","))
+        return {level.strip(): float(number) for level, number in pairs}
+    except ValueError:
+        raise ValueError(f"expected a number, or numbers per level such as top=1,bottom=2, not {value!r}") from None
+
+
+def _format_per_level(value: float | dict[str, float]) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{level}={number:g}" for level, number in value.items())
+    return f"{value:g}"
+
+
+def _is_per_level(value: Any) -> bool:
+    return isinstance(value, int | float | dict)
+
+
+_PER_LEVEL = (
+    BeforeValidator(_parse_per_level),
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="VALUE|LEVEL=VALUE,...",
+        instance_from_str=lambda arguments: _parse_per_level(arguments[0]),
+        is_instance=_is_per_level,
+        str_from_instance=lambda value: [_format_per_level(value)],
+    ),
+)
+FloatPerLevel = Annotated[float | dict[str, float], *_PER_LEVEL]
+IntPerLevel = Annotated[int | dict[str, int], *_PER_LEVEL]
+
+
+def _parse_integers(value: Any) -> Any:
+    """Parse `207,250`; return anything but a string unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"expected integers separated by commas such as 207,250, not {value!r}") from None
+
+
+ClassLabels = Annotated[
+    tuple[int, ...],
+    BeforeValidator(_parse_integers),
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT,...",
+        instance_from_str=lambda arguments: _parse_integers(arguments[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    ),
+]
 
 
 class SamplingParams(Config):
-    """A `LevelSamplingParams` and a guidance scale for each level: `temperature: 0.9`, or `temperature: {top: 1.0, bottom: 0.9}`.
+    """Sampling parameters of all levels: each is one value, or values per level.
 
-    A level that a mapping does not name keeps the default.
+    In YAML, on the command line and in Python: `0.9`, or `top=1.0,bottom=0.9`; in YAML and Python also a mapping. A
+    level without a value uses the default.
     """
 
-    temperature: float | dict[str, float] = Field(
-        default=1.0, description="below 1 plays safe, 0 always takes the likeliest code; one value, or values by level"
+    temperature: FloatPerLevel = Field(
+        default=1.0, description="divides the logits; 0 selects the most likely code; one value, or LEVEL=VALUE,..."
     )
-    top_k: int | dict[str, int] = Field(default=0, description="choose among the k likeliest codes; 0 for all")
-    top_p: float | dict[str, float] = Field(
-        default=1.0, description="choose among the likeliest codes that make up this probability"
+    top_k: IntPerLevel = Field(default=0, description="sample from the k most likely codes only; 0 for all")
+    top_p: FloatPerLevel = Field(
+        default=1.0, description="sample from the most likely codes with this total probability only"
     )
-    guidance_scale: float | dict[str, float] = Field(
-        default=1.0, description="how far to go from what any label would give to what this label gives; 1 is off"
+    guidance_scale: FloatPerLevel = Field(
+        default=1.0, description="classifier-free guidance; 1 disables it, above 1 follows the label more closely"
     )
 
     @model_validator(mode="after")
     def _check(self) -> "SamplingParams":
-        for level in (None, *self.named()):
+        for level in (None, *self._named_levels()):
             try:
-                self.of(level)
+                self.for_level(level)
             except ValidationError as error:
                 problem = error.errors(include_url=False)[0]
                 name = ".".join(filter(None, (str(problem["loc"][0]), level)))
                 raise ValueError(f"{name}: {problem['msg']}, not {problem['input']!r}") from None
-            if (scale := self.guidance_scale_of(level)) < 0:
-                raise ValueError(f"guidance_scale must not be negative, not {scale!r}")
         return self
 
-    def of(self, level: str | None) -> LevelSamplingParams:
-        """How the codes of one level are chosen."""
-        names = LevelSamplingParams.model_fields
-        return LevelSamplingParams(**{name: self._value(name, level) for name in names})
+    @property
+    def params(self) -> SamplingParams:
+        """The sampling parameters alone, without the settings that a subclass adds."""
+        return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields})
 
-    def guidance_scale_of(self, level: str | None) -> float:
-        """The guidance scale of one level; 1 where there is none."""
-        return self._value("guidance_scale", level)
-
-    def named(self) -> list[str]:
-        """The levels that any of the settings names."""
-        values = [getattr(self, name) for name in type(self).model_fields]
-        return list(dict.fromkeys(level for value in values if isinstance(value, Mapping) for level in value))
+    def for_level(self, level: str | None) -> LevelSamplingParams:
+        """Return the parameters of one level."""
+        return LevelSamplingParams(**{name: self._value(name, level) for name in LevelSamplingParams.model_fields})
 
     def check_levels(self, levels: Sequence[str]) -> None:
-        """UserError where a setting names a level that there is not."""
-        for level in self.named():
+        """Raise UserError if a parameter names a level that is not in `levels`."""
+        for level in self._named_levels():
             if level not in levels:
-                raise UserError(f"choice: there is no level {level!r}; the levels are {', '.join(levels)}")
+                raise UserError(f"sampling: no level is named {level!r}. The levels are {', '.join(levels)}.")
 
-    def record(self, levels: Sequence[str]) -> dict[str, Any]:
-        """What a manifest says of them: guidance only where some level has it."""
-        guided = any(self.guidance_scale_of(level) != 1 for level in levels)
-        return self.model_dump(mode="json", exclude=None if guided else {"guidance_scale"})
+    def recorded(self, levels: Sequence[str]) -> dict[str, Any]:
+        """Return the parameters for a manifest, without `guidance_scale` if no level uses it."""
+        guided = any(self.for_level(level).guidance_scale != 1 for level in levels)
+        names = set(SamplingParams.model_fields) - (set() if guided else {"guidance_scale"})
+        return self.model_dump(mode="json", include=names)
+
+    def _named_levels(self) -> list[str]:
+        values = [getattr(self, name) for name in SamplingParams.model_fields]
+        return list(dict.fromkeys(level for value in values if isinstance(value, Mapping) for level in value))
 
     def _value(self, name: str, level: str | None) -> Any:
         value = getattr(self, name)
         if isinstance(value, Mapping):
-            return value.get(level, type(self).model_fields[name].default)
+            return value.get(level, SamplingParams.model_fields[name].default)
         return value
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that set `SamplingParams` on a command line."""
-    for name, kind, about in (
-        ("temperature", float, "below 1 plays safe; 0 always takes the likeliest code"),
-        ("top-k", int, "choose among the k likeliest codes; 0 for all"),
-        ("top-p", float, "choose among the likeliest codes of this total probability"),
-        ("guidance_scale", float, "above 1 is truer to the label, for priors trained with label dropout; 1 is off"),
-    ):
-        parser.add_argument(
-            f"--{name}", dest=name.replace("-", "_"), type=by_level(kind), help=f"{about}; by level: top=…,bottom=…"
-        )
+class SamplingConfig(SamplingParams):
+    """What to sample, and how."""
 
-
-def by_level(kind: Callable[[str], _Number]) -> Callable[[str], _Number | dict[str, _Number]]:
-    """Reads `0.9`, or values by level: `top=1.0,bottom=0.9`."""
-
-    def parse(text: str) -> _Number | dict[str, _Number]:
-        try:
-            if "=" not in text:
-                return kind(text)
-            pairs = (part.split("=") for part in text.split(","))
-            return {level.strip(): kind(value) for level, value in pairs}
-        except ValueError:
-            message = f"expected a number, or numbers by level such as top=1,bottom=2, not {text!r}"
-            raise argparse.ArgumentTypeError(message) from None
-
-    return parse
+    count: int = Field(default=64, ge=1, description="number of images")
+    seed: int = Field(default=0, ge=0, description="image k depends on the seed and k only")
+    classes: ClassLabels = Field(default=(), description="labels to cycle through; all classes if not given")
+    batch_size: int = Field(default=16, ge=1, description="images sampled at once, per process, if memory allows")
+    memory: float | None = Field(
+        default=None, gt=0, description="memory in GiB that sampling may use; half of the free memory if not given"
+    )

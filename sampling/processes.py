@@ -1,9 +1,9 @@
-"""The processes that share a job, as `accelerate launch` or `torchrun` started them; one without a launcher."""
+"""The processes that `accelerate launch` or `torchrun` started; a single one without a launcher."""
 
 import torch
 from accelerate import PartialState
 
 
 def processes() -> PartialState:
-    """Accelerate's view of them; without a GPU they talk over gloo, which Accelerate does only when told."""
+    """Return Accelerate's state of this process. Without a GPU, processes communicate over gloo."""
     return PartialState(cpu=not torch.accelerator.is_available())

@@ -1,24 +1,34 @@
-"""The command `vqvae2 reconstruct`: images beside what their codes bring back, and what each level alone carries."""
+"""The command `vqvae2 reconstruct`: images beside their reconstructions, and what each level alone carries."""
 
-import argparse
 from pathlib import Path
 
 import torch
+from jaxtyping import UInt8
+from pydantic import Field
+from torch import Tensor
+from tyro.conf import Positional
 
+from vqvae2.command_line import Options
 from vqvae2.data.images import read_image, to_bytes, to_float
 from vqvae2.models import Autoencoder
 from vqvae2.pictures import save_grid
 from vqvae2.run_folder import RunFolder, level_names
 
 
-def reconstruct(autoencoder: Autoencoder, paths: list[Path], levels: bool = False) -> torch.Tensor:
-    """Rows of uint8 images: original, reconstruction and, with `levels`, each level on its own, finest first."""
-    images = torch.stack(
-        [
-            torch.from_numpy(read_image(path, autoencoder.size, autoencoder.image_channels).transpose(2, 0, 1).copy())
-            for path in paths
-        ]
-    )
+class ReconstructOptions(Options):
+    """Encode and decode images, and write the originals beside their reconstructions."""
+
+    run: Positional[Path] = Field(description="run folder")
+    images: Positional[tuple[Path, ...]] = Field(min_length=1, description="image files")
+    levels: bool = Field(default=False, description="also show what each level alone carries")
+    out: Path | None = Field(default=None, description="PNG to write; RUN/reconstructions.png if not given")
+
+
+def reconstruct(autoencoder: Autoencoder, paths: tuple[Path, ...], levels: bool = False) -> UInt8[Tensor, "b n c h w"]:
+    """Return, for each image, the original, the reconstruction and, with `levels`, each level alone, finest first."""
+    size, channels = autoencoder.size, autoencoder.image_channels
+    arrays = [read_image(path, size, channels).transpose(2, 0, 1).copy() for path in paths]
+    images = torch.stack([torch.from_numpy(array) for array in arrays])
     codes = autoencoder.encode(to_float(images))
     columns = [images, to_bytes(autoencoder.decode_codes(codes))]
     if levels:
@@ -28,18 +38,12 @@ def reconstruct(autoencoder: Autoencoder, paths: list[Path], levels: bool = Fals
     return torch.stack(columns, 1)
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 reconstruct`."""
-    parser = argparse.ArgumentParser(prog="vqvae2 reconstruct", description="Write images beside reconstructions.")
-    parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument("images", type=Path, nargs="+", help="image files")
-    parser.add_argument("--levels", action="store_true", help="show what each level alone carries, too")
-    parser.add_argument("--out", type=Path, help="PNG to write; RUN/reconstructions.png by default")
-    options = parser.parse_args(arguments)
+def main(options: ReconstructOptions) -> None:
+    """Run the command `vqvae2 reconstruct`."""
     folder = RunFolder.existing(options.run)
     autoencoder = Autoencoder.load(folder.autoencoder_weights)
     rows = reconstruct(autoencoder, options.images, options.levels)
-    out = options.out or folder.path / "reconstructions.png"
+    out = options.out or folder.reconstructions
     save_grid(out, rows.flatten(0, 1), columns=rows.shape[1])
     names = ["original", "reconstruction"]
     if options.levels:

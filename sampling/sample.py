@@ -1,97 +1,116 @@
-"""The command `vqvae2 sample`: images coarse to fine, as PNGs, a grid and a manifest that says how they were made."""
+"""The command `vqvae2 sample`: sample images coarse to fine into a folder of PNGs with a grid and a manifest."""
 
-import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
+from jaxtyping import UInt8
 from pydantic import Field
+from torch import Tensor
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from sampling.evaluation.rejection import Rejection
-from sampling.output_folder import check_folder, free_folder, image_path, write_grids
-from sampling.params import SamplingParams, add_options
+from sampling.output_folder import check_folder, image_path, next_free_folder, write_grids
+from sampling.params import SamplingConfig
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
+from sampling.run_config import RunConfig
 from vqvae2 import files
-from vqvae2.config import Config
+from vqvae2.command_line import Options, parse
 from vqvae2.data.images import to_bytes
 from vqvae2.pictures import save_png
 from vqvae2.run_folder import RunFolder
 
 
-class SamplingConfig(Config):
-    """What is sampled."""
+class SampleOptions(Options, SamplingConfig):
+    """Sample new images from a trained run. Defaults come from the `sampling` section of the run's config."""
 
-    count: int = Field(default=64, ge=1, description="images")
-    seed: int = Field(default=0, ge=0)
-    classes: tuple[int, ...] = Field(default=(), description="labels, used by turns; all of them where not given")
-    choice: SamplingParams = SamplingParams()
-    batch_size: int = Field(default=16, ge=1, description="images sampled at once, at most, on each process")
-    memory: float | None = Field(
-        default=None, gt=0, description="GiB that walks may fill; half of what is free where not given"
+    run: Positional[Path] = Field(description="run folder")
+    keep_fraction: float | None = Field(
+        default=None, gt=0, le=1, description="rejection sampling: sample more images and keep this fraction"
     )
+    classifier: str | None = Field(
+        default=None, description="classifier for rejection sampling: a torchvision name such as resnet50, or a file"
+    )
+    out: Path | None = Field(default=None, description="output folder; RUN/samples if not given")
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
+        run = parse(cls, arguments, prog).run
+        folder = RunFolder(run)
+        if not folder.config.is_file():
+            return parse(cls, arguments, prog)
+        sampling = RunConfig.load_resolved(folder.config).sampling
+        return parse(cls, arguments, prog, default=cls(run=run, **dict(sampling)))
+
+    @property
+    def config(self) -> SamplingConfig:
+        """The settings that are also in the run's config."""
+        return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})
 
 
-class Sample(NamedTuple):
+class SampledImage(NamedTuple):
     """One sampled image."""
 
     number: int
-    image: torch.Tensor  # uint8 (C, H, W)
+    image: UInt8[Tensor, "c h w"]
 
 
-def samples(pipeline: VQVAE2Pipeline, config: SamplingConfig, numbers: list[int], show: bool) -> Iterator[Sample]:
-    """The images with these numbers, a batch at a time."""
-    positions = pipeline.positions * len(numbers)
-    size = pipeline.batch_that_fits(min(config.batch_size, len(numbers)), config.choice, config.memory)
+def sample_images(
+    pipeline: VQVAE2Pipeline, config: SamplingConfig, numbers: Sequence[int], show_progress: bool
+) -> Iterator[SampledImage]:
+    """Yield the images with the given numbers, sampled in batches."""
+    total = pipeline.num_codes * len(numbers)
+    size = pipeline.batch_that_fits(min(config.batch_size, len(numbers)), config.params, config.memory)
     started = time.monotonic()
-    with tqdm(desc="samples", total=positions, unit="code", unit_scale=True, disable=not (show and numbers)) as bar:
+    hidden = not (show_progress and numbers)
+    with tqdm(desc="samples", total=total, unit="code", unit_scale=True, disable=hidden) as bar:
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
             labels = pipeline.labels_of(batch, config.classes)
-            codes = pipeline.sample_codes(batch, labels, config.seed, config.choice, progress=bar.update)
+            codes = pipeline.sample_codes(batch, labels, config.seed, config.params, progress=bar.update)
             for number, image in zip(batch, to_bytes(pipeline.autoencoder.decode_codes(codes)).cpu(), strict=True):
-                yield Sample(number, image)
+                yield SampledImage(number, image)
             bar.set_postfix_str(f"{(start + len(batch)) / (time.monotonic() - started):.3g} images/s")
 
 
 def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Path:
-    """Sample images of a run into a folder, going on with the ones that are missing; the folder.
+    """Sample the images of a run into a folder, and return the folder. Images that exist are kept.
 
-    The folder is `out`, or `samples` in the run, or `samples-2` and so on where that holds images made otherwise.
-    Beside the images lie grid.png, classes.png where there are labels, manifest.json, and summary.json with the time
-    that all processes together took.
+    The folder is `out`, or `samples` in the run, or `samples-2`, … if that holds images made with other settings. It
+    contains images/, grid.png, classes.png if there are labels, manifest.json, and summary.json with the time.
     """
     process = processes()
-    pipeline = VQVAE2Pipeline.load(run, torch.device(process.device or "cpu"))
-    pipeline.check(config.choice)
+    pipeline = VQVAE2Pipeline.from_pretrained(run, torch.device(process.device or "cpu"))
+    pipeline.check_params(config.params)
     manifest = _manifest(pipeline, config)
-    folder = out or free_folder(RunFolder(run).samples, manifest)
+    folder = out or next_free_folder(RunFolder(run).samples, manifest)
     check_folder(folder, manifest)
     if process.is_main_process:
         files.write_json(folder / "manifest.json", manifest)
     missing = [number for number in range(config.count) if not image_path(folder, number).is_file()]
-    process.wait_for_everyone()  # until every process has seen the same images missing
+    process.wait_for_everyone()  # so that every process finds the same images missing
     started = time.monotonic()
-    mine = missing[process.process_index :: process.num_processes]
-    for sample in samples(pipeline, config, mine, process.is_main_process):
+    share = missing[process.process_index :: process.num_processes]
+    for sample in sample_images(pipeline, config, share, process.is_main_process):
         save_png(image_path(folder, sample.number), sample.image)
     process.wait_for_everyone()
     if process.is_main_process:
         if missing:
-            _note_time(folder / "summary.json", len(missing), time.monotonic() - started)
+            _write_summary(folder / "summary.json", len(missing), time.monotonic() - started)
         grids = ["grid.png", *(["classes.png"] if manifest["labels"] else [])]
         if missing or not all((folder / name).is_file() for name in grids):
-            write_grids(folder, config.count, manifest["labels"], pipeline.classes)
+            write_grids(folder, config.count, manifest["labels"], pipeline.class_names)
     process.wait_for_everyone()
     return folder
 
 
-def _note_time(path: Path, images: int, seconds: float) -> None:
-    """Say how fast images were made, and keep it, but for the few that a repeated command makes again."""
+def _write_summary(path: Path, images: int, seconds: float) -> None:
+    """Print the sampling rate, and record it unless an earlier command already has."""
     rate = images / seconds
     tqdm.write(f"samples: {images:,} images in {seconds:.1f} s, {rate:.3g} images/s", sys.stderr)
     if not path.is_file():
@@ -103,9 +122,9 @@ def _manifest(pipeline: VQVAE2Pipeline, config: SamplingConfig) -> dict[str, Any
     return {
         "seed": config.seed,
         "count": config.count,
-        "choice": config.choice.record(pipeline.levels),
+        "sampling_params": config.recorded(pipeline.levels),
         "labels": None if labels is None else labels.tolist(),
-        "class_names": list(pipeline.classes),
+        "class_names": list(pipeline.class_names),
         "autoencoder": pipeline.autoencoder.digest,
         "priors": [prior.digest for prior in pipeline.priors],
         "image_size": list(pipeline.autoencoder.size),
@@ -114,39 +133,15 @@ def _manifest(pipeline: VQVAE2Pipeline, config: SamplingConfig) -> dict[str, Any
     }
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 sample`."""
-    parser = argparse.ArgumentParser(prog="vqvae2 sample", description="Sample new images from a trained run.")
-    parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument("--count", type=int, help="how many images")
-    parser.add_argument("--seed", type=int, help="image k depends on the seed and k alone")
-    parser.add_argument("--classes", type=numbers, help="labels, used by turns: 207,250")
-    add_options(parser)
-    parser.add_argument("--batch-size", type=int, help="images sampled at once; fewer where memory is short")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="memory to fill; half of what is free by default")
-    parser.add_argument("--keep-fraction", type=float, metavar="FRACTION", help="sample more, keep this share")
-    parser.add_argument("--classifier", help="which keeps them: resnet50 or another of torchvision, or a local file")
-    parser.add_argument("--out", type=Path, help="folder to write to; RUN/samples by default")
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    run, out = given.pop("run"), given.pop("out", None)
-    config = SamplingConfig.load(RunFolder.existing(run).config, "sampling")
-    rejection = Rejection.plan(run, given.pop("keep_fraction", None), given.pop("classifier", None))
-    choice = {name: given.pop(name) for name in SamplingParams.model_fields if name in given}
-    settings = config.plain() | given | {"choice": config.choice.plain() | choice}
-    config = SamplingConfig.parse(settings, "vqvae2 sample")
+def main(options: SampleOptions) -> None:
+    """Run the command `vqvae2 sample`."""
+    RunFolder.existing(options.run)
+    config = options.config
+    rejection = Rejection.plan(options.run, options.keep_fraction, options.classifier)
     if rejection:
         config = config.model_copy(update=rejection.enlarge(config.count, config.classes))
-    folder = sample_run(run, config, out)
+    folder = sample_run(options.run, config, options.out)
     if rejection:
         folder = rejection.keep_best(folder, config.batch_size)
     if processes().is_main_process:
         print(f"{folder / 'grid.png'}\n{folder / 'images'}")
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Reads `207,250`, for argparse."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        message = f"expected numbers with commas between them, such as 207,250, not {text!r}"
-        raise argparse.ArgumentTypeError(message) from None

@@ -1,4 +1,4 @@
-"""Sampling one level's codes: the walk over positions, temperature, top-k, top-p, and each image's own noise."""
+"""Sample the codes of one level, row by row, with reproducible noise per image."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -6,56 +6,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor
 
+from sampling.guidance import ClassifierFreeGuidance
+from sampling.params import LevelSamplingParams
 from sampling.row_sampler import RowSampler
 from vqvae2.code_maps import CodeMaps
-from vqvae2.config import Config
 from vqvae2.priors import IncrementalDecoder, Prior
-from vqvae2.priors.base import Column
-
-
-class LevelSamplingParams(Config):
-    """How a code is chosen from its logits; the defaults sample from the model as it is."""
-
-    temperature: float = Field(default=1.0, ge=0, description="0 always takes the likeliest code")
-    top_k: int = Field(default=0, ge=0, description="choose among the k likeliest codes; 0 for all")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="choose among the likeliest codes that make up this probability"
-    )
-
-    def __call__(self, logits: Float[Tensor, "b k"], noise: Float[Tensor, "b k"]) -> Int[Tensor, " b"]:
-        """Codes drawn by the Gumbel-max trick; `noise` holds standard exponential variates."""
-        if self.temperature == 0:
-            return logits.argmax(1)
-        logits = keep_top_p(keep_top_k(logits.float() / self.temperature, self.top_k), self.top_p)
-        return (logits - noise.log()).argmax(1)  # −log of an exponential variate is a Gumbel variate
-
-
-def keep_top_k(logits: Float[Tensor, "b k"], count: int) -> Float[Tensor, "b k"]:
-    """Logits with all but the `count` largest of each row at −∞."""
-    if count == 0 or count >= logits.shape[1]:
-        return logits
-    bound = logits.topk(count, dim=1).values[:, -1:]
-    return logits.masked_fill(logits < bound, -torch.inf)
-
-
-def keep_top_p(logits: Float[Tensor, "b k"], share: float) -> Float[Tensor, "b k"]:
-    """Logits with all at −∞ but the fewest largest of each row whose probabilities sum to at least `share`."""
-    if share >= 1:
-        return logits
-    ordered, order = logits.sort(1, descending=True)
-    probabilities = ordered.softmax(1)
-    before = probabilities.cumsum(1) - probabilities
-    return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= share), -torch.inf)
 
 
 class Noise:
-    """Exponential variates for each image from its own stream, a function of (seed, image, level) alone.
+    """Exponential variates with one random stream per image, a function of (seed, image, level) only.
 
-    An image is a number, or a pair of an image's number and a variant's. They are drawn on the CPU, so that a GPU
-    samples the same images.
+    The variates are drawn on the CPU, so that a GPU samples the same images.
+
+    Args:
+        images: Numbers of the images, or pairs (image, variant).
     """
 
     def __init__(self, seed: int, images: Sequence[int | tuple[int, int]], level: int) -> None:
@@ -67,90 +33,67 @@ class Noise:
             for key in keys
         ]
 
-    def row(self, width: int, codes: int) -> Float[Tensor, "w b k"]:
-        """The variates of the next row of positions."""
-        rows = [torch.empty(width, codes).exponential_(generator=generator) for generator in self.generators]
+    def row(self, width: int, codebook_size: int) -> Float[Tensor, "w b k"]:
+        """Draw the variates of the next row."""
+        rows = [torch.empty(width, codebook_size).exponential_(generator=generator) for generator in self.generators]
         return torch.stack(rows, 1)
 
 
 class PartialCodes(NamedTuple):
-    """Codes of which some are kept and the others sampled."""
+    """Codes of one level, some of which are kept while the others are sampled."""
 
     codes: Int[Tensor, "b h w"]
     keep: Bool[Tensor, "b h w"]
-
-
-class ClassifierFreeGuidance(IncrementalDecoder):
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): one walk over a batch of twice the size.
-
-    Its logits are u + scale · (c − u), c with the labels and u without: 0 ignores the labels, 1 follows the model,
-    more exaggerates what the label changes.
-    """
-
-    def __init__(self, prior: Prior, coarser: CodeMaps, labels: Int[Tensor, " b"], scale: float) -> None:
-        without = torch.full_like(labels, prior.spec.classes)
-        doubled = tuple(codes.repeat(2, 1, 1) for codes in coarser)
-        self.steps = prior.incremental(2 * len(labels), doubled, torch.cat([labels, without]))
-        self.scale = scale
-
-    def begin_row(self, row: int) -> None:
-        self.steps.begin_row(row)
-
-    def logits(self, column: Column) -> Float[Tensor, "b k"]:
-        conditional, unconditional = self.steps.logits(column).float().chunk(2)
-        return unconditional + self.scale * (conditional - unconditional)
-
-    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
-        self.steps.feed(column, codes.repeat(2))
 
 
 @torch.inference_mode()
 def sample_level(
     prior: Prior,
     noise: Noise,
-    choice: LevelSamplingParams,
+    params: LevelSamplingParams | None = None,
     coarser: CodeMaps = (),
     labels: Int[Tensor, " b"] | None = None,
+    partial: PartialCodes | None = None,
     progress: Callable[[int], object] = lambda positions: None,
-    guidance_scale: float = 1.0,
-    known: PartialCodes | None = None,
 ) -> Int[Tensor, "b h w"]:
     """Sample the code maps of one level for a batch of images, computing each position once.
 
-    `coarser` are the maps that condition it, finest first; `progress` is called with the positions done. Where `known`
-    says so, its codes stand instead of sampled ones. `guidance_scale` other than 1 needs labels.
+    Args:
+        noise: Noise of the images; its length is the batch size.
+        coarser: Code maps of the coarser levels, finest first, on the prior's device.
+        labels: Class labels. Required if `params.guidance_scale` is not 1.
+        partial: Codes to keep. Rows after the last sampled code are not computed.
+        progress: Called with the number of positions completed since the last call.
     """
+    params = params or LevelSamplingParams()
     height, width = prior.spec.level.shape
     batch = len(noise.generators)
     device = next(prior.parameters()).device
     codes = torch.zeros(batch, height, width, dtype=torch.int64, device=device)
-    rows = height  # to walk: what follows the last sampled code need not be
-    if known is not None:
-        codes.copy_(known.codes)
-        sampled = (~known.keep).any(2).any(0).nonzero()
+    rows = height
+    if partial is not None:
+        codes.copy_(partial.codes)
+        sampled = (~partial.keep).any(2).any(0).nonzero()
         rows = int(sampled.max()) + 1 if len(sampled) else 0
     if rows == 0:
         progress(codes.numel())
         return codes
-    positions = RowSampler(
-        _decoder(prior, batch, coarser, labels, guidance_scale), choice, batch, prior.spec.level, device
-    )
+    sampler = RowSampler(_make_decoder(prior, batch, coarser, labels, params), params, batch, prior.spec.level, device)
     for row in range(rows):
-        keep = None if known is None else known.keep[:, row]
-        codes[:, row] = positions.incremental(
-            row, noise.row(width, prior.spec.level.codebook_size), codes[:, row], keep
-        )
+        keep = None if partial is None else partial.keep[:, row]
+        variates = noise.row(width, prior.spec.level.codebook_size)
+        codes[:, row] = sampler.sample(row, variates, codes[:, row], keep)
         progress(batch * width)
     if rows < height:
         progress(batch * width * (height - rows))
     return codes
 
 
-def _decoder(
-    prior: Prior, batch: int, coarser: CodeMaps, labels: Int[Tensor, " b"] | None, guidance_scale: float
+def _make_decoder(
+    prior: Prior, batch: int, coarser: CodeMaps, labels: Int[Tensor, " b"] | None, params: LevelSamplingParams
 ) -> IncrementalDecoder:
-    if guidance_scale == 1:
+    if params.guidance_scale == 1:
         return prior.incremental(batch, coarser, labels)
     if labels is None:
-        raise ValueError(f"guidance_scale {guidance_scale:g} needs labels to be guided by")
-    return ClassifierFreeGuidance(prior, coarser, labels, guidance_scale)
+        raise ValueError(f"guidance_scale {params.guidance_scale:g} needs labels")
+    return ClassifierFreeGuidance(prior, coarser, labels, params.guidance_scale)

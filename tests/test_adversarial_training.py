@@ -82,7 +82,7 @@ def straight(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def test_every_term_is_logged_on_its_own(straight: tuple[Path, dict[str, Tensor]]) -> None:
-    lines = (straight[0] / "autoencoder" / "history.jsonl").read_text().splitlines()
+    lines = (straight[0] / "autoencoder" / "metrics.jsonl").read_text().splitlines()
     logged = {entry["step"]: entry for entry in map(json.loads, lines) if "train/loss" in entry}
     always = {"l1", "perceptual", "commitment_bottom", "commitment_top", "codebook_top", "loss", "learning_rate"}
     always |= {f"{value}_{level}" for value in ("usage", "perplexity") for level in ("bottom", "top")}
@@ -132,7 +132,7 @@ def test_two_processes_are_one(config: Path, straight: tuple[Path, dict[str, Ten
     for state in two_processes(trained_as_launched, config, tmp_path / "run"):
         assert_close(state, straight[1])
     used = [
-        (run / "autoencoder" / "history.jsonl").read_text().splitlines()[-2] for run in (tmp_path / "run", straight[0])
+        (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()[-2] for run in (tmp_path / "run", straight[0])
     ]
     found, expected = ({k: v for k, v in json.loads(line).items() if "usage" in k} for line in used)
     assert len(found) == 2

@@ -124,7 +124,7 @@ def test_the_command_writes_the_pictures_once_and_the_report_shows_them(
 
 
 def test_warnings_stand_on_the_command_line_and_in_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    history = run / "prior-top" / "history.jsonl"
+    history = run / "prior-top" / "metrics.jsonl"
     history.write_text("".join(json.dumps(entry) + "\n" for entry in log([3.0, 2.5, 2.9], [3.0, 2.4, 2.0])))
     summary = run / "autoencoder" / "summary.json"
     value = json.loads(summary.read_text())

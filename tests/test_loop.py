@@ -88,7 +88,7 @@ def newest(folder: Path) -> dict[str, Tensor]:
 
 
 def entries(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7])

@@ -224,7 +224,7 @@ def test_a_run_under_way_shows_how_far_it_is(run: Path) -> None:
     shutil.rmtree(run / "evaluation")
     (run / "prior-bottom" / "model.safetensors").unlink()
     (run / "prior-bottom" / "summary.json").unlink()
-    history = run / "prior-bottom" / "history.jsonl"
+    history = run / "prior-bottom" / "metrics.jsonl"
     entry = {"step": 2, "validation/nll": 2.0, "validation/bits": 2.885, "validation/uniform": 2.77}
     history.write_text(json.dumps(entry | {"validation/unigram": 2.5}) + "\n" + '{"step": 3, "tra')
     (run / "samples" / "images" / "000004.png").unlink()

@@ -1,8 +1,7 @@
-"""What the autoencoder may be trained on beside its quantizers' terms: pixels, perceptual distance, an adversary.
+"""Optional losses of the autoencoder: perceptual (LPIPS) and adversarial; and codebook usage during training.
 
-These belong to training, not to the library: a trained autoencoder is the same object whatever taught it. Neither the
-perceptual network nor the adversary is a Module here, so no optimizer, checkpoint or wrapper of the autoencoder's own
-objective ever sees their weights.
+The loss classes are not modules, so that the optimizer, the checkpoints and the DDP wrapper of the autoencoder never
+include the weights of the perceptual network or of the discriminator.
 """
 
 import http.client
@@ -11,82 +10,46 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from pydantic import Field
 from torch import Tensor, nn
 
-from vqvae2.config import Config
 from vqvae2.distributed import rank, sum_over_processes
 from vqvae2.errors import UserError
 from vqvae2.metrics.codebook_usage import CodeUsage
-from vqvae2.models.discriminator import DiscriminatorConfig
 from vqvae2.quantizers import Quantized
+from vqvae2.training_config import AdversarialLossConfig, PerceptualLossConfig
 
 _KEY = "autoencoder.loss.perceptual"
-_BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # torchvision's names
-_SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17}  # sides in pixels that their pooling still takes
+_BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # torchvision names
+_MIN_SIZE = {"vgg": 16, "alex": 31, "squeeze": 17}  # smallest image side in pixels that the network's pooling allows
 _TIMEOUT_S = 10
 
 
-class PerceptualConfig(Config):
-    """The perceptual term, LPIPS (Zhang et al. 2018, arXiv 1801.03924)."""
+def make_perceptual_loss(config: PerceptualLossConfig, size: tuple[int, int]) -> "PerceptualLoss | None":
+    """Return the perceptual loss for images of `size`, or None if its weight is 0.
 
-    weight: float = Field(default=0.0, ge=0, description="of the term in the loss; 0 leaves it out")
-    network: Literal["vgg", "alex", "squeeze"] = Field(default="vgg", description="whose features are compared")
-    weights: str | None = Field(
-        default=None, description="file of that network's ImageNet weights from torchvision; fetched where not given"
-    )
-
-    def build(self, size: tuple[int, int]) -> "PerceptualDistance | None":
-        """The distance for images of `size`, None at weight 0; UserError where package or weights cannot be had."""
-        if not self.weight:
-            return None
-        if min(size) < _SMALLEST[self.network]:
-            raise UserError(
-                f"{_KEY}.network: {self.network} needs images of {_SMALLEST[self.network]} pixels or more, "
-                f"these have {size[0]} × {size[1]}; set {_KEY}.weight to 0"
-            )
-        return PerceptualDistance(self.network, Path(self.weights) if self.weights else None)
+    Raises:
+        UserError: If the images are too small, the package `lpips` is missing, or the weights cannot be loaded.
+    """
+    if not config.weight:
+        return None
+    if min(size) < _MIN_SIZE[config.network]:
+        raise UserError(
+            f"{_KEY}.network: {config.network} needs images of at least {_MIN_SIZE[config.network]} pixels, "
+            f"these are {size[0]} × {size[1]}. Set {_KEY}.weight to 0."
+        )
+    return PerceptualLoss(config.network, Path(config.weights) if config.weights else None)
 
 
-class AdversarialConfig(Config):
-    """The adversarial term and its discriminator, which is trained beside the autoencoder (Esser et al. 2021)."""
+class PerceptualLoss:
+    """Mean LPIPS distance of two batches of images, computed by a frozen network.
 
-    weight: float = Field(default=0.0, ge=0, description="of the term in the loss; 0 leaves it out")
-    start: int = Field(default=0, ge=0, description="step from which term and discriminator take part")
-    learning_rate: float = Field(default=1e-4, gt=0, description="of the discriminator, at its peak")
-    betas: tuple[float, float] = Field(default=(0.5, 0.9), description="of the discriminator's Adam")
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
-
-
-class LossConfig(Config):
-    """What the reconstruction is judged by; the default is the papers' mean squared error alone."""
-
-    pixel: Literal["mse", "l1"] = "mse"
-    perceptual: PerceptualConfig = PerceptualConfig()
-    adversarial: AdversarialConfig = AdversarialConfig()
-
-    @property
-    def pixel_term(self) -> str:
-        """The name of the pixel term in the log."""
-        return "l1" if self.pixel == "l1" else "reconstruction"
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """Names of the terms that take part, the discriminator's own loss with them."""
-        perceptual = ("perceptual",) if self.perceptual.weight else ()
-        return (self.pixel_term, *perceptual, *(("adversarial", "discriminator") if self.adversarial.weight else ()))
-
-
-class PerceptualDistance:
-    """Mean LPIPS distance of two batches of images, by a frozen network.
-
-    Always in float32: the distance of two images much alike is a small difference of features of length one, which
-    bfloat16 gets wrong by a fifth where the images differ by a hundredth.
+    Always computed in float32: for similar images, LPIPS is a small difference of normalized features, which bfloat16
+    gets wrong by 20 % if the images differ by 1 %.
     """
 
     def __init__(self, network: str, weights: Path | None = None) -> None:
@@ -105,7 +68,7 @@ class PerceptualDistance:
         self._device = torch.device("cpu")
 
     def __call__(self, made: Tensor, images: Tensor) -> Tensor:
-        """The distance () of float32 images (B, C, H, W) in [-1, 1]; gradients reach both."""
+        """Return the distance () of float32 images (B, C, H, W) in [-1, 1]; differentiable in both."""
         if made.device != self._device:
             self._network.to(made.device)
             self._device = made.device
@@ -113,16 +76,16 @@ class PerceptualDistance:
             return self._network(_to_rgb(made.float()), _to_rgb(images.float())).mean()
 
 
-class Adversary:
-    """The discriminator as the autoencoder meets it: a judge whose weights are constants."""
+class AdversarialLoss:
+    """Adversarial loss of the autoencoder. The discriminator's weights are constants in it."""
 
-    def __init__(self, config: AdversarialConfig, discriminator: nn.Module) -> None:
+    def __init__(self, config: AdversarialLossConfig, discriminator: nn.Module) -> None:
         self.config, self.discriminator = config, discriminator
-        self.active = False  # from step `start` on
-        self.latest: tuple[Tensor, Tensor] | None = None  # images and reconstructions, for the discriminator to learn
+        self.active = False  # true from step `start` on
+        self.latest: tuple[Tensor, Tensor] | None = None  # images and reconstructions, to train the discriminator
 
     def __call__(self, images: Tensor, made: Tensor) -> Tensor:
-        """The autoencoder's side of the hinge loss (): the lower, the more its reconstructions pass for real."""
+        """Return the generator's hinge loss (): lower if the discriminator rates the reconstructions as real."""
         self.latest = images, made.detach()
         weights = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         scores = torch.func.functional_call(self.discriminator, weights, (made,))
@@ -137,34 +100,34 @@ class DiscriminatorObjective(nn.Module):
         self.discriminator = discriminator
 
     def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and the mean scores, for real and reconstructed images; no gradient leaves through either."""
-        # One pass over both: a wrapped module may be called once before each backward pass.
+        """Return the loss, and the mean scores of real and reconstructed images, which are detached."""
+        # One pass over both, because DDP allows one forward call per backward pass.
         scores = self.discriminator(torch.cat(pair).detach()).float()
         real, made = scores.split([len(part) for part in pair])
         loss = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
         return loss, {"score_real": real.mean(), "score_reconstructed": made.mean()}
 
 
-class TrainingUsage:
-    """How the codes of training were used since the last question, gathered on the device without waiting for it."""
+class CodebookUsageTracker:
+    """Codebook usage of the training batches since the last call of `take`, counted on the device without host waits."""
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.sizes = sizes  # number of codes of each level, finest first
         self._usages: dict[str, CodeUsage] = {}
 
     def update(self, levels: Sequence[Quantized]) -> None:
-        """Count the codes of a batch, one `Quantized` a level."""
+        """Count the codes of a batch, one `Quantized` per level."""
         for (name, size), level in zip(self.sizes.items(), levels, strict=True):
             codes = level.codes.flatten()
             if name not in self._usages:
                 self._usages[name] = CodeUsage(size, codes.device)
             usage = self._usages[name]
-            usage.counts = usage.counts.to(codes.device)  # from a checkpoint they come on the processor
-            # Not `CodeUsage.update`, whose check of the range, as its bincount, asks the device for an answer.
+            usage.counts = usage.counts.to(codes.device)  # restored counts are on the CPU
+            # Not `CodeUsage.update`, because its range check and bincount wait for the device.
             usage.counts.index_add_(0, codes, torch.ones_like(codes))
 
     def take(self) -> dict[str, float]:
-        """`usage_LEVEL` and `perplexity_LEVEL` over all processes, each of which must ask; then begin anew."""
+        """Return `usage_LEVEL` and `perplexity_LEVEL` over all processes, and reset. Every process must call this."""
         values: dict[str, float] = {}
         for name, usage in self._usages.items():
             usage.reduce()
@@ -173,18 +136,18 @@ class TrainingUsage:
         return values
 
     def pending(self) -> dict[str, list[int]]:
-        """The histograms by now, over all processes, each of which must ask."""
+        """Return the code counts so far, over all processes. Every process must call this."""
         return {name: sum_over_processes(usage.counts.clone()).tolist() for name, usage in self._usages.items()}
 
     def resume(self, pending: dict[str, list[int]]) -> None:
-        """Go on from such histograms; one process takes them, since they will be added up."""
+        """Restore code counts. Only rank 0 keeps them, because the counts of all processes are summed later."""
         for name, counts in pending.items():
             self._usages[name] = usage = CodeUsage(self.sizes[name])
             usage.counts = torch.tensor(counts) * (rank() == 0)
 
 
 def _to_rgb(images: Tensor) -> Tensor:
-    """Grey repeated three times; of four channels the first three."""
+    """Repeat a gray channel three times; drop an alpha channel."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
 
 

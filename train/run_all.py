@@ -1,67 +1,75 @@
-"""The commands `vqvae2 run` and `vqvae2 demo`: all stages in order, then a table and the pictures to look at."""
+"""The commands `vqvae2 run` and `vqvae2 demo`: all stages in order, then a summary and the pictures to open."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from sampling.evaluation.diagnose import diagnose_run
-from sampling.evaluation.evaluate import describe, evaluate_run
+from sampling.evaluation.evaluate import evaluate_run
+from sampling.evaluation.format_metrics import format_metrics
 from sampling.processes import processes
 from sampling.report.report import write_report
 from sampling.sample import sample_run
-from train.run import Run, open_run, print_main
+from train.run import Run, RunOptions, demo_config, open_run, print_main
 from train.stages.autoencoder import train_autoencoder
 from train.stages.extract_codes import extract_codes
 from train.stages.prior import train_prior
 from vqvae2 import files
 
 
+class DemoOptions(RunOptions):
+    """Run all stages of the demo: two levels on the built-in images at 64 px, in minutes on two CPU cores."""
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
+        return cls.from_config(demo_config(), arguments, prog)
+
+
+class RunAllOptions(RunOptions):
+    """Run all stages of a config in order. Completed stages are skipped; the same command resumes a stopped run."""
+
+
 def run_all(run: Run) -> None:
-    """Train, extract, train the priors from coarse to fine, sample, diagnose, evaluate; finished stages are skipped."""
+    """Train the autoencoder, extract codes, train the priors coarse to fine, sample, diagnose, evaluate and report."""
     folder = run.folder
     train_autoencoder(run)
     extract_codes(run)
-    for level in reversed(run.experiment.levels):
+    for level in reversed(run.config.levels):
         train_prior(run, level)
-    samples = sample_run(folder.path, run.experiment.sampling)
+    samples = sample_run(folder.path, run.config.sampling)
     diagnosis = diagnose_run(folder.path)
-    metrics = evaluate_run(folder.path, run.experiment.evaluation, samples)
+    metrics = evaluate_run(folder.path, run.config.evaluation, samples)
     if processes().is_main_process:
         report = write_report(folder.path, samples)
-        print_main(f"\n{describe(metrics)}\nseconds          {_seconds(run, samples)}\n\nPictures to open:")
-        print_main(
-            "\n".join(f"  {path}" for path in [report, *_pictures(run, samples, diagnosis)] if path and path.is_file())
-        )
+        pictures = [report, *_pictures(run, samples, diagnosis)]
+        print_main(f"\n{format_metrics(metrics)}\nseconds          {_seconds(run, samples)}\n\nPictures to open:")
+        print_main("\n".join(f"  {path}" for path in pictures if path and path.is_file()))
 
 
 def _seconds(run: Run, samples: Path) -> str:
-    """How long each stage took."""
-    stages = {
-        "autoencoder": run.folder.autoencoder,
-        "codes": run.folder.codes,
-        **{f"prior-{level}": run.folder.prior(level) for level in reversed(run.experiment.levels)},
-        "samples": samples,
+    """Return how long each stage took."""
+    summaries = {
+        "autoencoder": run.folder.autoencoder.summary,
+        "codes": run.folder.codes_summary,
+        **{f"prior-{level}": run.folder.prior(level).summary for level in reversed(run.config.levels)},
+        "samples": samples / "summary.json",
     }
-    known = {name: path / "summary.json" for name, path in stages.items() if (path / "summary.json").is_file()}
-    return ", ".join(f"{name} {files.read_json(path)['seconds']:.0f}" for name, path in known.items())
+    return ", ".join(
+        f"{name} {files.read_json(path)['seconds']:.0f}" for name, path in summaries.items() if path.is_file()
+    )
 
 
 def _pictures(run: Run, samples: Path, diagnosis: Path) -> list[Path | None]:
-    stages = [run.folder.autoencoder, *(run.folder.prior(level) for level in reversed(run.experiment.levels))]
-    newest = [max((stage / "previews").glob("*.png"), default=None) for stage in stages]
-    return [samples / "grid.png", diagnosis / "diagnosis.png", *newest, *(stage / "curves.png" for stage in stages)]
+    stages = [run.folder.autoencoder, *(run.folder.prior(level) for level in reversed(run.config.levels))]
+    previews = [stage.newest_preview() for stage in stages]
+    return [samples / "grid.png", diagnosis / "diagnosis.png", *previews, *(stage.curves for stage in stages)]
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 run`."""
-    run, _ = open_run("run", arguments, "Run all stages of an experiment; the same command goes on where it stopped.")
-    run_all(run)
+def main(options: RunAllOptions) -> None:
+    """Run the command `vqvae2 run`."""
+    run_all(open_run(options))
 
 
-def demo(arguments: list[str]) -> None:
-    """The command `vqvae2 demo`: `run` with the config that comes with the package."""
-    main([str(_demo_config()), *arguments])
-
-
-def _demo_config() -> Path:
-    """configs/demo.yaml, which a wheel carries beside this module and a checkout in its own place."""
-    packaged = Path(__file__).with_name("demo.yaml")
-    return packaged if packaged.is_file() else Path(__file__).parents[1] / "configs" / "demo.yaml"
+def demo(options: DemoOptions) -> None:
+    """Run the command `vqvae2 demo`."""
+    run_all(open_run(options))

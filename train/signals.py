@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for an orderly end: the step in progress is finished and saved first."""
+"""SIGTERM and SIGINT during training: finish the current step, save a checkpoint, then stop."""
 
 import signal
 from types import FrameType, TracebackType
@@ -11,29 +11,29 @@ from vqvae2.distributed import sum_over_processes
 
 
 class StopSignals:
-    """Notes stop signals while the block runs; a second Ctrl-C stops at once."""
+    """Records stop signals inside a `with` block. A second Ctrl-C interrupts immediately."""
 
     def __enter__(self) -> "StopSignals":
         self._received = 0
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def received(self, accelerator: Accelerator) -> signal.Signals | None:
-        """The signal that any process has received, known to all of them."""
+        """Return the signal that any process has received. Every process must call this."""
         numbers = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
         numbers[accelerator.process_index] = self._received
         number = int(sum_over_processes(numbers).max())
         return signal.Signals(number) if number else None
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = number

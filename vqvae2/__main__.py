@@ -1,45 +1,148 @@
-"""The command line: `vqvae2 COMMAND …` finds COMMAND in the entry-point group "vqvae2.commands" and calls it.
+"""The `vqvae2` command: finds the command's module, runs it, and reports errors in one line.
 
-Every user error becomes one line on standard error and exit status 2; set VQVAE2_TRACEBACK=1 to see where it arose.
+Every user error is one line on standard error and exit status 2. Set VQVAE2_TRACEBACK=1 to see the traceback.
 """
 
+import difflib
+import importlib
+import importlib.machinery
+import importlib.util
 import os
 import signal
 import sys
-from importlib.metadata import entry_points, version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from vqvae2.errors import Stopped, UserError
 
-# Read by OpenMP when torch is loaded: threads that wait spin for microseconds, then sleep. With OpenMP's own, longer
-# spinning a training step took many times as long beside another busy process; see docs/results.md.
+# OpenMP reads this when torch is loaded. With its default, waiting threads spin for so long that a training step takes
+# several times as long if another process is busy; see docs/results.md.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-_GOES_ON = "what is finished is kept, and the same command goes on with the rest"
-USAGE = """usage: vqvae2 COMMAND [ARGUMENTS]   (vqvae2 COMMAND --help explains one)
+_RESUME = "completed work is kept; run the same command again to resume"
+_SIBLINGS = ("train", "sampling")  # packages installed beside this one that hold the commands
 
-{commands}
 
-vqvae2 {version}: hierarchical VQ-VAE-2 image generation."""
+class Command(NamedTuple):
+    """One command of the command line."""
+
+    group: str
+    target: str  # module:function
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "demo": Command("Train", "train.run_all:demo", "Run all stages on the built-in images, small", "vqvae2 demo"),
+    "run": Command(
+        "Train",
+        "train.run_all:main",
+        "Run all stages of a config; rerun to resume",
+        "vqvae2 run configs/ffhq256.yaml --data.path /data/ffhq",
+    ),
+    "train-autoencoder": Command(
+        "Train",
+        "train.stages.autoencoder:main",
+        "Stage 1: train the autoencoder",
+        "vqvae2 train-autoencoder configs/ffhq256.yaml --data.path /data/ffhq",
+    ),
+    "extract-codes": Command(
+        "Train",
+        "train.stages.extract_codes:main",
+        "Stage 2: cache the codes of all images in LMDB",
+        "vqvae2 extract-codes configs/ffhq256.yaml --data.path /data/ffhq",
+    ),
+    "train-prior": Command(
+        "Train",
+        "train.stages.prior:main",
+        "Stage 3: train the prior of one level, or of all",
+        "vqvae2 train-prior configs/ffhq256.yaml --data.path /data/ffhq --level top",
+    ),
+    "sample": Command(
+        "Use",
+        "sampling.sample:main",
+        "Sample new images",
+        "vqvae2 sample runs/demo --count 16 --temperature top=1.0,bottom=0.9",
+    ),
+    "reconstruct": Command(
+        "Use",
+        "sampling.reconstruct:main",
+        "Encode and decode images",
+        "vqvae2 reconstruct runs/demo photo.jpg --levels",
+    ),
+    "inpaint": Command(
+        "Use",
+        "sampling.edit_commands:inpaint",
+        "Keep a part of images and sample the rest",
+        "vqvae2 inpaint runs/demo photo.jpg --keep top-half --classes 3",
+    ),
+    "variations": Command(
+        "Use",
+        "sampling.edit_commands:variations",
+        "Keep the coarse levels of images and sample the fine ones",
+        "vqvae2 variations runs/demo photo.jpg --classes 3",
+    ),
+    "evaluate": Command(
+        "Measure",
+        "sampling.evaluation.evaluate:main",
+        "Measure FID, KID, likelihood and more of a run",
+        "vqvae2 evaluate runs/demo --reference /data/reference",
+    ),
+    "fid": Command(
+        "Measure",
+        "sampling.evaluation.fid:main",
+        "Compute the FID of two image folders, as pytorch-fid does",
+        "vqvae2 fid FOLDER_OR_NPZ FOLDER_OR_NPZ",
+    ),
+    "diagnose": Command(
+        "Measure",
+        "sampling.evaluation.diagnose:main",
+        "Show which stage limits the samples",
+        "vqvae2 diagnose runs/demo",
+    ),
+    "report": Command(
+        "Measure", "sampling.report.report:main", "Write a page that shows the whole run", "vqvae2 report runs/demo"
+    ),
+    "inspect": Command(
+        "Data",
+        "sampling.report.inspect_store:main",
+        "Summarize a code store or a prepared data set",
+        "vqvae2 inspect runs/demo/codes/train",
+    ),
+    "prepare": Command(
+        "Data",
+        "train.stages.prepare:main",
+        "Resize a data set once and store it in LMDB",
+        "vqvae2 prepare /data/photos.zip photos256 --size 256",
+    ),
+    "import-vqvae": Command(
+        "Data",
+        "sampling.import_vqvae:main",
+        "Convert a checkpoint of rosinality/vq-vae-2-pytorch",
+        "vqvae2 import-vqvae vqvae_560.pt autoencoder.safetensors",
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for a user error, or 128 + the signal that stopped it."""
+    """Run one command and return its exit status: 0, 2 for a user error, or 128 + the signal that stopped it."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {point.name: point for point in entry_points(group="vqvae2.commands")}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        listing = "\n".join(f"  vqvae2 {name}" for name in sorted(commands))
-        print(USAGE.format(commands=listing, version=version("vqvae2")))
+        print(_help())
         return 0
     if arguments[0] == "--version":
-        print(version("vqvae2"))
+        print(_version())
         return 0
     name, *rest = arguments
-    if name not in commands:
-        return _fail(f"{name!r} is not a command; the commands are {', '.join(sorted(commands))}")
-    before = signal.signal(signal.SIGTERM, _stop)
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"Did you mean {close[0]}?" if close else "Run `vqvae2 --help` for a list."
+        return _fail(f"{name}: no such command. {hint}")
+    previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        commands[name].load()(rest)
+        _run(name, rest)
     except (UserError, OSError) as error:
         if os.environ.get("VQVAE2_TRACEBACK"):
             raise
@@ -48,20 +151,68 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vqvae2: {stopped}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
-        print(f"vqvae2: stopped by Ctrl-C; {_GOES_ON}", file=sys.stderr)
+        print(f"vqvae2: interrupted by Ctrl-C; {_RESUME}", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    """What SIGTERM does outside training, which saves a checkpoint first.
+def _run(name: str, arguments: list[str]) -> None:
+    from vqvae2.command_line import run_command  # imported here, so that --help is fast
 
-    It leaves at once: what is on the disk is whole at any moment, and an exception that passes through foreign code
-    may come out as another.
+    import_siblings()
+    module, _, function = COMMANDS[name].target.partition(":")
+    try:
+        run_command(getattr(importlib.import_module(module), function), arguments, f"vqvae2 {name}")
+    except SystemExit as exit_:
+        if exit_.code:
+            raise
+        print(f"example:\n  {COMMANDS[name].example}")  # after --help
+
+
+def import_siblings() -> None:
+    """Import the packages installed beside this one, even if the working directory has others of the same names.
+
+    `python -m` and `torchrun -m` put the working directory first on the path, where a user may have a `train.py`.
     """
-    message = f"\nvqvae2: stopped by {signal.Signals(number).name}; {_GOES_ON}\n"
+    folder = str(Path(__file__).resolve().parents[1])
+    for name in _SIBLINGS:
+        spec = importlib.machinery.PathFinder.find_spec(name, [folder])
+        if spec is None or spec.loader is None:
+            raise UserError(f"{folder}: the package `{name}` is missing. Install the project again: pip install -e .")
+        loaded = sys.modules.get(name)
+        if loaded is not None and getattr(loaded, "__file__", None) == spec.origin:
+            continue
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: vqvae2 COMMAND [OPTIONS]", "", "Hierarchical VQ-VAE-2 image generation."]
+    for group in dict.fromkeys(command.group for command in COMMANDS.values()):
+        lines += ["", f"{group}:"]
+        lines += [
+            f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items() if command.group == group
+        ]
+    lines += ["", "Run `vqvae2 COMMAND --help` for the options of a command.", f"version: {_version()}"]
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    try:
+        return version("vqvae2")
+    except PackageNotFoundError:
+        return "not installed; run `pip install -e .` in the project's folder"
+
+
+def _on_sigterm(number: int, _: FrameType | None) -> None:
+    """Exit at once on SIGTERM outside of training, which saves a checkpoint first.
+
+    Files on disk are complete at any moment. An exception could be swallowed or replaced by other libraries' code.
+    """
+    message = f"\nvqvae2: stopped by {signal.Signals(number).name}; {_RESUME}\n"
     os.write(sys.stderr.fileno(), message.encode())
     os._exit(128 + number)
 
@@ -72,9 +223,9 @@ def _fail(message: str) -> int:
 
 
 def _describe(error: OSError) -> str:
-    """What the operating system refused, and to which file."""
+    """Return what the operating system refused, and for which file."""
     place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}; make room or permission for it and run the same command again"
+    return f"{place}{error.strerror or error}. Check free space and permissions, then run the same command again."
 
 
 if __name__ == "__main__":

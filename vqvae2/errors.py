@@ -1,16 +1,21 @@
-"""The one exception that speaks to a person: what is wrong, where, and what to do about it."""
+"""Exceptions for users."""
 
 
 class UserError(ValueError):
-    """Input or a setting that cannot work.
+    """Invalid input or an invalid setting.
 
-    The message is one line; it names the file or key, says what was expected, and gives the way out. The command line
-    prints it without a traceback and leaves with exit status 2; in Python it is an ordinary `ValueError`.
+    The message is one line: the file or key, what is wrong, and how to fix it. The command line prints it without a
+    traceback and exits with status 2. In Python it is an ordinary `ValueError`.
     """
 
 
 class Stopped(Exception):
-    """A signal asked the process to leave; its work is saved, and the message says how to go on."""
+    """A signal stopped the process after its work was saved.
+
+    Args:
+        message: One line that says how to resume.
+        signal_number: The signal. The exit status is 128 plus this number.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

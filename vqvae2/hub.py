@@ -1,30 +1,56 @@
-"""Where weights come from: a file, a run's folder, or a repository on the Hugging Face hub."""
+"""Local paths of pretrained models: a file, a folder, or a repository on the Hugging Face hub."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from vqvae2.errors import UserError
-
-WEIGHTS = "model.safetensors"
+from vqvae2.run_folder import WEIGHTS
 
 
 def weights_file(source: str | Path) -> Path:
-    """The safetensors file that `source` names: itself, the one in a folder, or that of a hub repository `owner/name`.
+    """Return the safetensors file that `source` names: a file, a folder that contains one, or a hub id.
 
-    Raises UserError where there is none, or the repository cannot be had.
+    Raises:
+        UserError: If there is none, or the repository cannot be reached.
     """
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS
     if path.is_file():
         return path
-    if path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise UserError(f"{source}: no such weights file; give a .safetensors file, its folder, or a hub id owner/name")
-    from huggingface_hub import hf_hub_download  # slow to import, and needed for this alone
+    _check_hub_id(source, "a .safetensors file, its folder, or a hub id OWNER/NAME")
+    from huggingface_hub import hf_hub_download  # imported here because it is slow
+
+    return _fetch(source, lambda: hf_hub_download(str(source), WEIGHTS))
+
+
+def pipeline_folder(source: str | Path) -> Path:
+    """Return the folder with the networks of a pipeline: a run folder, another local folder, or a hub id.
+
+    Raises:
+        UserError: If there is none, or the repository cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    _check_hub_id(source, "a run folder, a folder that save_pretrained wrote, or a hub id OWNER/NAME")
+    from huggingface_hub import snapshot_download  # imported here because it is slow
+
+    patterns = ["model_index.json", "*/model.safetensors"]
+    return _fetch(source, lambda: snapshot_download(str(source), allow_patterns=patterns))
+
+
+def _check_hub_id(source: str | Path, expected: str) -> None:
+    if Path(source).suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise UserError(f"{source}: no such file or folder. Give {expected}.")
+
+
+def _fetch(source: str | Path, download: Callable[[], str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(source), WEIGHTS))
+        return Path(download())
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: no such file, and the hub does not give {WEIGHTS} of it ({reason})") from None
+        raise UserError(f"{source}: no such folder, and downloading it from the hub failed: {reason}") from None

@@ -1,13 +1,19 @@
-"""Where everything of one experiment lies: the names of the files and folders in a run folder."""
+"""RunFolder: every path in a run folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from vqvae2.errors import UserError
 
+WEIGHTS = "model.safetensors"
+
 
 def level_names(count: int) -> tuple[str, ...]:
-    """Names of `count` levels, finest first: bottom … top; a single level is `top`, the one nothing conditions."""
+    """Return the names of `count` levels, finest first. A single level is `top`.
+
+    >>> level_names(3)
+    ('bottom', 'middle', 'top')
+    """
     if count <= 2:
         return ("bottom", "top")[2 - count :]
     middles = ("middle",) if count == 3 else tuple(f"middle{index}" for index in range(1, count - 1))
@@ -15,17 +21,58 @@ def level_names(count: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class StageFolder:
+    """Paths in the folder of a training stage."""
+
+    path: Path
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def previews(self) -> Path:
+        return self.path / "previews"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def metric_log(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def preview(self, step: int) -> Path:
+        return self.previews / f"{step:08d}.png"
+
+    def newest_preview(self) -> Path | None:
+        return max(self.previews.glob("*.png"), default=None)
+
+
+@dataclass(frozen=True)
 class RunFolder:
-    """The paths in a run folder. Nothing is created or read until asked for."""
+    """Paths in a run folder. Nothing is created or read."""
 
     path: Path
 
     @classmethod
     def existing(cls, path: Path) -> "RunFolder":
-        """A run that has begun; UserError where `path` is not one."""
+        """Return the folder of a run that has begun.
+
+        Raises:
+            UserError: If `path` is not a run folder.
+        """
         folder = cls(path)
         if not folder.config.is_file():
-            raise UserError(f"{path}: not a run folder (it has no config.yaml); make one with `vqvae2 run CONFIG`")
+            raise UserError(f"{path}: not a run folder (no config.yaml). Create one with `vqvae2 run CONFIG`.")
         return folder
 
     @property
@@ -33,33 +80,52 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
-    def autoencoder(self) -> Path:
-        return self.path / "autoencoder"
-
-    @property
-    def autoencoder_weights(self) -> Path:
-        return self.autoencoder / "model.safetensors"
+    def model_index(self) -> Path:
+        return self.path / "model_index.json"
 
     @property
     def data_index(self) -> Path:
         return self.path / "data-index.safetensors"
 
     @property
+    def autoencoder(self) -> StageFolder:
+        return StageFolder(self.path / "autoencoder")
+
+    @property
+    def autoencoder_weights(self) -> Path:
+        return self.autoencoder.weights
+
+    @property
     def codes(self) -> Path:
         return self.path / "codes"
+
+    @property
+    def codes_summary(self) -> Path:
+        return self.codes / "summary.json"
 
     def code_store(self, split: str) -> Path:
         return self.codes / split
 
-    def prior(self, level: str) -> Path:
-        return self.path / f"prior-{level}"
+    def prior(self, level: str) -> StageFolder:
+        return StageFolder(self.path / f"prior-{level}")
 
     def prior_weights(self, level: str) -> Path:
-        return self.prior(level) / "model.safetensors"
+        return self.prior(level).weights
 
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    def edits(self, kind: str) -> Path:
+        return self.path / kind
+
+    @property
+    def reconstructions(self) -> Path:
+        return self.path / "reconstructions.png"
+
+    @property
+    def diagnosis(self) -> Path:
+        return self.path / "diagnosis"
 
     @property
     def evaluation(self) -> Path:
@@ -68,3 +134,7 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.evaluation / "metrics.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"

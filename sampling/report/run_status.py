@@ -78,7 +78,7 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
     }
     warnings = codebook_warnings(trained.values, names)
     for name in names:
-        warnings += prior_warnings(name, _entries(folder.prior(name) / "history.jsonl"))
+        warnings += prior_warnings(name, _entries(folder.prior(name) / "metrics.jsonl"))
     levels = dict(zip(names, maps, strict=True))
     manifest, diagnosis = _json(samples / "manifest.json"), _json(folder.path / "diagnosis" / "diagnosis.json")
     return RunStatus(folder, samples, data, levels, stages, manifest, _json(folder.metrics), diagnosis, tuple(warnings))
@@ -87,7 +87,7 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
 def _training(folder: Path, steps: int) -> Stage:
     """The stage of a network: its summary, or the end of its history where it has none yet."""
     summary = _json(folder / "summary.json") or {}
-    step, values = _history(folder / "history.jsonl")
+    step, values = _history(folder / "metrics.jsonl")
     values = summary.get("validation", values)
     if (folder / "model.safetensors").is_file():
         return Stage("finished", f"{steps:,} steps", summary.get("seconds"), values)

@@ -86,7 +86,7 @@ TARGETS = {
     "store": Target("run/codes/*/data.mdb", _AGAIN_PRIOR, _PRIOR, weights("prior-top")),
     "seal": Target("run/codes/*/seal.json", _AGAIN_PRIOR, _PRIOR, weights("prior-top")),
     "checkpoint": Target("run/autoencoder/checkpoints/*/*", _AGAIN_AUTOENCODER, _AUTOENCODER, weights("autoencoder")),
-    "history": Target("run/autoencoder/history.jsonl", _AGAIN_AUTOENCODER, _AUTOENCODER, weights("autoencoder")),
+    "history": Target("run/autoencoder/metrics.jsonl", _AGAIN_AUTOENCODER, _AUTOENCODER, weights("autoencoder")),
     "index": Target("run/data-index.safetensors", _AGAIN_AUTOENCODER, _AUTOENCODER, weights("autoencoder")),
     "weights": Target("run/*/model.safetensors", ["out"], ["sample", "run", "--out", "out"], pictures),
     "prepared": Target("prepared/*", ["grid.png"], _INSPECT, lambda work: (work / "grid.png").read_bytes()),

@@ -8,9 +8,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sampling.evaluation.training_checks import codebook_warnings
-from train.loop import AuxiliaryNetwork, Stage, to_device, train
-from train.losses import Adversary, DiscriminatorObjective, LossConfig, PerceptualDistance, TrainingUsage
-from train.run import Run, open_run, print_main
+from train.accelerator import to_device
+from train.loop import AuxiliaryNetwork, TrainingStage, train
+from train.losses import (
+    AdversarialLoss,
+    CodebookUsageTracker,
+    DiscriminatorObjective,
+    PerceptualLoss,
+    make_perceptual_loss,
+)
+from train.run import Run, RunOptions, open_run, print_main
 from vqvae2.data.images import Images, Item, open_images, to_bytes, to_float
 from vqvae2.data.samplers import SequentialBatchSampler, load
 from vqvae2.metrics.codebook_usage import CodeUsage
@@ -19,124 +26,131 @@ from vqvae2.models import Autoencoder
 from vqvae2.pictures import save_grid, side_by_side
 from vqvae2.quantizers import GradientQuantizer
 from vqvae2.run_folder import level_names
+from vqvae2.training_config import AutoencoderLossConfig
 
 _PREVIEW_IMAGES = 16
 
 
+class TrainAutoencoderOptions(RunOptions):
+    """Train the autoencoder of a config (stage 1), or resume its training."""
+
+
 class AutoencoderObjective(nn.Module):
-    """Error of the reconstruction plus what the quantizers add (van den Oord et al. 2017, eq. 3)."""
+    """Reconstruction loss plus the losses of the quantizers (van den Oord et al. 2017, eq. 3)."""
 
     def __init__(
         self,
         network: Autoencoder,
-        loss: LossConfig | None = None,
-        perceptual: PerceptualDistance | None = None,
-        adversary: Adversary | None = None,
+        loss: AutoencoderLossConfig | None = None,
+        perceptual: PerceptualLoss | None = None,
+        adversarial: AdversarialLoss | None = None,
     ) -> None:
         super().__init__()
-        self.network, self.config = network, loss or LossConfig()
-        self.perceptual, self.adversary = perceptual, adversary
+        self.network, self.config = network, loss or AutoencoderLossConfig()
+        self.perceptual, self.adversarial = perceptual, adversarial
         self.names = level_names(len(network.maps))
-        self.usage = TrainingUsage(
+        self.usage = CodebookUsageTracker(
             {name: level.codebook_size for name, level in zip(self.names, network.maps, strict=True)}
         )
         self.quantized = True
 
     def forward(self, batch: Item) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its terms, unweighted, for uint8 images (B, C, H, W)."""
+        """Return the loss and its unweighted terms for uint8 images (B, C, H, W)."""
         images = to_float(batch.image)
-        reconstruction = self.network(images, self.quantized)
-        made = reconstruction.images.float()
-        difference = made - images
+        output = self.network(images, self.quantized)
+        reconstruction = output.images.float()
+        difference = reconstruction - images
         loss = difference.abs().mean() if self.config.pixel == "l1" else difference.square().mean()
         terms = {self.config.pixel_term: loss}
-        for name, level in zip(self.names, reconstruction.levels, strict=True):
+        for name, level in zip(self.names, output.levels, strict=True):
             loss = loss + level.loss
             terms |= {f"{term}_{name}": value for term, value in level.terms.items()}
         if self.perceptual:
-            terms["perceptual"] = self.perceptual(made, images)
+            terms["perceptual"] = self.perceptual(reconstruction, images)
             loss = loss + self.config.perceptual.weight * terms["perceptual"]
-        if self.adversary and self.adversary.active:
-            terms["adversarial"] = self.adversary(images, made)
+        if self.adversarial and self.adversarial.active:
+            terms["adversarial"] = self.adversarial(images, reconstruction)
             loss = loss + self.config.adversarial.weight * terms["adversarial"]
         if self.network.training and self.quantized:
-            self.usage.update(reconstruction.levels)
+            self.usage.update(output.levels)
         return loss, terms
 
 
-class AutoencoderStage(Stage):
-    """The autoencoder of an experiment."""
+class AutoencoderStage(TrainingStage):
+    """Training of the autoencoder of a run."""
 
     name, monitor = "autoencoder", "mse"
 
     def __init__(self, run: Run) -> None:
-        self.run = run
-        config = run.experiment
-        loss, shape, channels = config.autoencoder.loss, config.data.shape, config.data.channels
-        perceptual = loss.perceptual.build(shape)  # before all else: it may want what cannot be had
-        self.training_data, self.validation_data = open_images(config.data, run.folder.data_index)
-        torch.manual_seed(config.autoencoder.training.seed)
-        self.network = config.autoencoder.network.build(shape, channels)
-        self.adversary = None
+        self.run, self.config = run, run.config.autoencoder
+        loss, shape, channels = self.config.loss, run.config.data.shape, run.config.data.channels
+        perceptual = make_perceptual_loss(loss.perceptual, shape)  # first, because it may fail
+        self.training_data, self.validation_data = open_images(run.config.data, run.folder.data_index)
+        torch.manual_seed(self.config.training.seed)
+        self._network = self.config.model.build(shape, channels)
+        self.adversarial = None
         if loss.adversarial.weight:
-            self.adversary = Adversary(loss.adversarial, loss.adversarial.discriminator.build(shape, channels))
+            discriminator = loss.adversarial.discriminator.build(shape, channels)
+            self.adversarial = AdversarialLoss(loss.adversarial, discriminator)
             self.auxiliary = AuxiliaryNetwork(
                 "discriminator",
-                DiscriminatorObjective(self.adversary.discriminator),
+                DiscriminatorObjective(discriminator),
                 loss.adversarial.learning_rate,
                 loss.adversarial.betas,
                 loss.adversarial.start,
             )
-        self.objective = self._objective = AutoencoderObjective(self.network, loss, perceptual, self.adversary)
-        self.batch_size = config.codes.batch_size
+        self.objective = self._objective = AutoencoderObjective(self._network, loss, perceptual, self.adversarial)
         self.curves = {
             "reconstruction error": ["train/reconstruction", "validation/reconstruction"],
             "PSNR in dB": ["validation/psnr"],
-            "codes in use": [f"{split}/usage_{name}" for name in config.levels for split in ("train", "validation")],
+            "codes in use": [
+                f"{split}/usage_{name}" for name in run.config.levels for split in ("train", "validation")
+            ],
         }
         if len(loss.terms) > 1:
             self.curves["terms of the loss"] = [f"train/{term}" for term in loss.terms]
 
     @property
-    def trained(self) -> nn.Module:
-        return self.network
+    def network(self) -> Autoencoder:
+        return self._network
 
     def before_update(self, step: int) -> None:
-        self._objective.quantized = step >= self.run.experiment.autoencoder.quantized_from
-        if self.adversary:
-            self.adversary.active = step >= self.adversary.config.start
+        self._objective.quantized = step >= self.config.training.first_quantized_step
+        if self.adversarial:
+            self.adversarial.active = step >= self.adversarial.config.start
 
     def auxiliary_batch(self) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1] and their reconstructions, those of the latest batch."""
-        assert self.adversary is not None
-        assert self.adversary.latest is not None
-        return self.adversary.latest
+        """Return the images in [-1, 1] and the reconstructions of the last batch."""
+        assert self.adversarial is not None
+        assert self.adversarial.latest is not None
+        return self.adversarial.latest
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         self.network.update_codebooks()
         for quantizer in self.network.quantizers:
             if isinstance(quantizer, GradientQuantizer) and quantizer.restarted is not None:
-                forget(optimizer, quantizer.embedding, quantizer.restarted)
+                reset_moments(optimizer, quantizer.embedding, quantizer.restarted)
 
-    def gathered(self) -> dict[str, float]:
+    def logged_values(self) -> dict[str, float]:
         return self._objective.usage.take()
 
-    def pending(self) -> dict[str, list[int]]:
+    def pending_values(self) -> dict[str, list[int]]:
         return self._objective.usage.pending()
 
-    def resume(self, pending: dict[str, list[int]]) -> None:
+    def restore_pending(self, pending: dict[str, list[int]]) -> None:
         self._objective.usage.resume(pending)
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        return validate_autoencoder(self.network, self.validation_data, self.batch_size, accelerator)
+        batch_size = self.run.config.extract_codes.batch_size
+        return validate_autoencoder(self.network, self.validation_data, batch_size, accelerator)
 
     def training_warnings(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
         validations = [entry for entry in entries if "validation/mse" in entry]
         last = {name.removeprefix("validation/"): value for name, value in validations[-1].items()}
-        return codebook_warnings(last, self.run.experiment.levels)
+        return codebook_warnings(last, self.run.config.levels)
 
     def preview(self, path: Path) -> None:
-        """Held-out images, each over its reconstruction."""
+        """Write held-out images, each above its reconstruction."""
         count = min(_PREVIEW_IMAGES, len(self.validation_data))
         originals = torch.stack([self.validation_data[index].image for index in range(count)])
         device = next(self.network.parameters()).device
@@ -145,12 +159,12 @@ class AutoencoderStage(Stage):
         save_grid(path, blocks, columns)
 
     def save(self, path: Path) -> None:
-        self.network.save(path, data=self.run.experiment.data.path, config=self.run.experiment.autoencoder.plain())
+        self.network.save(path, data=self.run.config.data.path, config=self.config.plain())
 
 
 @torch.no_grad()
-def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
-    """Set the moments of a parameter's rows to zero where `rows` (K,) is true: they belong to vectors that are gone."""
+def reset_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
+    """Zero the optimizer's moments of a parameter's rows for which `rows` (K,) is true: codes that were restarted."""
     for moment in optimizer.state.get(parameter, {}).values():
         if moment.shape == parameter.shape:
             moment.masked_fill_(rows[:, None], 0)
@@ -160,21 +174,21 @@ def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) ->
 def validate_autoencoder(
     network: Autoencoder, images: Images, batch_size: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Error of the reconstructions, and use of the codebooks, over all of `images`, shared by the processes."""
-    order = SequentialBatchSampler(len(images), batch_size, accelerator.process_index, accelerator.num_processes)
+    """Return reconstruction errors and codebook usage over all of `images`, which the processes share."""
+    sampler = SequentialBatchSampler(len(images), batch_size, accelerator.process_index, accelerator.num_processes)
     errors = ReconstructionStatistics(accelerator.device)
     usages = [CodeUsage(level.codebook_size, accelerator.device) for level in network.maps]
-    for batch in load(images, order, num_workers=0):
+    for batch in load(images, sampler, num_workers=0):
         originals = to_float(to_device(batch.image, accelerator.device))
         with accelerator.autocast():
-            reconstruction = network(originals)
-        errors.update(originals, reconstruction.images.float().clamp(-1, 1))
-        for usage, level in zip(usages, reconstruction.levels, strict=True):
+            output = network(originals)
+        errors.update(originals, output.images.float().clamp(-1, 1))
+        for usage, level in zip(usages, output.levels, strict=True):
             usage.update(level.codes)
     errors.reduce()
     error = errors.result()
     values = {"mse": error.mse, "psnr": error.psnr, "ssim": error.ssim}
-    values["reconstruction"] = 4 * error.mse  # in the unit of the training term: images in [-1, 1], not [0, 1]
+    values["reconstruction"] = 4 * error.mse  # comparable to the training term: images in [-1, 1] instead of [0, 1]
     for name, usage in zip(level_names(len(usages)), usages, strict=True):
         usage.reduce()
         values |= {f"usage_{name}": usage.usage, f"perplexity_{name}": usage.perplexity}
@@ -182,15 +196,14 @@ def validate_autoencoder(
 
 
 def train_autoencoder(run: Run) -> None:
-    """Train the run's autoencoder, or go on where it was stopped; nothing to do where it is finished."""
+    """Train the autoencoder of a run, or resume its training. Do nothing if it is complete."""
     folder = run.folder.autoencoder
-    if run.folder.autoencoder_weights.is_file():
-        print_main(f"autoencoder: finished, {run.folder.autoencoder_weights}")
+    if folder.weights.is_file():
+        print_main(f"autoencoder: already complete, {folder.weights}")
         return
-    train(AutoencoderStage(run), run.experiment.autoencoder.training, folder, run.experiment.data.num_workers)
+    train(AutoencoderStage(run), run.config.autoencoder.training, folder.path, run.config.data.num_workers)
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 train-autoencoder`."""
-    run, _ = open_run("train-autoencoder", arguments, "Train the autoencoder of an experiment (stage 1).")
-    train_autoencoder(run)
+def main(options: TrainAutoencoderOptions) -> None:
+    """Run the command `vqvae2 train-autoencoder`."""
+    train_autoencoder(open_run(options))

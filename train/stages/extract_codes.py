@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from train.loop import make_accelerator, to_device
-from train.run import Run, open_run, print_main
+from train.accelerator import make_accelerator, to_device
+from train.run import Run, RunOptions, open_run, print_main
 from vqvae2 import files
 from vqvae2.data import lmdb_store
 from vqvae2.data.code_store import PER_VALUE, UNREADABLE, CodeHeader, CodeStore, CodeWriter
@@ -24,24 +24,32 @@ from vqvae2.data.samplers import load
 from vqvae2.models import Autoencoder
 
 
+class ExtractCodesOptions(RunOptions):
+    """Encode every image and cache its codes in LMDB (stage 2), or resume."""
+
+
 def extract_codes(run: Run) -> None:
-    """Write the code stores of both splits; what an earlier run has written is kept."""
+    """Write the code stores of both splits, or resume writing them. Do nothing if they are complete."""
     digest = files.digest(run.folder.autoencoder_weights) if run.folder.autoencoder_weights.is_file() else None
     stores = {split: run.folder.code_store(split) for split in ("train", "val")}
     if all(_finished(path, digest) for path in stores.values()):
-        print_main(f"codes: finished, {run.folder.codes}")
+        print_main(f"codes: already complete, {run.folder.codes}")
         return
     accelerator = make_accelerator()
     network = Autoencoder.load(run.folder.autoencoder_weights, accelerator.device)
     started = time.monotonic()
-    for split, images in zip(stores, open_images(run.experiment.data, run.folder.data_index), strict=True):
+    for split, images in zip(stores, open_images(run.config.data, run.folder.data_index), strict=True):
         _extract(run, network, images, split, accelerator)
     if accelerator.is_main_process:
-        files.write_json(run.folder.codes / "summary.json", {"seconds": round(time.monotonic() - started, 1)})
+        files.write_json(run.folder.codes_summary, {"seconds": round(time.monotonic() - started, 1)})
 
 
 def _finished(path: Path, digest: str | None) -> bool:
-    """Whether a complete store of this autoencoder is there; UserError where it is of another one."""
+    """Return whether there is a complete store of this autoencoder.
+
+    Raises:
+        UserError: If the store holds codes of another autoencoder.
+    """
     if not lmdb_store.exists(path):
         return False
     header = CodeStore.read_header(path)
@@ -50,14 +58,14 @@ def _finished(path: Path, digest: str | None) -> bool:
 
 
 class Record(NamedTuple):
-    """One record to be: an image or its mirror; `UNREADABLE` in the place of the label where there is none."""
+    """An image or its mirror image, to be encoded. The label of an unreadable image is `UNREADABLE`."""
 
     image: UInt8[Tensor, "c h w"]
     label: int
 
 
 class Records(Dataset[Record]):
-    """The images of a split as the records of its store; with `flip` each is followed by its mirror image."""
+    """The images of a split, in the order of the records of its store; with `flip`, each is followed by its mirror."""
 
     def __init__(self, images: Images, flip: bool) -> None:
         self.images, self.flip = images, flip
@@ -66,7 +74,7 @@ class Records(Dataset[Record]):
         return len(self.images) * (2 if self.flip else 1)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
-        """Records in order; the two of one image are decoded once."""
+        """Return records in order; both records of an image share one decoding."""
         at, item, records = -1, None, []
         for number in numbers:
             index, mirrored = divmod(number, 2) if self.flip else (number, 0)
@@ -80,7 +88,7 @@ class Records(Dataset[Record]):
         return records
 
     def names(self, numbers: Sequence[int]) -> list[str]:
-        """Names of the images that records are of."""
+        """Return the image name of each record."""
         names = self.images.names
         return [names[number // 2 if self.flip else number] for number in numbers]
 
@@ -89,13 +97,13 @@ def _extract(run: Run, network: Autoencoder, images: Images, split: str, acceler
     path = run.folder.code_store(split)
     if _finished(path, network.digest):
         return
-    records = Records(images, flip=split == "train" and run.experiment.codes.flip)
+    records = Records(images, flip=split == "train" and run.config.extract_codes.flip)
     header = CodeHeader(
         levels=network.maps,
         count=len(records),
         classes=images.classes,
         split=split,
-        source=run.experiment.data.path,
+        source=run.config.data.path,
         data=images.digest(),
         flip=records.flip,
         autoencoder=str(network.digest),
@@ -104,7 +112,7 @@ def _extract(run: Run, network: Autoencoder, images: Images, split: str, acceler
         CodeWriter(path, header).close()
     accelerator.wait_for_everyone()
     with closing(CodeWriter(path, header)) as writer:
-        # LMDB's locks do not reach over a network file system: the processes of the first machine do all the work.
+        # LMDB's locks do not work across a network file system, so only processes of the first machine write.
         writers = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
         mine = writer.missing()[accelerator.process_index :: writers] if accelerator.process_index < writers else []
         _write(run, network, records, writer, mine, accelerator)
@@ -115,7 +123,7 @@ def _extract(run: Run, network: Autoencoder, images: Images, split: str, acceler
             writer.finish()
             if unreadable:
                 print_main(
-                    f"codes of {split}: {len(unreadable):,} of {header.count:,} records left out: unreadable images"
+                    f"codes of {split}: {len(unreadable):,} of {header.count:,} records skipped: unreadable images"
                 )
     accelerator.wait_for_everyone()
 
@@ -123,23 +131,22 @@ def _extract(run: Run, network: Autoencoder, images: Images, split: str, acceler
 def _write(
     run: Run, network: Autoencoder, records: Records, writer: CodeWriter, mine: list[int], accelerator: Accelerator
 ) -> None:
-    """Encode this process's values of the store."""
+    """Encode this process's share of the values of the store."""
     values = [list(range(number * PER_VALUE, min((number + 1) * PER_VALUE, len(records)))) for number in mine]
-    batches = load(records, values, run.experiment.data.num_workers)
+    batches = load(records, values, run.config.data.num_workers)
     split, main = writer.header.split, accelerator.is_main_process
     with tqdm(desc=f"codes of {split}", total=sum(map(len, values)), unit="image", disable=not main) as bar:
         for number, value, batch in zip(mine, values, batches, strict=True):
             with torch.inference_mode():
                 parts = [
                     network.encode(to_float(to_device(part, accelerator.device)))
-                    for part in batch.image.split(run.experiment.codes.batch_size)
+                    for part in batch.image.split(run.config.extract_codes.batch_size)
                 ]
             codes = [torch.cat(level) for level in zip(*parts, strict=True)]
             writer.write(number, codes, batch.label, records.names(value))
             bar.update(len(value))
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 extract-codes`."""
-    run, _ = open_run("extract-codes", arguments, "Encode every image and cache its codes (stage 2).")
-    extract_codes(run)
+def main(options: ExtractCodesOptions) -> None:
+    """Run the command `vqvae2 extract-codes`."""
+    extract_codes(open_run(options))

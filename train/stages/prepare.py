@@ -1,25 +1,42 @@
 """The command `vqvae2 prepare`: resize a data set once and keep it in LMDB, which every later run reads faster."""
 
-import argparse
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from vqvae2.data.image_io import Unreadable
 from vqvae2.data.images import DataConfig, Images
+from vqvae2.command_line import Options
 from vqvae2.data.samplers import SequentialBatchSampler, load
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedWriter, encode
 from vqvae2.errors import UserError
 
 _PER_TRANSACTION = 64  # images; what a kill loses is the batches that workers have at hand
+
+
+class PrepareOptions(Options):
+    """Resize a data set once and store it in LMDB, which later runs read faster."""
+
+    source: Positional[str] = Field(description="anything that data.path accepts")
+    out: Positional[Path] = Field(description="folder to write, for data.path")
+    size: int | tuple[int, int] = Field(description="side of a square, or height and width, in pixels")
+    channels: Literal[1, 3, 4] = Field(default=3, description="1 gray, 3 RGB, 4 RGBA")
+    format: Literal["jpeg", "webp", "png", "raw"] = Field(default="jpeg", description="png and raw are lossless")
+    quality: int = Field(default=95, ge=1, le=100, description="quality of jpeg and webp")
+    num_workers: int = Field(default=2, ge=0, description="processes that decode and encode")
+    max_unreadable_fraction: float = Field(
+        default=0.01, ge=0, lt=1, description="fraction of images that may be unreadable, and are skipped"
+    )
 
 
 class Encoded(Dataset[tuple[Tensor, list[int]]]):
@@ -88,27 +105,15 @@ def _write(encoded: Encoded, order: SequentialBatchSampler, writer: PreparedWrit
             bar.update(len(numbers))
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 prepare`."""
-    parser = argparse.ArgumentParser(prog="vqvae2 prepare", description=__doc__)
-    parser.add_argument("source", help="anything that data.path takes")
-    parser.add_argument("out", type=Path, help="the folder to write, which data.path takes then")
-    parser.add_argument("--size", type=int, nargs="+", required=True, metavar="N", help="side, or height and width")
-    parser.add_argument("--channels", type=int, default=3, choices=[1, 3, 4])
-    parser.add_argument("--format", default="jpeg", choices=["jpeg", "webp", "png", "raw"], help="png, raw: lossless")
-    parser.add_argument("--quality", type=int, default=95, help="of jpeg and webp, 1 to 100")
-    parser.add_argument("--num-workers", type=int, default=2, help="processes that decode and encode")
-    parser.add_argument(
-        "--max-unreadable-fraction", type=float, default=0.01, help="share of images that may be unreadable"
+def main(options: PrepareOptions) -> None:
+    """Run the command `vqvae2 prepare`."""
+    config = DataConfig(
+        path=options.source,
+        size=options.size,
+        channels=options.channels,
+        num_workers=options.num_workers,
+        max_unreadable_fraction=options.max_unreadable_fraction,
     )
-    options = parser.parse_args(arguments)
-    settings = {
-        "path": options.source,
-        "size": options.size[0] if len(options.size) == 1 else options.size,
-        "channels": options.channels,
-        "num_workers": options.num_workers,
-        "max_unreadable_fraction": options.max_unreadable_fraction,
-    }
-    header = prepare(DataConfig.parse(settings, "vqvae2 prepare"), options.out, options.format, options.quality)
-    left_out = f", {len(header.unreadable):,} unreadable left out" if header.unreadable else ""
-    print(f"{options.out}: {header.count - len(header.unreadable):,} images{left_out}; use it as data.path")
+    header = prepare(config, options.out, options.format, options.quality)
+    skipped = f", {len(header.unreadable):,} unreadable images skipped" if header.unreadable else ""
+    print(f"{options.out}: {header.count - len(header.unreadable):,} images{skipped}. Use it as data.path.")

@@ -1,4 +1,4 @@
-"""Stage 3: train one prior for each level on the cached codes."""
+"""Stage 3: train one prior per level on the cached codes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from pydantic import Field
 from torch import Tensor, nn
 
 from sampling.evaluation.training_checks import prior_warnings
-from sampling.sample_level import LevelSamplingParams, Noise, sample_level
-from train.loop import Stage, to_device, train
-from train.run import Run, open_run, print_main
+from sampling.params import LevelSamplingParams
+from sampling.sample_level import Noise, sample_level
+from train.accelerator import to_device
+from train.loop import TrainingStage, train
+from train.run import Run, RunOptions, open_run, print_main
 from vqvae2 import files
 from vqvae2.data.code_store import CodeBatch, CodeStore, to_int64
 from vqvae2.data.images import to_bytes
@@ -27,11 +30,17 @@ from vqvae2.priors import Prior, PriorSpec, save_prior
 _PREVIEW_IMAGES = 8
 
 
+class TrainPriorOptions(RunOptions):
+    """Train the prior of one level on the cached codes (stage 3), or resume its training."""
+
+    level: str | None = Field(default=None, description="top, bottom, …; all levels, coarsest first, if not given")
+
+
 class PriorObjective(nn.Module):
     """Negative log-likelihood of one level's codes, in nats per code.
 
-    In training a share `label_dropout` of the images comes without its label, so that the network learns both
-    distributions that classifier-free guidance compares (Ho and Salimans 2022, arXiv 2207.12598).
+    In training, a fraction `label_dropout` of the images has no label, so that the prior also learns the unconditional
+    distribution that classifier-free guidance needs (Ho and Salimans 2022, arXiv 2207.12598).
     """
 
     def __init__(self, network: Prior, level: int, label_dropout: float = 0.0) -> None:
@@ -39,7 +48,7 @@ class PriorObjective(nn.Module):
         self.network, self.level, self.label_dropout = network, level, label_dropout
 
     def forward(self, batch: CodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss for a batch of codes of all levels; it has no other terms."""
+        """Return the loss of a batch with the codes of all levels. There are no other terms."""
         batch = to_int64(batch)
         labels = batch.label if self.network.spec.classes else None
         if labels is not None and self.label_dropout and self.training:
@@ -49,67 +58,66 @@ class PriorObjective(nn.Module):
         return F.cross_entropy(logits.float(), batch.codes[self.level]), {}
 
 
-class PriorStage(Stage):
-    """The prior of one level of an experiment."""
+class PriorStage(TrainingStage):
+    """Training of the prior of one level of a run."""
 
     monitor = "nll"
 
     def __init__(self, run: Run, level: str) -> None:
-        self.run, self.name = run, f"prior-{level}"
+        self.run, self.name, self.level_name = run, f"prior-{level}", level
         self.training_data = store = _open_store(run, "train")
         self.validation_data = _open_store(run, "val")
         header = store.header
         self.codes_digest = header.digest
-        self.level = run.experiment.levels.index(level)
+        self.level = run.config.levels.index(level)
         maps = header.levels
         spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], classes=len(header.classes))
-        self.config = run.experiment.priors[level]
+        self.config = run.config.priors[level]
         torch.manual_seed(self.config.training.seed)
-        self.network = self.config.model.build(spec)
-        self.network.gradient_checkpointing = self.config.gradient_checkpointing
-        self.objective = PriorObjective(self.network, self.level, self.config.label_dropout)
+        self._network = self.config.model.build(spec)
+        self._network.gradient_checkpointing = self.config.training.gradient_checkpointing
+        self.objective = PriorObjective(self._network, self.level, self.config.loss.label_dropout)
         self.autoencoder = Autoencoder.load(run.folder.autoencoder_weights)
-        self.unigram = self._unigram_entropy()
+        self.unigram_entropy = self._unigram_entropy()
         self.curves = {"nats per code": ["train/loss", "validation/nll", "validation/uniform", "validation/unigram"]}
 
     @property
-    def trained(self) -> nn.Module:
-        return self.network
+    def network(self) -> Prior:
+        return self._network
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean negative log-likelihood in nats and bits per code, beside what knowing nothing, or only how often each
-        code is used, would give."""
+        """Return the negative log-likelihood in nats and bits per code, and two baselines in nats per code: the uniform
+        distribution, and the frequency of each code."""
         nll = mean_nll(self.network, self.level, self.validation_data, self.config.training.batch_size, accelerator)
         return {
             "nll": nll,
             "bits": nll / math.log(2),
             "uniform": math.log(self.network.spec.level.codebook_size),
-            "unigram": self.unigram,
+            "unigram": self.unigram_entropy,
         }
 
     def training_warnings(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
-        return prior_warnings(self.run.experiment.levels[self.level], entries)
+        return prior_warnings(self.level_name, entries)
 
     def preview(self, path: Path) -> None:
-        """Held-out images over the same with this level sampled, given their coarser levels."""
+        """Write held-out images, each above the same image with this level sampled given its coarser levels."""
         count = min(_PREVIEW_IMAGES, len(self.validation_data))
         batch = self.validation_data.read(range(count))
         labels = batch.label if self.network.spec.classes else None
         device = next(self.network.parameters()).device
         coarser = to_device(batch.codes[self.level + 1 :], device)
         labels = None if labels is None else labels.to(device)
-        sampled = sample_level(
-            self.network, Noise(0, range(count), self.level), LevelSamplingParams(), coarser, labels
-        ).cpu()
+        noise = Noise(0, range(count), self.level)
+        sampled = sample_level(self.network, noise, LevelSamplingParams(), coarser, labels).cpu()
         codes = (*batch.codes[: self.level], sampled, *batch.codes[self.level + 1 :])
-        # Finer levels of these images say nothing about the sampled one, so both rows go without them.
+        # Both rows leave out the finer levels, which belong to the original codes.
         shown = tuple(index >= self.level for index in range(len(codes)))
         before, after = (to_bytes(self.autoencoder.decode_codes(maps, only=shown)) for maps in (batch.codes, codes))
         save_grid(path, *side_by_side(before, after, columns=_PREVIEW_IMAGES))
 
     def save(self, path: Path) -> None:
         made_from = {"autoencoder": self.autoencoder.digest, "codes": self.codes_digest}
-        made_from["label_dropout"] = self.config.label_dropout
+        made_from["label_dropout"] = self.config.loss.label_dropout
         save_prior(path, self.network, self.config.model, **made_from)
 
     def _unigram_entropy(self) -> float:
@@ -121,10 +129,10 @@ class PriorStage(Stage):
 
 @torch.inference_mode()
 def mean_nll(network: Prior, level: int, store: CodeStore, batch_size: int, accelerator: Accelerator) -> float:
-    """Negative log-likelihood in nats per code over a whole store, each image counted once."""
-    order = SequentialBatchSampler(len(store), batch_size, accelerator.process_index, accelerator.num_processes)
+    """Return the negative log-likelihood in nats per code over a whole store. The processes share the images."""
+    sampler = SequentialBatchSampler(len(store), batch_size, accelerator.process_index, accelerator.num_processes)
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch in load(store, order, num_workers=0):
+    for batch in load(store, sampler, num_workers=0):
         batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
             loss, _ = PriorObjective(network, level)(batch)
@@ -135,15 +143,15 @@ def mean_nll(network: Prior, level: int, store: CodeStore, batch_size: int, acce
 
 
 def train_prior(run: Run, level: str) -> None:
-    """Train one level's prior, or go on where it was stopped; nothing to do where it is finished."""
-    if level not in run.experiment.levels:
-        raise UserError(f"--level: {level!r} is not one of {', '.join(run.experiment.levels)}")
-    folder, weights = run.folder.prior(level), run.folder.prior_weights(level)
-    if weights.is_file():
-        print_main(f"prior-{level}: finished, {weights}")
+    """Train the prior of one level, or resume its training. Do nothing if it is complete."""
+    if level not in run.config.levels:
+        raise UserError(f"--level: there is no level {level!r}. The levels are {', '.join(run.config.levels)}.")
+    folder = run.folder.prior(level)
+    if folder.weights.is_file():
+        print_main(f"prior-{level}: already complete, {folder.weights}")
         return
     stage = PriorStage(run, level)
-    train(stage, stage.config.training, folder, run.experiment.data.num_workers)
+    train(stage, stage.config.training, folder.path, run.config.data.num_workers)
 
 
 def _open_store(run: Run, split: str) -> CodeStore:
@@ -152,8 +160,8 @@ def _open_store(run: Run, split: str) -> CodeStore:
     return store
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 train-prior`."""
-    description = "Train the prior of one level on the cached codes (stage 3)."
-    run, level = open_run("train-prior", arguments, description, level=True)
-    train_prior(run, level)
+def main(options: TrainPriorOptions) -> None:
+    """Run the command `vqvae2 train-prior`."""
+    run = open_run(options)
+    for level in [options.level] if options.level else reversed(run.config.levels):
+        train_prior(run, level)

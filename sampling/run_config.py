@@ -1,0 +1,75 @@
+"""RunConfig: everything that one YAML file says about a run."""
+
+from pydantic import Field, model_validator
+
+from sampling.evaluation.evaluation_config import EvaluationConfig
+from sampling.params import SamplingConfig
+from vqvae2.config import Config
+from vqvae2.data.images import DataConfig
+from vqvae2.models import AutoencoderConfig
+from vqvae2.priors import PriorConfig
+from vqvae2.run_folder import level_names
+from vqvae2.training_config import (
+    AutoencoderLossConfig,
+    AutoencoderTrainingConfig,
+    PriorLossConfig,
+    PriorTrainingConfig,
+)
+
+
+class AutoencoderStageConfig(Config):
+    """Stage 1: the autoencoder and its training."""
+
+    model: AutoencoderConfig = AutoencoderConfig()
+    loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    training: AutoencoderTrainingConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> "AutoencoderStageConfig":
+        if self.loss.adversarial.weight and self.training.mixed_precision == "fp16":
+            raise ValueError(
+                "training.mixed_precision: fp16 does not work with loss.adversarial, because two optimizers cannot "
+                "share one loss scale. Use bf16 or fp32."
+            )
+        return self
+
+
+class ExtractCodesConfig(Config):
+    """Stage 2: extraction of the codes of all images."""
+
+    batch_size: int = Field(default=64, ge=1, description="images encoded at once, per process")
+    flip: bool = Field(default=False, description="also store the codes of each training image's mirror image")
+
+
+class PriorStageConfig(Config):
+    """Stage 3: the prior of one level and its training."""
+
+    model: PriorConfig
+    loss: PriorLossConfig = PriorLossConfig()
+    training: PriorTrainingConfig
+
+
+class RunConfig(Config):
+    """The sections of a run's YAML file."""
+
+    run: str | None = Field(default=None, description="run folder; runs/NAME for NAME.yaml if not given")
+    data: DataConfig = DataConfig()
+    autoencoder: AutoencoderStageConfig
+    extract_codes: ExtractCodesConfig = ExtractCodesConfig()
+    priors: dict[str, PriorStageConfig] = Field(description="priors by level name: `bottom` and `top`, or `top` alone")
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if sorted(self.priors) != sorted(self.levels):
+            raise ValueError(
+                f"priors: an autoencoder with {len(self.levels)} levels needs priors for {', '.join(self.levels)}; "
+                f"found {', '.join(self.priors) or 'none'}"
+            )
+        return self
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Names of the levels, finest first."""
+        return level_names(len(self.autoencoder.model.levels))

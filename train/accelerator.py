@@ -1,0 +1,42 @@
+"""Accelerate's handle on devices and processes, and moving batches to the device."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+
+
+def make_accelerator(
+    mixed_precision: str = "fp32", folder: Path | None = None, gradient_accumulation_steps: int = 1
+) -> Accelerator:
+    """Return an Accelerator that logs to TensorBoard in `folder`/logs, if a folder is given."""
+    # Accelerate keeps one precision per process, but each stage of a run may have its own.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # required for processes without GPUs to find each other
+        mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with="tensorboard" if folder else None,
+        project_dir=folder,
+    )
+    if folder:
+        accelerator.init_trackers("logs")
+    return accelerator
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seed torch for one step, so that dropout is a function of the seed, the step and the process."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move a tensor, or a tuple or named tuple of tensors, to a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    moved = [to_device(part, device) for part in batch]
+    return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)

@@ -1,0 +1,178 @@
+"""Command-line options generated from Config classes by tyro, with one-line errors.
+
+A command is a function `main(options)` whose parameter is annotated with a subclass of `Options`. Every field of that
+class is an option, with the same name and the same syntax as in YAML and in Python.
+"""
+
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, TypeVar
+
+import tyro
+from pydantic import BaseModel, ValidationError
+from tyro import _errors as tyro_errors  # private, but the only structured access to errors; see pyproject.toml
+
+from vqvae2.config import Config, explain
+from vqvae2.errors import UserError
+
+_Config = TypeVar("_Config", bound=Config)
+
+
+class Options(Config):
+    """Options of one command. The class docstring becomes the help text."""
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
+        """Return the options in `arguments`.
+
+        Subclasses override this if defaults come from a file that an argument names.
+
+        Raises:
+            UserError: If an option is unknown, missing or invalid.
+        """
+        return parse(cls, arguments, prog)
+
+
+def run_command(main: Callable[[Any], None], arguments: Sequence[str], prog: str) -> None:
+    """Parse `arguments` into the Options class that annotates the parameter of `main`, and call it."""
+    main(options_class(main).from_arguments(arguments, prog))
+
+
+def options_class(main: Callable[[Any], None]) -> type[Options]:
+    """Return the Options class that annotates the only parameter of a command's function."""
+    hints = typing.get_type_hints(main)
+    hints.pop("return", None)
+    return next(iter(hints.values()))
+
+
+def parse(cls: type[_Config], arguments: Sequence[str], prog: str, default: _Config | None = None) -> _Config:
+    """Return `default`, or the defaults of `cls`, with command-line `arguments` applied.
+
+    Nested fields are `--section.field VALUE`, list elements `--levels.0.stride VALUE`. A Boolean is `--flag`,
+    `--no-flag`, `--flag true` or `--flag false`.
+
+    Raises:
+        UserError: If an option is unknown, missing or invalid.
+    """
+    arguments = list(_expand_booleans(cls if default is None else default, arguments))
+
+    def raise_user_error(event: tyro_errors.ParseErrorEvent) -> None:
+        raise UserError(_describe(event, cls if default is None else default, arguments))
+
+    with tyro_errors.on_parse_error(raise_user_error):
+        try:
+            return tyro.cli(cls, default=default, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+        except ValidationError as error:
+            raise UserError(_describe_validation(error, arguments)) from None
+        except SystemExit as exit_:
+            if exit_.code:
+                raise UserError(f"invalid options. Run `{prog} --help` for a list.") from None
+            raise
+
+
+def option_names(config: Config | type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name of every option with its default value, or its type if there is no default."""
+    for name, field in (config if isinstance(config, type) else type(config)).model_fields.items():
+        value = field.get_default(call_default_factory=True) if isinstance(config, type) else getattr(config, name)
+        if isinstance(config, type) and field.is_required():
+            value = field.annotation
+        yield from _names_below(f"{prefix}{name}", value)
+
+
+def _names_below(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Config) or (isinstance(value, type) and issubclass(value, Config)):
+        yield from option_names(value, f"{name}.")
+    elif isinstance(value, dict) and any(isinstance(child, BaseModel) for child in value.values()):
+        for key, child in value.items():
+            yield from _names_below(f"{name}.{key}", child)
+    elif isinstance(value, tuple) and any(isinstance(child, BaseModel) for child in value):
+        for index, child in enumerate(value):
+            yield from _names_below(f"{name}.{index}", child)
+    else:
+        yield name, value
+
+
+def _expand_booleans(config: Config | type[Config], arguments: Sequence[str]) -> Iterator[str]:
+    """Rewrite `--flag true` as `--flag` and `--flag false` as `--no-flag`, the forms that tyro accepts."""
+    booleans = {name for name, value in option_names(config) if isinstance(value, bool) or value is bool}
+    rest = iter(_split_equals(arguments, booleans))
+    for argument in rest:
+        if not argument.startswith("--") or _dotted(argument) not in booleans:
+            yield argument
+            continue
+        following = next(rest, None)
+        parent, _, name = argument.removeprefix("--").rpartition(".")
+        prefix = f"--{parent}." if parent else "--"
+        if following is not None and following.lower() == "false":
+            yield f"{prefix}no-{name}"
+        else:
+            yield argument
+            if following is not None and following.lower() != "true":
+                yield from _expand_booleans(config, [following, *rest])
+
+
+def _split_equals(arguments: Sequence[str], booleans: set[str]) -> Iterator[str]:
+    """Split `--flag=true` into two arguments; leave other arguments alone."""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        yield from (name, value) if equals and _dotted(name) in booleans else (argument,)
+
+
+def _dotted(argument: str) -> str:
+    """Return the field path that an option names: `--data.num-workers` → `data.num_workers`."""
+    return argument.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _describe(event: tyro_errors.ParseErrorEvent, config: Config | type[Config], arguments: Sequence[str]) -> str:
+    """Return one line for an error that tyro found."""
+    match event:
+        case tyro_errors.UnrecognizedArgs():
+            return _describe_unknown(event.tokens, config)
+        case tyro_errors.MissingArgs():
+            if event.unrecognized_tokens:
+                return _describe_unknown(event.unrecognized_tokens, config)
+            missing = event.missing_arguments[0].arg.display_name()
+            return f"{missing}: required, but missing. Run `{event.prog} --help` for the options."
+        case tyro_errors.InvalidChoice():
+            name = event.argument.display_name()
+            return f"{name}: must be one of {', '.join(event.choices)}, not {event.value!r}"
+        case tyro_errors.BadValue():
+            name = event.argument.display_name()
+            if event.reason == "too_few_values":
+                return f"{name}: the value is missing"
+            return f"{name}: cannot be set to {event.offending_value!r}"
+        case tyro_errors.InstantiationFailure():
+            if isinstance(error := sys.exception(), ValidationError):
+                return _describe_validation(error, arguments)
+            name = event.argument.display_name() if event.argument else ""
+            message = " ".join(event.message.split())
+            return message if not name or name in message else f"{name}: {message}"
+        case _:
+            return f"invalid options. Run `{event.prog} --help` for a list."
+
+
+def _describe_unknown(tokens: Sequence[str], config: Config | type[Config]) -> str:
+    token = next((token for token in tokens if token.startswith("-")), tokens[0])
+    if not token.startswith("-"):
+        return f"{token}: unexpected argument"
+    known = {name: f"--{name.replace('_', '-')}" for name, _ in option_names(config)}
+    close = difflib.get_close_matches(_dotted(token), known, 1, cutoff=0.5)
+    hint = f" Did you mean {known[close[0]]}?" if close else " Run the command with --help for a list."
+    return f"{token.partition('=')[0]}: unknown option.{hint}"
+
+
+def _describe_validation(error: ValidationError, arguments: Sequence[str]) -> str:
+    """Return one line for an invalid value, with the full path of the option that was given, if any."""
+    text = explain(error, None)
+    field = text.partition(":")[0]
+    given = [_dotted(argument) for argument in arguments if argument.startswith("--")]
+    if re.fullmatch(r"[\w.]+", field):
+        paths = [name for name in given if name == field or name.endswith(f".{field}")]
+        if paths:
+            return paths[0] + text.removeprefix(field)
+    sections = sorted({name.rpartition(".")[0] for name in given if "." in name}, key=len)
+    return f"{sections[-1]}: {text}" if sections and not re.match(r"[\w.]+:", text) else text
+

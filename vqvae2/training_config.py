@@ -1,0 +1,113 @@
+"""Settings of a training loop and of the losses of the autoencoder and the priors."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vqvae2.config import Config
+from vqvae2.models.discriminator import DiscriminatorConfig
+
+
+class TrainingConfig(Config):
+    """How one network is trained. All intervals count optimizer steps."""
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_size: int = Field(default=128, ge=1, description="global batch size: all processes and accumulation steps")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
+    learning_rate: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warmup")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warmup")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of AdamW")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="betas of AdamW")
+    max_grad_norm: float | None = Field(default=None, gt=0, description="clip the gradient norm to this value")
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="keep an exponential moving average of the weights, and save it"
+    )
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="autocast data type")
+    compile: bool = Field(default=False, description="use torch.compile (worthwhile on GPUs)")
+    seed: int = Field(default=0, ge=0, description="seed of the weights, the data order and dropout")
+    log_every: int = Field(default=50, ge=1, description="steps between log entries")
+    validate_every: int = Field(default=1000, ge=1, description="steps between validations")
+    preview_every: int = Field(default=5000, ge=1, description="steps between preview images")
+    checkpoint_every: int = Field(default=1000, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, description="how many recent checkpoints to keep, besides the best")
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="stop after this many validations without improvement, and save the best weights"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingConfig":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
+        return self
+
+
+class AutoencoderTrainingConfig(TrainingConfig):
+    """How the autoencoder is trained."""
+
+    unquantized_steps: int = Field(
+        default=100,
+        ge=0,
+        description="first steps that train without quantization, at most a tenth of all steps; without them, a level "
+        "may collapse before the decoder has learned to use it",
+    )
+
+    @property
+    def first_quantized_step(self) -> int:
+        """Index of the first step that quantizes, from 0."""
+        return min(self.unquantized_steps, self.steps // 10)
+
+
+class PriorTrainingConfig(TrainingConfig):
+    """How a prior is trained."""
+
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass, to save memory"
+    )
+
+
+class PerceptualLossConfig(Config):
+    """The perceptual term, LPIPS (Zhang et al. 2018, arXiv 1801.03924)."""
+
+    weight: float = Field(default=0.0, ge=0, description="weight of the term; 0 disables it")
+    network: Literal["vgg", "alex", "squeeze"] = Field(default="vgg", description="network whose features are compared")
+    weights: str | None = Field(
+        default=None, description="file with the network's torchvision weights; downloaded if not given"
+    )
+
+
+class AdversarialLossConfig(Config):
+    """The adversarial term and the training of its discriminator (Esser et al. 2021, arXiv 2012.09841)."""
+
+    weight: float = Field(default=0.0, ge=0, description="weight of the term; 0 disables it")
+    start: int = Field(default=0, ge=0, description="first step that uses the term and trains the discriminator")
+    learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate of the discriminator")
+    betas: tuple[float, float] = Field(default=(0.5, 0.9), description="betas of the discriminator's AdamW")
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+
+class AutoencoderLossConfig(Config):
+    """Reconstruction loss of the autoencoder. The default is mean squared error alone, as in the papers."""
+
+    pixel: Literal["mse", "l1"] = Field(default="mse", description="pixel-wise term")
+    perceptual: PerceptualLossConfig = PerceptualLossConfig()
+    adversarial: AdversarialLossConfig = AdversarialLossConfig()
+
+    @property
+    def pixel_term(self) -> str:
+        """Name of the pixel-wise term in the log."""
+        return "l1" if self.pixel == "l1" else "reconstruction"
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the active terms, including the discriminator's own loss."""
+        perceptual = ("perceptual",) if self.perceptual.weight else ()
+        return (self.pixel_term, *perceptual, *(("adversarial", "discriminator") if self.adversarial.weight else ()))
+
+
+class PriorLossConfig(Config):
+    """Loss of a prior: cross-entropy per code."""
+
+    label_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction of training images without a label, for classifier-free guidance"
+    )
