@@ -19,7 +19,7 @@ from sampling.processes import processes
 from sampling.sample import numbers
 from sampling.sample_level import PartialCodes
 from vqvae2 import files
-from vqvae2.data.images import read_image, to_bytes, to_float
+from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.pictures import save_grid, save_png
 from vqvae2.run_folder import RunFolder
 
@@ -50,9 +50,9 @@ class Edit:
         total = pipeline.positions * self.variants * len(self.images)
         with tqdm(desc=self.kind, total=total, unit="code", unit_scale=True) as bar:
             codes = pipeline.resample(self.known, self.labels, self.variants, self.seed, self.choices, bar.update)
-        made = to_bytes(pipeline.decode(codes)).cpu().unflatten(0, (len(self.images), self.variants))
+        made = to_uint8(pipeline.decode(codes)).cpu().unflatten(0, (len(self.images), self.variants))
         rows = torch.cat([self.images[:, None], self.shown[:, None], made], 1)
-        with files.atomic(folder) as partial:
+        with files.atomic_write(folder) as partial:
             for image, row in enumerate(made):
                 for variant, picture in enumerate(row):
                     save_png(partial / "images" / f"{image:06d}-{variant:02d}.png", picture)
@@ -88,7 +88,7 @@ def inpaint(arguments: list[str]) -> None:
     ) -> tuple[Any, Tensor, Sequence[PartialCodes]]:
         mask = read_mask(options.keep, pipeline.autoencoder.size)
         keep = options.keep if options.keep in HALVES else {"digest": files.digest(Path(options.keep))}
-        known = keep_masked(_encode(pipeline, images), mask, pipeline.autoencoder.maps)
+        known = keep_masked(_encode(pipeline, images), mask, pipeline.autoencoder.map_specs)
         return keep, _hide(images, mask), known
 
     _run(parser.parse_args(arguments), "inpaintings", plan)
@@ -104,7 +104,7 @@ def variations(arguments: list[str]) -> None:
     ) -> tuple[Any, Tensor, Sequence[PartialCodes]]:
         codes = _encode(pipeline, images)
         known = pipeline.keep_levels(codes, options.keep_levels)
-        return options.keep_levels, to_bytes(pipeline.decode(codes)).cpu(), known
+        return options.keep_levels, to_uint8(pipeline.decode(codes)).cpu(), known
 
     _run(parser.parse_args(arguments), "variations", plan)
 

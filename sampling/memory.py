@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae2.priors import Prior
-from vqvae2.priors.toom_cook import IncrementalRows
+from vqvae2.priors.toom_cook import IncrementalRowConv
 
 _SHARE = 0.5  # of the free memory that walks may fill; the rest is for what comes and goes
 _FLOAT = 4  # bytes
@@ -33,8 +33,8 @@ def walk_bytes(prior: Prior, batch: int) -> int:
         twin: Prior = prior.config.build(prior.spec)
     twin.eval().requires_grad_(False)
     coarser = tuple(torch.zeros(batch, *level.shape, dtype=torch.int64, device="meta") for level in prior.spec.coarser)
-    labels = torch.zeros(batch, dtype=torch.int64, device="meta") if prior.spec.classes else None
-    return _held(twin.incremental(batch, coarser, labels))
+    labels = torch.zeros(batch, dtype=torch.int64, device="meta") if prior.spec.num_classes else None
+    return _held(twin.incremental_decoder(batch, coarser, labels))
 
 
 def free_bytes(device: torch.device) -> float:
@@ -70,11 +70,11 @@ def _held(steps: object) -> int:
             found += value
         elif hasattr(value, "__dict__"):
             found += vars(value).values()
-            to_come += _finished_rows(value) if isinstance(value, IncrementalRows) else 0
+            to_come += _finished_rows(value) if isinstance(value, IncrementalRowConv) else 0
     return sum(storages.values()) + to_come
 
 
-def _finished_rows(walk: IncrementalRows) -> int:
+def _finished_rows(walk: IncrementalRowConv) -> int:
     """Bytes of the transformed rows that a walk keeps, once there are as many as it reaches."""
     batch, _, inputs = walk.padded.shape
     tiles = -(-walk.shape[0] // walk.matrices.tile)

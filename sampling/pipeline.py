@@ -37,7 +37,7 @@ class VQVAE2Pipeline:
         folder = RunFolder.existing(Path(run))
         autoencoder = Autoencoder.load(folder.autoencoder_weights, device)
         priors = []
-        for name in level_names(len(autoencoder.maps)):
+        for name in level_names(len(autoencoder.map_specs)):
             path = folder.prior_weights(name)
             prior = load_prior(path, device)
             made_from = prior.made_from.get("autoencoder")
@@ -53,7 +53,7 @@ class VQVAE2Pipeline:
     @property
     def positions(self) -> int:
         """Codes that make up one image."""
-        return sum(level.size for level in self.autoencoder.maps)
+        return sum(level.num_codes for level in self.autoencoder.map_specs)
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ class VQVAE2Pipeline:
         choices = SamplingParams.parse(settings, "sample")
         images = range(count)
         codes = self.sample_codes(images, self.labels_of(images, labels), seed, choices)
-        return self.autoencoder.decode_codes(codes)
+        return self.autoencoder.decode(codes)
 
     def sample_codes(
         self,
@@ -127,7 +127,7 @@ class VQVAE2Pipeline:
         if tuple(keep.shape) not in (self.autoencoder.size, (len(images), *self.autoencoder.size)):
             height, width = self.autoencoder.size
             raise UserError(f"a mask of size {tuple(keep.shape)}; the images of this run are {height} × {width}")
-        known = keep_masked(self.autoencoder.encode(images), keep, self.autoencoder.maps)
+        known = keep_masked(self.autoencoder.encode(images), keep, self.autoencoder.map_specs)
         codes = self.resample(known, labels, variants, seed, choices)
         return self.decode(codes).unflatten(0, (len(images), variants))
 
@@ -183,7 +183,7 @@ class VQVAE2Pipeline:
     def decode(self, codes: CodeMaps) -> Float[Tensor, "b c h w"]:
         """Images in [-1, 1], decoded a batch at a time."""
         parts = zip(*(level.split(self.batch_size) for level in codes), strict=True)
-        return torch.cat([self.autoencoder.decode_codes(part) for part in parts])
+        return torch.cat([self.autoencoder.decode(part) for part in parts])
 
     def batch_that_fits(self, wanted: int, choices: SamplingParams, memory: float | None = None) -> int:
         """How many images to sample at once: `wanted`, or as many as fit into `memory` GiB, at least one."""
@@ -205,7 +205,7 @@ class VQVAE2Pipeline:
         for name, prior in zip(self.levels, self.priors, strict=True):
             if (scale := choices.guidance_scale_of(name)) == 1:
                 continue
-            if not prior.spec.classes:
+            if not prior.spec.num_classes:
                 raise UserError(
                     f"guidance_scale {scale:g}: the prior of level {name} knows no class labels to be guided by"
                 )

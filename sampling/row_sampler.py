@@ -55,7 +55,7 @@ class RowSampler:
         logits = self.steps.logits(column)
         chosen = self.choose(logits, self.noise[column].view(logits.shape))
         chosen = torch.where(self.keep[:, column].flatten(), self.codes[:, column].flatten(), chosen)
-        self.steps.feed(column, chosen)
+        self.steps.set_codes(column, chosen)
         if isinstance(column, Tensor):
             self.codes.index_copy_(1, column, chosen[:, None])
         else:

@@ -18,7 +18,7 @@ from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
 from vqvae2 import files
 from vqvae2.config import Config
-from vqvae2.data.images import to_bytes
+from vqvae2.data.images import to_uint8
 from vqvae2.pictures import save_png
 from vqvae2.run_folder import RunFolder
 
@@ -53,7 +53,7 @@ def samples(pipeline: VQVAE2Pipeline, config: SamplingConfig, numbers: list[int]
             batch = numbers[start : start + size]
             labels = pipeline.labels_of(batch, config.classes)
             codes = pipeline.sample_codes(batch, labels, config.seed, config.choice, progress=bar.update)
-            for number, image in zip(batch, to_bytes(pipeline.autoencoder.decode_codes(codes)).cpu(), strict=True):
+            for number, image in zip(batch, to_uint8(pipeline.autoencoder.decode(codes)).cpu(), strict=True):
                 yield Sample(number, image)
             bar.set_postfix_str(f"{(start + len(batch)) / (time.monotonic() - started):.3g} images/s")
 

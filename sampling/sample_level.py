@@ -88,9 +88,9 @@ class ClassifierFreeGuidance(IncrementalDecoder):
     """
 
     def __init__(self, prior: Prior, coarser: CodeMaps, labels: Int[Tensor, " b"], scale: float) -> None:
-        without = torch.full_like(labels, prior.spec.classes)
+        without = torch.full_like(labels, prior.spec.num_classes)
         doubled = tuple(codes.repeat(2, 1, 1) for codes in coarser)
-        self.steps = prior.incremental(2 * len(labels), doubled, torch.cat([labels, without]))
+        self.steps = prior.incremental_decoder(2 * len(labels), doubled, torch.cat([labels, without]))
         self.scale = scale
 
     def begin_row(self, row: int) -> None:
@@ -100,8 +100,8 @@ class ClassifierFreeGuidance(IncrementalDecoder):
         conditional, unconditional = self.steps.logits(column).float().chunk(2)
         return unconditional + self.scale * (conditional - unconditional)
 
-    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
-        self.steps.feed(column, codes.repeat(2))
+    def set_codes(self, column: Column, codes: Int[Tensor, " b"]) -> None:
+        self.steps.set_codes(column, codes.repeat(2))
 
 
 @torch.inference_mode()
@@ -150,7 +150,7 @@ def _decoder(
     prior: Prior, batch: int, coarser: CodeMaps, labels: Int[Tensor, " b"] | None, guidance_scale: float
 ) -> IncrementalDecoder:
     if guidance_scale == 1:
-        return prior.incremental(batch, coarser, labels)
+        return prior.incremental_decoder(batch, coarser, labels)
     if labels is None:
         raise ValueError(f"guidance_scale {guidance_scale:g} needs labels to be guided by")
     return ClassifierFreeGuidance(prior, coarser, labels, guidance_scale)

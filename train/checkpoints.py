@@ -107,7 +107,7 @@ class TrainingState:
             kind, rest = name.split("/", 1)
             groups.setdefault(kind, {})[rest] = tensor
         for prefix, (objective, optimizer) in self.optimized.items():
-            checkpoint.fill(objective, groups.get(f"{prefix}objective", {}), path)
+            checkpoint.load_state_dict(objective, groups.get(f"{prefix}objective", {}), path)
             _fill_moments(optimizer, groups.get(f"{prefix}optimizer", {}))
         averages = groups.get("average", {})
         if averages.keys() != self.average.keys():
@@ -128,7 +128,7 @@ class Checkpoints:
 
     def save(self, state: TrainingState) -> None:
         """Write a checkpoint, complete or not at all, then remove the oldest ones but the best."""
-        with files.atomic(self._of(state.step)) as partial:
+        with files.atomic_write(self._of(state.step)) as partial:
             partial.mkdir()
             checkpoint.save(partial / _STATE, state.tensors(), state.metadata())
         for old in self.all()[: -self.keep]:

@@ -31,7 +31,7 @@ from train.metric_log import MetricLog
 from train.signals import StopSignals
 from vqvae2 import files
 from vqvae2.config import Config
-from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, load
+from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, load_batches
 from vqvae2.errors import Stopped, UserError
 
 
@@ -273,9 +273,9 @@ def _steps(
         seed=config.seed,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         rank=accelerator.process_index,
-        processes=accelerator.num_processes,
+        world_size=accelerator.num_processes,
     )
-    micro = load(stage.training_data, order, num_workers, pin_memory=accelerator.device.type == "cuda")
+    micro = load_batches(stage.training_data, order, num_workers, pin_memory=accelerator.device.type == "cuda")
     for step in range(start, config.steps):
         yield step, [to_device(next(micro), accelerator.device) for _ in range(config.gradient_accumulation_steps)]
 

@@ -20,11 +20,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqvae2.config import Config
-from vqvae2.distributed import rank, sum_over_processes
+from vqvae2.distributed import all_reduce_sum, get_rank
 from vqvae2.errors import UserError
-from vqvae2.metrics.codebook_usage import CodeUsage
+from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.models.discriminator import DiscriminatorConfig
-from vqvae2.quantizers import Quantized
+from vqvae2.quantizers import QuantizerOutput
 
 _KEY = "autoencoder.loss.perceptual"
 _BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # torchvision's names
@@ -150,37 +150,37 @@ class TrainingUsage:
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.sizes = sizes  # number of codes of each level, finest first
-        self._usages: dict[str, CodeUsage] = {}
+        self._usages: dict[str, CodebookUsage] = {}
 
-    def update(self, levels: Sequence[Quantized]) -> None:
-        """Count the codes of a batch, one `Quantized` a level."""
+    def update(self, levels: Sequence[QuantizerOutput]) -> None:
+        """Count the codes of a batch, one `QuantizerOutput` a level."""
         for (name, size), level in zip(self.sizes.items(), levels, strict=True):
             codes = level.codes.flatten()
             if name not in self._usages:
-                self._usages[name] = CodeUsage(size, codes.device)
+                self._usages[name] = CodebookUsage(size, codes.device)
             usage = self._usages[name]
             usage.counts = usage.counts.to(codes.device)  # from a checkpoint they come on the processor
-            # Not `CodeUsage.update`, whose check of the range, as its bincount, asks the device for an answer.
+            # Not `CodebookUsage.update`, whose check of the range, as its bincount, asks the device for an answer.
             usage.counts.index_add_(0, codes, torch.ones_like(codes))
 
     def take(self) -> dict[str, float]:
         """`usage_LEVEL` and `perplexity_LEVEL` over all processes, each of which must ask; then begin anew."""
         values: dict[str, float] = {}
         for name, usage in self._usages.items():
-            usage.reduce()
+            usage.all_reduce()
             values |= {f"usage_{name}": usage.usage, f"perplexity_{name}": usage.perplexity}
         self._usages = {}
         return values
 
     def pending(self) -> dict[str, list[int]]:
         """The histograms by now, over all processes, each of which must ask."""
-        return {name: sum_over_processes(usage.counts.clone()).tolist() for name, usage in self._usages.items()}
+        return {name: all_reduce_sum(usage.counts.clone()).tolist() for name, usage in self._usages.items()}
 
     def resume(self, pending: dict[str, list[int]]) -> None:
         """Go on from such histograms; one process takes them, since they will be added up."""
         for name, counts in pending.items():
-            self._usages[name] = usage = CodeUsage(self.sizes[name])
-            usage.counts = torch.tensor(counts) * (rank() == 0)
+            self._usages[name] = usage = CodebookUsage(self.sizes[name])
+            usage.counts = torch.tensor(counts) * (get_rank() == 0)
 
 
 def _to_rgb(images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 model = vqvae2.load("runs/demo/autoencoder")     # a folder, a .safetensors file or a hub id; evaluation mode
 codes = model.encode(images)                     # float32 (B, C, H, W) in [-1, 1] → integer maps, finest first
-images = model.decode_codes(codes)
+images = model.decode(codes)
 """
 
 from pathlib import Path

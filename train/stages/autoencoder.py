@@ -11,12 +11,12 @@ from sampling.evaluation.training_checks import codebook_warnings
 from train.loop import AuxiliaryNetwork, Stage, to_device, train
 from train.losses import Adversary, DiscriminatorObjective, LossConfig, PerceptualDistance, TrainingUsage
 from train.run import Run, open_run, print_main
-from vqvae2.data.images import Images, Item, open_images, to_bytes, to_float
-from vqvae2.data.samplers import SequentialBatchSampler, load
-from vqvae2.metrics.codebook_usage import CodeUsage
+from vqvae2.data.images import ImageDataset, ImageSample, open_datasets, to_float, to_uint8
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
+from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.metrics.reconstruction import ReconstructionStatistics
 from vqvae2.models import Autoencoder
-from vqvae2.pictures import save_grid, side_by_side
+from vqvae2.pictures import interleave_rows, save_grid
 from vqvae2.quantizers import GradientQuantizer
 from vqvae2.run_folder import level_names
 
@@ -36,13 +36,13 @@ class AutoencoderObjective(nn.Module):
         super().__init__()
         self.network, self.config = network, loss or LossConfig()
         self.perceptual, self.adversary = perceptual, adversary
-        self.names = level_names(len(network.maps))
+        self.names = level_names(len(network.map_specs))
         self.usage = TrainingUsage(
-            {name: level.codebook_size for name, level in zip(self.names, network.maps, strict=True)}
+            {name: level.codebook_size for name, level in zip(self.names, network.map_specs, strict=True)}
         )
         self.quantized = True
 
-    def forward(self, batch: Item) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ImageSample) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its terms, unweighted, for uint8 images (B, C, H, W)."""
         images = to_float(batch.image)
         reconstruction = self.network(images, self.quantized)
@@ -52,7 +52,7 @@ class AutoencoderObjective(nn.Module):
         terms = {self.config.pixel_term: loss}
         for name, level in zip(self.names, reconstruction.levels, strict=True):
             loss = loss + level.loss
-            terms |= {f"{term}_{name}": value for term, value in level.terms.items()}
+            terms |= {f"{term}_{name}": value for term, value in level.loss_terms.items()}
         if self.perceptual:
             terms["perceptual"] = self.perceptual(made, images)
             loss = loss + self.config.perceptual.weight * terms["perceptual"]
@@ -74,7 +74,7 @@ class AutoencoderStage(Stage):
         config = run.experiment
         loss, shape, channels = config.autoencoder.loss, config.data.shape, config.data.channels
         perceptual = loss.perceptual.build(shape)  # before all else: it may want what cannot be had
-        self.training_data, self.validation_data = open_images(config.data, run.folder.data_index)
+        self.training_data, self.validation_data = open_datasets(config.data, run.folder.data_index)
         torch.manual_seed(config.autoencoder.training.seed)
         self.network = config.autoencoder.network.build(shape, channels)
         self.adversary = None
@@ -141,7 +141,7 @@ class AutoencoderStage(Stage):
         originals = torch.stack([self.validation_data[index].image for index in range(count)])
         device = next(self.network.parameters()).device
         images = self.network.reconstruct(to_float(originals.to(device))).cpu()
-        blocks, columns = side_by_side(originals, to_bytes(images), columns=8)
+        blocks, columns = interleave_rows(originals, to_uint8(images), columns=8)
         save_grid(path, blocks, columns)
 
     def save(self, path: Path) -> None:
@@ -158,25 +158,25 @@ def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) ->
 
 @torch.inference_mode()
 def validate_autoencoder(
-    network: Autoencoder, images: Images, batch_size: int, accelerator: Accelerator
+    network: Autoencoder, images: ImageDataset, batch_size: int, accelerator: Accelerator
 ) -> dict[str, float]:
     """Error of the reconstructions, and use of the codebooks, over all of `images`, shared by the processes."""
     order = SequentialBatchSampler(len(images), batch_size, accelerator.process_index, accelerator.num_processes)
     errors = ReconstructionStatistics(accelerator.device)
-    usages = [CodeUsage(level.codebook_size, accelerator.device) for level in network.maps]
-    for batch in load(images, order, num_workers=0):
+    usages = [CodebookUsage(level.codebook_size, accelerator.device) for level in network.map_specs]
+    for batch in load_batches(images, order, num_workers=0):
         originals = to_float(to_device(batch.image, accelerator.device))
         with accelerator.autocast():
             reconstruction = network(originals)
         errors.update(originals, reconstruction.images.float().clamp(-1, 1))
         for usage, level in zip(usages, reconstruction.levels, strict=True):
             usage.update(level.codes)
-    errors.reduce()
-    error = errors.result()
+    errors.all_reduce()
+    error = errors.compute()
     values = {"mse": error.mse, "psnr": error.psnr, "ssim": error.ssim}
     values["reconstruction"] = 4 * error.mse  # in the unit of the training term: images in [-1, 1], not [0, 1]
     for name, usage in zip(level_names(len(usages)), usages, strict=True):
-        usage.reduce()
+        usage.all_reduce()
         values |= {f"usage_{name}": usage.usage, f"perplexity_{name}": usage.perplexity}
     return values
 
