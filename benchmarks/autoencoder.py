@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.interleaved import take_turns
 from train.stages.autoencoder import AutoencoderObjective
-from vqvae2.data.images import Item
+from vqvae2.data.images import ImageSample
 from vqvae2.models import Autoencoder, AutoencoderConfig
-from vqvae2.quantizers import Quantized, Quantizer
+from vqvae2.quantizers import Quantizer, QuantizerOutput
 
 
 class OneHotQuantizer(Quantizer):
@@ -37,7 +37,7 @@ class OneHotQuantizer(Quantizer):
         for name, value in (("embedding", vectors), ("sums", vectors.clone()), ("usage", torch.zeros(codes))):
             self.register_buffer(name, value)
 
-    def forward(self, features: Tensor) -> Quantized:
+    def forward(self, features: Tensor) -> QuantizerOutput:
         features = features.float().permute(0, 2, 3, 1)
         flat = features.reshape(-1, self.dim)
         distances = (
@@ -54,7 +54,7 @@ class OneHotQuantizer(Quantizer):
             self.embedding.copy_(self.sums / smoothed)
         loss = (quantized.detach() - features).pow(2).mean()
         values = (features + (quantized - features).detach()).permute(0, 3, 1, 2)
-        return Quantized(values, codes.view(features.shape[:-1]), 0.25 * loss, {"commitment": loss.detach()})
+        return QuantizerOutput(values, codes.view(features.shape[:-1]), 0.25 * loss, {"commitment": loss.detach()})
 
     def lookup(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.embedding.t()).permute(0, 3, 1, 2)
@@ -65,7 +65,7 @@ def build(plain: bool, size: int) -> Autoencoder:
     torch.manual_seed(0)
     network = AutoencoderConfig().build((size, size)).train()
     if plain:
-        for index, level in enumerate(network.maps):
+        for index, level in enumerate(network.map_specs):
             network.quantizers[index] = OneHotQuantizer(level.codebook_size, 64)
         network = network.to(memory_format=torch.contiguous_format)
     return network
@@ -78,7 +78,7 @@ def serve(pipe: Connection, plain: bool, options: argparse.Namespace) -> None:
     objective = AutoencoderObjective(build(plain, options.size)).to(device)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-4, fused=not plain, foreach=False)
     images = torch.randint(0, 256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=device)
-    batch = Item(images, torch.zeros(options.batch, dtype=torch.int64))
+    batch = ImageSample(images, torch.zeros(options.batch, dtype=torch.int64))
     before = _memory(device)
     while pipe.recv():
         started = time.perf_counter()

@@ -26,9 +26,9 @@ from torchvision import datasets, transforms
 
 from vqvae2.code_maps import MapSpec
 from vqvae2.data import lmdb_store
-from vqvae2.data.code_store import PER_VALUE, CodeHeader, CodeStore, CodeWriter
-from vqvae2.data.images import DataConfig, Images, open_images
-from vqvae2.data.index import Index
+from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeHeader, CodeStore, CodeWriter
+from vqvae2.data.images import DataConfig, ImageDataset, open_datasets
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources import open_source
 
 _BATCH = 128
@@ -72,16 +72,16 @@ def index(names: int, files: int) -> None:
         again = seconds(lambda: open_source(str(root), cache))
         print(f"folder of {files:,} files: scan {scan:.2f} s, with its index {again * 1000:.1f} ms")
         started = time.perf_counter()
-        built = Index.build([f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(names)])
+        built = ImageIndex.build([f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(names)])
         taken = time.perf_counter() - started
         built.save(cache)
         size = cache.stat().st_size / 2**20
         del built
         # In a process of its own, where no freed memory hides what is taken.
         code = (
-            "import time; from benchmarks.data import resident; from vqvae2.data.index import Index\n"
+            "import time; from benchmarks.data import resident; from vqvae2.data.index import ImageIndex\n"
             "from pathlib import Path; import sys; before = resident(); t = time.perf_counter()\n"
-            "index = Index.load(Path(sys.argv[1])); t = time.perf_counter() - t\n"
+            "index = ImageIndex.load(Path(sys.argv[1])); t = time.perf_counter() - t\n"
             "parts = index.split(0.01); after = resident()\n"
             "names = list(index.names); print(f'{t * 1000:.1f} {after - before:.1f} {resident() - after:.1f}')"
         )
@@ -96,7 +96,7 @@ def index(names: int, files: int) -> None:
 def images(folder: Path, repeats: int) -> None:
     """Images a second at 256 px, ours and torchvision's."""
     config = DataConfig(path=str(folder), size=256, num_workers=0, val_fraction=1e-9)
-    ours, _ = open_images(config)
+    ours, _ = open_datasets(config)
     steps = [transforms.Resize(256), transforms.CenterCrop(256), transforms.ToTensor()]
     files = [folder / name for name in ours.names]
     with tempfile.TemporaryDirectory() as links:
@@ -113,7 +113,7 @@ def images(folder: Path, repeats: int) -> None:
     print(f"{folder.name}: {first:.0f} images/s, ImageFolder {second:.0f}: {first / second:.2f} × as fast")
 
 
-def _read(data: Images, count: int) -> None:
+def _read(data: ImageDataset, count: int) -> None:
     for number in range(count):
         data[number]
 
@@ -125,16 +125,16 @@ def codes(records: int, repeats: int) -> None:
         count, ours, theirs = 4096, Path(folder, "ours"), Path(folder, "theirs")
         header = _header(count, (64, 32))
         writer, other = CodeWriter(ours, header), lmdb.open(str(theirs), map_size=2**30)
-        for number in writer.missing():
-            maps = [rng.integers(0, 512, (PER_VALUE, level.height, level.width)) for level in header.levels]
-            names = [f"n01440764/n01440764_{number * PER_VALUE + at}.JPEG" for at in range(PER_VALUE)]
-            writer.write(number, [torch.from_numpy(level) for level in maps], torch.zeros(PER_VALUE), names)
+        for number in writer.missing_values():
+            maps = [rng.integers(0, 512, (RECORDS_PER_VALUE, level.height, level.width)) for level in header.levels]
+            names = [f"n01440764/n01440764_{number * RECORDS_PER_VALUE + at}.JPEG" for at in range(RECORDS_PER_VALUE)]
+            writer.write(number, [torch.from_numpy(level) for level in maps], torch.zeros(RECORDS_PER_VALUE), names)
             with other.begin(write=True) as transaction:
                 for at, name in enumerate(names):
                     row = (maps[1][at], maps[0][at], name)
-                    transaction.put(str(number * PER_VALUE + at).encode(), pickle.dumps(row))
+                    transaction.put(str(number * RECORDS_PER_VALUE + at).encode(), pickle.dumps(row))
         writer.finish()
-        pages = lmdb_store.reader(ours).info()["last_pgno"] / other.info()["last_pgno"]
+        pages = lmdb_store.open_reader(ours).info()["last_pgno"] / other.info()["last_pgno"]
         other.close()
         print(f"code store: {pages:.3f} of the bytes of pickled int64 records")
         times: dict[str, list[float]] = {"read_store": [], "read_pickles": []}
@@ -194,14 +194,14 @@ def _fill(path: Path, header: CodeHeader) -> None:
     """A store of random codes, written with few transactions."""
     writer = CodeWriter(path, header)
     environment, rng = writer.environment, np.random.default_rng(0)
-    for first in range(0, header.count, 64 * PER_VALUE):
+    for first in range(0, header.count, 64 * RECORDS_PER_VALUE):
         entries = []
-        for start in range(first, min(first + 64 * PER_VALUE, header.count), PER_VALUE):
-            block = np.zeros(min(PER_VALUE, header.count - start), header.record)
-            for name in header.record.fields or ():
+        for start in range(first, min(first + 64 * RECORDS_PER_VALUE, header.count), RECORDS_PER_VALUE):
+            block = np.zeros(min(RECORDS_PER_VALUE, header.count - start), header.record_dtype)
+            for name in header.record_dtype.fields or ():
                 if name != "label":
                     block[name] = rng.integers(0, 512, block[name].shape, np.uint16)
-            entries.append(((start // PER_VALUE).to_bytes(8, "big"), block.tobytes()))
+            entries.append(((start // RECORDS_PER_VALUE).to_bytes(8, "big"), block.tobytes()))
         lmdb_store.put(environment, entries)
     writer.finish()
 

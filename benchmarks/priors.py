@@ -106,7 +106,7 @@ class PlainPixelSNAIL(nn.Module):
             )
             for _ in range(4)
         )
-        self.attention = nn.ModuleList(PlainAttention(self.spec.size) for _ in range(4 * self.attends))
+        self.attention = nn.ModuleList(PlainAttention(self.spec.num_codes) for _ in range(4 * self.attends))
         self.merge = nn.ModuleList(
             PlainResidual(CHANNELS, CHANNELS, extra=CHANNELS // 2) for _ in range(4 * self.attends)
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sampling.sample_level import LevelSamplingParams, Noise, sample_level
 from vqvae2.code_maps import CodeMaps, MapSpec
-from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, PriorSpec
+from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, PriorSpec, toom_cook
 from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map
 
 TOP = MapSpec(codebook_size=512, height=32, width=32)
@@ -66,7 +66,7 @@ def naive_seconds(prior: PixelSNAIL, batch: int, coarser: CodeMaps) -> float:
     measured = []
     for fraction in fractions:
         codes = torch.zeros(batch, height // fraction, width, dtype=torch.int64)
-        with mock.patch.object(rows, "tiled", return_value=False):
+        with mock.patch.object(toom_cook, "tiled", return_value=False):
             taken = seconds(lambda c=codes: naive_pass(prior, c, condition), 2)
         measured.append((height // fraction, taken))
         print(f"    naive pass over {measured[-1][0]} rows: {measured[-1][1]:.3f} s", flush=True)

@@ -22,7 +22,7 @@ from sampling.processes import processes
 from sampling.sample_level import PartialCodes
 from vqvae2 import files
 from vqvae2.command_line import Options
-from vqvae2.data.images import read_image, to_bytes, to_float
+from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.pictures import save_grid, save_png
 from vqvae2.run_folder import RunFolder
 
@@ -78,9 +78,9 @@ class Edit:
             codes = sample_variants(
                 pipeline, self.partial, options.classes, options.variants, options.seed, options.params, bar.update
             )
-        sampled = to_bytes(pipeline.decode(codes)).cpu().unflatten(0, (len(self.images), options.variants))
+        sampled = to_uint8(pipeline.decode(codes)).cpu().unflatten(0, (len(self.images), options.variants))
         rows = torch.cat([self.images[:, None], self.shown[:, None], sampled], 1)
-        with files.atomic(folder) as partial:
+        with files.atomic_write(folder) as partial:
             for image, row in enumerate(sampled):
                 for variant, picture in enumerate(row):
                     save_png(partial / "images" / f"{image:06d}-{variant:02d}.png", picture)
@@ -111,7 +111,7 @@ def inpaint(options: InpaintOptions) -> None:
     pipeline, images = _load(options)
     mask = read_mask(options.keep, pipeline.autoencoder.size)
     keep = options.keep if options.keep in HALVES else {"digest": files.digest(Path(options.keep))}
-    partial = keep_masked(_encode(pipeline, images), mask, pipeline.autoencoder.maps)
+    partial = keep_masked(_encode(pipeline, images), mask, pipeline.autoencoder.map_specs)
     edit = Edit("inpaintings", images, _gray_out(images, mask), partial, keep, options)
     _write(pipeline, edit, "original, kept part, variants")
 
@@ -123,7 +123,7 @@ def variations(options: VariationsOptions) -> None:
     pipeline, images = _load(options)
     codes = _encode(pipeline, images)
     partial = keep_levels_of(pipeline, codes, options.keep_levels)
-    reconstructions = to_bytes(pipeline.decode(codes)).cpu()
+    reconstructions = to_uint8(pipeline.decode(codes)).cpu()
     edit = Edit("variations", images, reconstructions, partial, options.keep_levels, options)
     _write(pipeline, edit, "original, reconstruction, variants")
 

@@ -33,7 +33,7 @@ def inpaint(
     the mask were computed from pixels on both sides. Variant v of image k depends on the image, the seed, k and v.
 
     Args:
-        images: Images in [-1, 1].
+        images: ImageDataset in [-1, 1].
         keep: Mask (H, W) or (B, H, W), true for pixels to keep.
 
     Raises:
@@ -42,7 +42,7 @@ def inpaint(
     if tuple(keep.shape) not in (pipeline.autoencoder.size, (len(images), *pipeline.autoencoder.size)):
         height, width = pipeline.autoencoder.size
         raise UserError(f"mask: its size is {tuple(keep.shape)}, but the model's images are {height} × {width}")
-    partial = keep_masked(pipeline.autoencoder.encode(images), keep, pipeline.autoencoder.maps)
+    partial = keep_masked(pipeline.autoencoder.encode(images), keep, pipeline.autoencoder.map_specs)
     codes = sample_variants(pipeline, partial, class_labels, variants, seed, params)
     return pipeline.decode(codes).unflatten(0, (len(images), variants))
 

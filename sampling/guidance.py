@@ -17,9 +17,9 @@ class ClassifierFreeGuidance(IncrementalDecoder):
     """
 
     def __init__(self, prior: Prior, coarser: CodeMaps, labels: Int[Tensor, " b"], scale: float) -> None:
-        unconditional = torch.full_like(labels, prior.spec.classes)
+        unconditional = torch.full_like(labels, prior.spec.num_classes)
         doubled = tuple(codes.repeat(2, 1, 1) for codes in coarser)
-        self.decoder = prior.incremental(2 * len(labels), doubled, torch.cat([labels, unconditional]))
+        self.decoder = prior.incremental_decoder(2 * len(labels), doubled, torch.cat([labels, unconditional]))
         self.scale = scale
 
     def begin_row(self, row: int) -> None:
@@ -29,5 +29,5 @@ class ClassifierFreeGuidance(IncrementalDecoder):
         conditional, unconditional = self.decoder.logits(column).float().chunk(2)
         return unconditional + self.scale * (conditional - unconditional)
 
-    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
-        self.decoder.feed(column, codes.repeat(2))
+    def set_codes(self, column: Column, codes: Int[Tensor, " b"]) -> None:
+        self.decoder.set_codes(column, codes.repeat(2))

@@ -63,4 +63,6 @@ def keep_masked(codes: CodeMaps, mask: Bool[Tensor, "..."], maps: Sequence[MapSp
 def keep_coarsest(codes: CodeMaps, count: int) -> tuple[PartialCodes, ...]:
     """Keep all codes of the `count` coarsest levels, and none of the finer levels."""
     finer = len(codes) - count
-    return tuple(PartialCodes(level, torch.full_like(level, index >= finer).bool()) for index, level in enumerate(codes))
+    return tuple(
+        PartialCodes(level, torch.full_like(level, index >= finer).bool()) for index, level in enumerate(codes)
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae2.priors import Prior
-from vqvae2.priors.toom_cook import IncrementalRows
+from vqvae2.priors.toom_cook import IncrementalRowConv
 
 _FREE_MEMORY_FRACTION = 0.5  # for buffers and caches; the rest is for temporary tensors
 _FLOAT_BYTES = 4
@@ -39,8 +39,8 @@ def decoder_bytes(prior: Prior, batch: int) -> int:
         twin: Prior = prior.config.build(prior.spec)
     twin.eval().requires_grad_(False)
     coarser = tuple(torch.zeros(batch, *level.shape, dtype=torch.int64, device="meta") for level in prior.spec.coarser)
-    labels = torch.zeros(batch, dtype=torch.int64, device="meta") if prior.spec.classes else None
-    return _reachable_bytes(twin.incremental(batch, coarser, labels))
+    labels = torch.zeros(batch, dtype=torch.int64, device="meta") if prior.spec.num_classes else None
+    return _reachable_bytes(twin.incremental_decoder(batch, coarser, labels))
 
 
 def free_bytes(device: torch.device) -> float:
@@ -75,11 +75,11 @@ def _reachable_bytes(decoder: object) -> int:
             pending += value
         elif hasattr(value, "__dict__"):
             pending += vars(value).values()
-            not_yet_allocated += _finished_row_bytes(value) if isinstance(value, IncrementalRows) else 0
+            not_yet_allocated += _finished_row_bytes(value) if isinstance(value, IncrementalRowConv) else 0
     return sum(storages.values()) + not_yet_allocated
 
 
-def _finished_row_bytes(rows: IncrementalRows) -> int:
+def _finished_row_bytes(rows: IncrementalRowConv) -> int:
     """Return the bytes of the transformed rows that are cached once enough rows are finished."""
     batch, _, inputs = rows.padded.shape
     tiles = -(-rows.shape[0] // rows.matrices.tile)

@@ -18,7 +18,7 @@ from vqvae2 import files
 from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.data.code_store import CodeStore
-from vqvae2.data.images import to_bytes
+from vqvae2.data.images import to_uint8
 from vqvae2.errors import UserError
 from vqvae2.hub import pipeline_folder
 from vqvae2.models import Autoencoder
@@ -46,7 +46,7 @@ class VQVAE2Pipeline:
     >>> from vqvae2 import AutoencoderConfig, PixelSNAILConfig, PriorSpec
     >>> autoencoder = AutoencoderConfig(channels=8, residual_channels=4).build((32, 32)).eval()
     >>> prior = PixelSNAILConfig(channels=8, residual_channels=8, blocks=1, layers=1, heads=2, kernel=3)
-    >>> bottom, top = autoencoder.maps
+    >>> bottom, top = autoencoder.map_specs
     >>> priors = [prior.build(PriorSpec(level=bottom, coarser=(top,))), prior.build(PriorSpec(level=top))]
     >>> pipeline = VQVAE2Pipeline(autoencoder, tuple(each.eval() for each in priors))
     >>> tuple(pipeline(num_images=3, seed=0).shape)
@@ -56,7 +56,7 @@ class VQVAE2Pipeline:
         autoencoder: The autoencoder, in evaluation mode.
         priors: The prior of each level, finest first, in evaluation mode.
         class_names: Names of the labels; empty for an unconditional model.
-        batch_size: Images sampled at once, if memory allows.
+        batch_size: ImageDataset sampled at once, if memory allows.
     """
 
     autoencoder: Autoencoder
@@ -75,7 +75,9 @@ class VQVAE2Pipeline:
         """
         folder = RunFolder(pipeline_folder(source))
         autoencoder = Autoencoder.load(folder.autoencoder_weights, device)
-        priors = tuple(load_prior(folder.prior_weights(name), device) for name in level_names(len(autoencoder.maps)))
+        priors = tuple(
+            load_prior(folder.prior_weights(name), device) for name in level_names(len(autoencoder.map_specs))
+        )
         for index, (name, prior) in enumerate(zip(level_names(len(priors)), priors, strict=True)):
             _check_prior(folder, name, index, prior, autoencoder)
         return cls(autoencoder, priors, _class_names(folder), batch_size)
@@ -93,7 +95,7 @@ class VQVAE2Pipeline:
     @property
     def num_codes(self) -> int:
         """Number of codes per image, over all levels."""
-        return sum(level.size for level in self.autoencoder.maps)
+        return sum(level.num_codes for level in self.autoencoder.map_specs)
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -137,9 +139,9 @@ class VQVAE2Pipeline:
         for start in range(0, num_images, size):
             numbers = range(start, min(start + size, num_images))
             codes = self.sample_codes(numbers, self.labels_of(numbers, class_labels), seed, params)
-            batches.append(self.autoencoder.decode_codes(codes))
+            batches.append(self.autoencoder.decode(codes))
         images = torch.cat(batches)
-        return [to_picture(image) for image in to_bytes(images)] if output_type == "pil" else images
+        return [to_picture(image) for image in to_uint8(images)] if output_type == "pil" else images
 
     def sample_codes(
         self,
@@ -173,7 +175,7 @@ class VQVAE2Pipeline:
     def decode(self, codes: CodeMaps) -> Float[Tensor, "b c h w"]:
         """Decode codes to images in [-1, 1], `batch_size` at a time."""
         parts = zip(*(level.split(self.batch_size) for level in codes), strict=True)
-        return torch.cat([self.autoencoder.decode_codes(part) for part in parts])
+        return torch.cat([self.autoencoder.decode(part) for part in parts])
 
     def batch_that_fits(self, wanted: int, params: SamplingParams, memory: float | None = None) -> int:
         """Return `wanted`, or the largest batch size that fits into `memory` GiB, at least 1."""
@@ -189,7 +191,7 @@ class VQVAE2Pipeline:
         for name, prior in zip(self.levels, self.priors, strict=True):
             if (scale := params.for_level(name).guidance_scale) == 1:
                 continue
-            if not prior.spec.classes:
+            if not prior.spec.num_classes:
                 raise UserError(f"guidance_scale {scale:g}: the prior of level {name} has no class labels")
             if not prior.made_from.get("label_dropout", 0):
                 raise UserError(
@@ -204,7 +206,7 @@ class VQVAE2Pipeline:
 
 def _check_prior(folder: RunFolder, name: str, index: int, prior: Prior, autoencoder: Autoencoder) -> None:
     """Raise UserError if a prior is not the one of this level of this autoencoder."""
-    path, maps = folder.prior_weights(name), autoencoder.maps
+    path, maps = folder.prior_weights(name), autoencoder.map_specs
     made_from = prior.made_from.get("autoencoder")
     if made_from != autoencoder.digest:
         raise UserError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from vqvae2.command_line import Options
-from vqvae2.data.images import read_image, to_bytes, to_float
+from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.models import Autoencoder
 from vqvae2.pictures import save_grid
 from vqvae2.run_folder import RunFolder, level_names
@@ -30,11 +30,11 @@ def reconstruct(autoencoder: Autoencoder, paths: tuple[Path, ...], levels: bool 
     arrays = [read_image(path, size, channels).transpose(2, 0, 1).copy() for path in paths]
     images = torch.stack([torch.from_numpy(array) for array in arrays])
     codes = autoencoder.encode(to_float(images))
-    columns = [images, to_bytes(autoencoder.decode_codes(codes))]
+    columns = [images, to_uint8(autoencoder.decode(codes))]
     if levels:
         for index in range(len(codes)):
             only = tuple(level == index for level in range(len(codes)))
-            columns.append(to_bytes(autoencoder.decode_codes(codes, only=only)))
+            columns.append(to_uint8(autoencoder.decode(codes, only=only)))
     return torch.stack(columns, 1)
 
 
@@ -47,5 +47,5 @@ def main(options: ReconstructOptions) -> None:
     save_grid(out, rows.flatten(0, 1), columns=rows.shape[1])
     names = ["original", "reconstruction"]
     if options.levels:
-        names += [f"{name} alone" for name in level_names(len(autoencoder.maps))]
+        names += [f"{name} alone" for name in level_names(len(autoencoder.map_specs))]
     print(f"{out}\ncolumns: {', '.join(names)}")

@@ -64,7 +64,7 @@ class RowSampler:
         logits = self.decoder.logits(column)
         sampled = sample_codes(logits, self.noise[column].view(logits.shape), self.params)
         sampled = torch.where(self.keep[:, column].flatten(), self.codes[:, column].flatten(), sampled)
-        self.decoder.feed(column, sampled)
+        self.decoder.set_codes(column, sampled)
         if isinstance(column, Tensor):
             self.codes.index_copy_(1, column, sampled[:, None])
         else:

@@ -21,7 +21,7 @@ from sampling.processes import processes
 from sampling.run_config import RunConfig
 from vqvae2 import files
 from vqvae2.command_line import Options, parse
-from vqvae2.data.images import to_bytes
+from vqvae2.data.images import to_uint8
 from vqvae2.pictures import save_png
 from vqvae2.run_folder import RunFolder
 
@@ -73,13 +73,13 @@ def sample_images(
             batch = numbers[start : start + size]
             labels = pipeline.labels_of(batch, config.classes)
             codes = pipeline.sample_codes(batch, labels, config.seed, config.params, progress=bar.update)
-            for number, image in zip(batch, to_bytes(pipeline.autoencoder.decode_codes(codes)).cpu(), strict=True):
+            for number, image in zip(batch, to_uint8(pipeline.autoencoder.decode(codes)).cpu(), strict=True):
                 yield SampledImage(number, image)
             bar.set_postfix_str(f"{(start + len(batch)) / (time.monotonic() - started):.3g} images/s")
 
 
 def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Path:
-    """Sample the images of a run into a folder, and return the folder. Images that exist are kept.
+    """Sample the images of a run into a folder, and return the folder. ImageDataset that exist are kept.
 
     The folder is `out`, or `samples` in the run, or `samples-2`, … if that holds images made with other settings. It
     contains images/, grid.png, classes.png if there are labels, manifest.json, and summary.json with the time.

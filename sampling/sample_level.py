@@ -93,7 +93,7 @@ def _make_decoder(
     prior: Prior, batch: int, coarser: CodeMaps, labels: Int[Tensor, " b"] | None, params: LevelSamplingParams
 ) -> IncrementalDecoder:
     if params.guidance_scale == 1:
-        return prior.incremental(batch, coarser, labels)
+        return prior.incremental_decoder(batch, coarser, labels)
     if labels is None:
         raise ValueError(f"guidance_scale {params.guidance_scale:g} needs labels")
     return ClassifierFreeGuidance(prior, coarser, labels, params.guidance_scale)

@@ -45,7 +45,7 @@ def test_shapes_codes_and_decoding(strides: tuple[int, ...], size: tuple[int, in
     images = torch.rand(2, channels, *size) * 2 - 1
     codes = model.encode(images)
     height, width = size
-    for level, spec, stride in zip(codes, model.maps, strides, strict=True):
+    for level, spec, stride in zip(codes, model.map_specs, strides, strict=True):
         height, width = height // stride, width // stride
         assert level.shape == (2, height, width)
         assert spec.shape == (height, width)
@@ -54,30 +54,32 @@ def test_shapes_codes_and_decoding(strides: tuple[int, ...], size: tuple[int, in
     reconstruction = model.reconstruct(images)
     assert reconstruction.shape == images.shape
     assert reconstruction.abs().max() <= 1
-    torch.testing.assert_close(model.decode_codes(codes), reconstruction, atol=0, rtol=0)
+    torch.testing.assert_close(model.decode(codes), reconstruction, atol=0, rtol=0)
 
 
 def test_the_bottom_is_quantized_given_the_top_and_the_decoder_sees_every_level() -> None:
     model = small(4, 2, 2)
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     codes = model.encode(images)
-    whole = model.decode_codes(codes)
+    whole = model.decode(codes)
     for index in range(3):
         changed = list(codes)
-        changed[index] = (changed[index] + 1) % model.maps[index].codebook_size
-        assert not torch.equal(model.decode_codes(tuple(changed)), whole), f"level {index} reaches the image"
+        changed[index] = (changed[index] + 1) % model.map_specs[index].codebook_size
+        assert not torch.equal(model.decode(tuple(changed)), whole), f"level {index} reaches the image"
     features = model.pre_quant_convs[0].weight.shape[1]
-    assert features == 8 + model.maps[1].codebook_size - 9 + 5, "bottom features joined to the decoded coarser level"
+    assert features == 8 + model.map_specs[1].codebook_size - 9 + 5, (
+        "bottom features joined to the decoded coarser level"
+    )
 
 
 def test_only_shows_what_the_named_levels_carry() -> None:
     model = small(4, 2)
     codes = model.encode(torch.rand(1, 3, 32, 32) * 2 - 1)
-    assert torch.equal(model.decode_codes(codes, only=(True, True)), model.decode_codes(codes))
+    assert torch.equal(model.decode(codes, only=(True, True)), model.decode(codes))
     constant = tuple(torch.zeros_like(level) for level in codes)
     for only in ((True, False), (False, True)):
         kept = tuple(level if take else other for level, other, take in zip(codes, constant, only, strict=True))
-        assert not torch.equal(model.decode_codes(codes, only=only), model.decode_codes(codes))
+        assert not torch.equal(model.decode(codes, only=only), model.decode(codes))
         assert kept[0].shape == codes[0].shape
 
 
@@ -103,9 +105,9 @@ def test_wrong_images_and_codes_are_refused() -> None:
         model(torch.zeros(1, 1, 32, 32))
     bottom, top = model.encode(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="finest first"):
-        model.decode_codes((top, bottom))
+        model.decode((top, bottom))
     with pytest.raises(ValueError, match=r"level 1: codes must be in \[0, 9\)"):
-        model.decode_codes((bottom, top + 9))
+        model.decode((bottom, top + 9))
 
 
 def test_a_file_brings_back_the_same_network(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_every_kind_of_quantizer_survives_the_file(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 16, 16)
     loaded = Autoencoder.load(tmp_path / "model.safetensors")
     assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
-    assert [level.codebook_size for level in loaded.maps] == [12, 512]
+    assert [level.codebook_size for level in loaded.map_specs] == [12, 512]
 
 
 def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqvae2.code_maps import MapSpec
-from vqvae2.data.code_store import PER_VALUE, CodeHeader, CodeStore, CodeWriter, to_int64
-from vqvae2.data.samplers import SequentialBatchSampler, load
+from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeHeader, CodeStore, CodeWriter, to_int64
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 
 
@@ -33,8 +33,8 @@ def contents(header: CodeHeader, seed: int = 0) -> tuple[list[torch.Tensor], tor
 def write(path: Path, header: CodeHeader, only: list[int] | None = None) -> tuple[list[torch.Tensor], torch.Tensor]:
     maps, labels = contents(header)
     writer = CodeWriter(path, header)
-    for number in writer.missing() if only is None else only:
-        part = slice(number * PER_VALUE, (number + 1) * PER_VALUE)
+    for number in writer.missing_values() if only is None else only:
+        part = slice(number * RECORDS_PER_VALUE, (number + 1) * RECORDS_PER_VALUE)
         writer.write(number, [level[part] for level in maps], labels[part])
     if only is None:
         writer.finish()
@@ -67,7 +67,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, count: int, levels
 
 
 def test_bytes_are_little_endian_integers_of_the_smallest_width() -> None:
-    record = header(1, (256, 2, 2), (512, 1, 1), (70_000, 1, 1)).record
+    record = header(1, (256, 2, 2), (512, 1, 1), (70_000, 1, 1)).record_dtype
     assert [record[f"level{index}"].base.str for index in range(3)] == ["|u1", "<u2", "<u4"]
 
 
@@ -92,7 +92,7 @@ def test_workers_read_the_same_batches(tmp_path: Path, num_workers: int) -> None
     maps, labels = write(tmp_path, header(100, (300, 3, 2), (20, 1, 1)))
     store = CodeStore.open(tmp_path)
     store.read([0])  # opened in the parent before workers are forked
-    batches = list(load(store, SequentialBatchSampler(100, 16), num_workers))
+    batches = list(load_batches(store, SequentialBatchSampler(100, 16), num_workers))
     assert torch.equal(torch.cat([batch.codes[0] for batch in batches]), maps[0])
     assert torch.equal(torch.cat([batch.label for batch in batches]), labels)
 
@@ -129,14 +129,14 @@ def test_a_stopped_writer_is_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unfinished; run `vqvae2 extract-codes` again"):
         CodeStore.open(tmp_path)
     writer = CodeWriter(tmp_path, wanted)
-    assert writer.missing() == [1, 3]
+    assert writer.missing_values() == [1, 3]
     writer.close()
     maps, _ = write(tmp_path, wanted)
     assert torch.equal(CodeStore.open(tmp_path).read(range(200)).codes[0], maps[0])
 
 
 def test_the_map_grows_on_demand(tmp_path: Path) -> None:
-    wanted = header(20 * PER_VALUE, (512, 128, 256))
+    wanted = header(20 * RECORDS_PER_VALUE, (512, 128, 256))
     write(tmp_path, wanted)
     assert (tmp_path / "data.mdb").stat().st_size > 64 * 2**20
     assert CodeStore.open(tmp_path).header.complete
@@ -148,7 +148,7 @@ def test_another_header_is_refused_and_the_old_records_stay(tmp_path: Path) -> N
     with pytest.raises(UserError, match="codes of something else"):
         CodeWriter(tmp_path, wanted.model_copy(update={"autoencoder": "b" * 64}))
     writer = CodeWriter(tmp_path, wanted)
-    assert writer.missing() == [1]
+    assert writer.missing_values() == [1]
     writer.close()
 
 

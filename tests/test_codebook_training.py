@@ -11,16 +11,16 @@ from tests.inception_fixture import two_processes
 from train.losses import TrainingUsage
 from train.run import open_run
 from train.stages.autoencoder import AutoencoderObjective, AutoencoderStage, forget
-from vqvae2.data.images import Item
+from vqvae2.data.images import ImageSample
 from vqvae2.models import AutoencoderConfig, LevelConfig
-from vqvae2.quantizers import EMAConfig, GradientConfig, Quantized
+from vqvae2.quantizers import EMAConfig, GradientConfig, QuantizerOutput
 
 
 def window(*steps: list[int]) -> dict[str, float]:
     usage = TrainingUsage({"top": 8})
     for codes in steps:
         zero = torch.zeros(())
-        usage.update([Quantized(torch.zeros(1, 1, len(codes)), torch.tensor([codes]), zero, {})])
+        usage.update([QuantizerOutput(torch.zeros(1, 1, len(codes)), torch.tensor([codes]), zero, {})])
     values = usage.take()
     assert usage.take() == {}, "a window begins anew"
     return values
@@ -44,7 +44,7 @@ def test_only_training_is_counted() -> None:
         LevelConfig(quantizer=GradientConfig(code_dim=4)),
     )
     objective = AutoencoderObjective(AutoencoderConfig(levels=levels, channels=8).build((16, 16)))
-    batch = Item(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.zeros(2))
+    batch = ImageSample(torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8), torch.zeros(2))
     objective.eval()
     objective(batch)
     assert objective.usage.take() == {}
@@ -92,7 +92,7 @@ def test_the_first_steps_pass_features_through_and_the_codebooks_start_from_what
     run, _ = open_run("train-autoencoder", [str(config), "--run", str(tmp_path / "run")], "")
     assert run.experiment.autoencoder.quantized_from == 2, "a tenth of the steps, where that is fewer than 100"
     stage = AutoencoderStage(run)
-    batch = Item(torch.stack([stage.training_data[index].image for index in range(8)]), torch.zeros(8))
+    batch = ImageSample(torch.stack([stage.training_data[index].image for index in range(8)]), torch.zeros(8))
     stage.before_update(1)
     loss, terms = stage.objective(batch)
     assert list(terms) == ["reconstruction"]

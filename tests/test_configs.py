@@ -19,7 +19,7 @@ def build(name: str) -> tuple[Experiment, Autoencoder, dict[str, Prior]]:
         classes = 10 if experiment.data.labels == "folder" else 0
         priors = {
             level: experiment.priors[level].model.build(
-                PriorSpec(level=autoencoder.maps[at], coarser=autoencoder.maps[at + 1 :], classes=classes)
+                PriorSpec(level=autoencoder.map_specs[at], coarser=autoencoder.map_specs[at + 1 :], num_classes=classes)
             )
             for at, level in enumerate(experiment.levels)
         }
@@ -56,9 +56,9 @@ def test_every_config_builds_and_is_written_back_the_same(name: str, tmp_path: P
 )
 def test_maps_have_the_sizes_that_the_config_promises(name: str, maps: list[tuple[int, int]]) -> None:
     _, autoencoder, _ = build(name)
-    assert [level.shape for level in autoencoder.maps] == maps
+    assert [level.shape for level in autoencoder.map_specs] == maps
     if name not in ("demo", "photographs64"):
-        assert {level.codebook_size for level in autoencoder.maps} == {512}
+        assert {level.codebook_size for level in autoencoder.map_specs} == {512}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tests.test_report import Page
 from vqvae2.__main__ import main
 from vqvae2.code_maps import MapSpec
 from vqvae2.data.code_store import CodeStore
-from vqvae2.data.images import to_bytes
+from vqvae2.data.images import to_uint8
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig
 
@@ -65,7 +65,7 @@ def test_each_row_samples_one_level_more(finished_run: Path) -> None:
     assert list(found) == ["reconstruction", "true-top", "sampled"]
 
     def image(codes: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return to_bytes(pipeline.autoencoder.decode_codes(codes))
+        return to_uint8(pipeline.autoencoder.decode(codes))
 
     sampled = pipeline.sample_codes(range(4, 7), batch.label, 3, SamplingParams())
     known = pipeline.keep_levels(batch.codes, 1)

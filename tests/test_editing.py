@@ -87,7 +87,7 @@ def test_a_code_is_kept_where_all_of_its_pixels_are() -> None:
 def test_kept_codes_stay_on_every_level_and_each_variant_has_its_own_noise(pipeline: VQVAE2Pipeline) -> None:
     images, mask = pictures(), read_mask("left-half", (32, 32))
     codes = pipeline.autoencoder.encode(images)
-    known = keep_masked(codes, mask, pipeline.autoencoder.maps)
+    known = keep_masked(codes, mask, pipeline.autoencoder.map_specs)
     found = pipeline.resample(known, [3, 7], 4, 5, SamplingParams())
     for level, maps in enumerate(found):
         width = maps.shape[2] // 2
@@ -115,7 +115,7 @@ def test_images_are_completed_and_varied_in_python(pipeline: VQVAE2Pipeline) -> 
     bottom, top = pipeline.resample(known, [1], 2, 0, SamplingParams())
     assert torch.equal(top.unflatten(0, (2, 2))[:, 1], codes[1])
     assert not torch.equal(bottom.unflatten(0, (2, 2))[:, 1], codes[0])
-    torch.testing.assert_close(varied.flatten(0, 1), pipeline.autoencoder.decode_codes((bottom, top)))
+    torch.testing.assert_close(varied.flatten(0, 1), pipeline.autoencoder.decode((bottom, top)))
 
 
 def test_what_cannot_be_edited_is_said(pipeline: VQVAE2Pipeline) -> None:

@@ -15,7 +15,7 @@ from sampling.evaluation.features import summarize
 from sampling.evaluation.image_sets import ImageFolder
 from tests.inception_fixture import extractor, fill, two_processes
 from vqvae2 import files
-from vqvae2.data.images import DataConfig, open_images
+from vqvae2.data.images import DataConfig, open_datasets
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
 
@@ -32,7 +32,7 @@ def evaluate(run: Path, weights: Path, **settings: Any) -> dict[str, Any]:
 
 def test_the_validation_split_is_the_reference_as_the_networks_saw_it(run: Path, inception_weights: Path) -> None:
     metrics = evaluate(run, inception_weights)
-    _, held_out = open_images(DataConfig.load(run / "config.yaml", "data"))
+    _, held_out = open_datasets(DataConfig.load(run / "config.yaml", "data"))
     reference = GaussianStatistics(2048)
     reference.update(extractor()(torch.stack([held_out[index].image for index in range(len(held_out))])).features)
     folder = ImageFolder(run / "samples" / "images")

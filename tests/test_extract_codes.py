@@ -14,8 +14,8 @@ from train.run import CodesConfig, Experiment, Run
 from train.stages.extract_codes import extract_codes
 from vqvae2.config import read_yaml
 from vqvae2.data import lmdb_store
-from vqvae2.data.code_store import PER_VALUE, CodeStore
-from vqvae2.data.images import open_images, to_float
+from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeStore
+from vqvae2.data.images import open_datasets, to_float
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder
@@ -44,7 +44,7 @@ def test_every_record_can_be_traced_to_its_image(run: Run, flip: bool) -> None:
     if flip:
         run = Run(run.experiment.model_copy(update={"codes": CodesConfig(flip=True)}), run.folder)
     extract_codes(run)
-    training, held_out = open_images(run.experiment.data)
+    training, held_out = open_datasets(run.experiment.data)
     network = Autoencoder.load(run.folder.autoencoder_weights)
     store, other = (CodeStore.open(run.folder.code_store(split)) for split in ("train", "val"))
     copies = 2 if flip else 1
@@ -53,19 +53,19 @@ def test_every_record_can_be_traced_to_its_image(run: Run, flip: bool) -> None:
     assert (store.header.flip, other.header.flip) == (flip, False)
     assert len(store) == (len(training) - 1) * copies
     assert len(other) == len(held_out)
-    assert [store.name(index) for index in range(0, len(store), copies)] == [
+    assert [store.image_name(index) for index in range(0, len(store), copies)] == [
         n for n in training.names if n != "070.png"
     ]
     everything = store.read(range(len(store)))
     assert (everything.label == -1).all()
-    images = [training[list(training.names).index(store.name(index))].image for index in range(len(store))]
-    assert [store.mirrored(index) for index in range(len(store))] == [flip and i % 2 == 1 for i in range(len(store))]
-    images = torch.stack([image.flip(2) if store.mirrored(i) else image for i, image in enumerate(images)])
-    assert bad * copies >= PER_VALUE
+    images = [training[list(training.names).index(store.image_name(index))].image for index in range(len(store))]
+    assert [store.is_mirrored(index) for index in range(len(store))] == [flip and i % 2 == 1 for i in range(len(store))]
+    images = torch.stack([image.flip(2) if store.is_mirrored(i) else image for i, image in enumerate(images)])
+    assert bad * copies >= RECORDS_PER_VALUE
     with torch.inference_mode():
-        first, whole = (network.encode(to_float(part)) for part in (images[:PER_VALUE], images))
+        first, whole = (network.encode(to_float(part)) for part in (images[:RECORDS_PER_VALUE], images))
     for level, exact, expected in zip(everything.codes, first, whole, strict=True):
-        assert torch.equal(level[:PER_VALUE], exact)
+        assert torch.equal(level[:RECORDS_PER_VALUE], exact)
         assert (level == expected).float().mean(dim=(1, 2)).min() > 0.5  # rounding differs in other batches
 
 

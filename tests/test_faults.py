@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.conftest import TINY
 from tests.test_commands import contents, fails, images
 from vqvae2.__main__ import main
-from vqvae2.data.samplers import SequentialBatchSampler, load
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 
 # 20 steps; 12 images divide by one, two and three processes. Steps so small that Adam does not make of the rounding of
@@ -136,7 +136,7 @@ def test_a_killed_worker_is_one_line() -> None:
         UserError,
         match=r"a process that reads data has died .*(killed by signal|exited unexpectedly).* data\.num_workers lower",
     ):
-        list(load(Killed(), SequentialBatchSampler(8, 2), num_workers=1))
+        list(load_batches(Killed(), SequentialBatchSampler(8, 2), num_workers=1))
 
 
 def test_data_that_is_gone_between_two_stages_is_one_line_and_the_first_stage_stays(

@@ -15,7 +15,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
     files.write_json(path, {"a": 1})
 
     def cut_short() -> None:
-        with files.atomic(path) as partial:
+        with files.atomic_write(path) as partial:
             partial.write_text("half")
             raise RuntimeError("power cut")
 
@@ -28,7 +28,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
 def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for text in ("one", "two"):
-        with files.atomic(path) as partial:
+        with files.atomic_write(path) as partial:
             partial.mkdir()
             (partial / "file").write_text(text)
     assert (path / "file").read_text() == "two"
@@ -50,12 +50,12 @@ def test_digest_is_sha256(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_is_writing_is_not(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from vqvae2 import files\n"
-        "with files.atomic(Path(sys.argv[1])) as partial:\n"
+        "with files.atomic_write(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "killed.json")], check=False)
     assert [path.name.split(".")[1] for path in tmp_path.iterdir()] == ["killed"]
-    with files.atomic(tmp_path / "living.json") as partial:
+    with files.atomic_write(tmp_path / "living.json") as partial:
         partial.write_text("half")
         files.write_json(tmp_path / "other.json", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["living.json", "other.json"]

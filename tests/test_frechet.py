@@ -135,7 +135,7 @@ def reduced(empty: bool) -> tuple[int | None, np.ndarray, np.ndarray]:
     rank = torch.distributed.get_rank()
     share = x[:0] if empty and rank else x if empty else x[rank::2][: 13 + rank]
     statistics.update(share)
-    statistics.reduce()
+    statistics.all_reduce()
     return statistics.count, statistics.mean, statistics.covariance
 
 

@@ -93,7 +93,7 @@ def test_guided_codes_are_those_of_two_full_passes(kind: str, scale: float) -> N
 def test_a_scale_of_one_is_the_model_itself_and_more_exaggerates_the_label(kind: str) -> None:
     prior = build(classes=3, kind=kind)
     labels = torch.tensor([0, 2])
-    plain, without = prior.incremental(2, (), labels), prior.incremental(2, (), None)
+    plain, without = prior.incremental_decoder(2, (), labels), prior.incremental_decoder(2, (), None)
     walks: list[Any] = [
         plain,
         without,
@@ -122,7 +122,7 @@ def test_each_level_is_sampled_by_its_own_settings(finished_run: Path) -> None:
     guided = pipeline.sample_codes(images, labels, 0, SamplingParams(guidance_scale={"top": 40}))
     assert not torch.equal(guided[1], top)
     again = pipeline.sample(2, guidance_scale={"top": 40})
-    torch.testing.assert_close(again, pipeline.autoencoder.decode_codes(guided))
+    torch.testing.assert_close(again, pipeline.autoencoder.decode(guided))
 
 
 def test_guidance_is_refused_where_it_would_mean_nothing(finished_run: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2.data.image_io import Unreadable, read_image
+from vqvae2.data.image_io import UnreadableImageError, read_image
 
 RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
 
@@ -49,9 +49,9 @@ def test_16_bits_are_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
 def test_pixels_without_a_range_are_unreadable(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((8, 8), 70_000, np.int32)).save(tmp_path / "wide.tif")
-    with pytest.raises(Unreadable, match=r"float\.tif: .*floating-point"):
+    with pytest.raises(UnreadableImageError, match=r"float\.tif: .*floating-point"):
         read_image(tmp_path / "float.tif", (8, 8))
-    with pytest.raises(Unreadable, match=r"wide\.tif: .*more than 16 bits"):
+    with pytest.raises(UnreadableImageError, match=r"wide\.tif: .*more than 16 bits"):
         read_image(tmp_path / "wide.tif", (8, 8))
 
 
@@ -128,7 +128,7 @@ def test_decompression_bombs_are_unreadable_without_a_warning(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with warnings.catch_warnings(record=True) as leaked:
         warnings.simplefilter("always")
-        with pytest.raises(Unreadable, match=rf"bomb\.png: .*more than {limit} pixels.*decompression bomb"):
+        with pytest.raises(UnreadableImageError, match=rf"bomb\.png: .*more than {limit} pixels.*decompression bomb"):
             read_image(tmp_path / "bomb.png", (8, 8))
     assert leaked == []
 
@@ -142,7 +142,7 @@ def test_a_crop_at_the_full_scale_moves_whole_pixels(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 21, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     for where, left in (((0.0, 0.0), 0), ((0.5, 0.5), 3), ((1.0, 1.0), 5)):
-        assert (read_image(tmp_path / "a.png", (16, 16), where=where) == pixels[:, left : left + 16]).all()
+        assert (read_image(tmp_path / "a.png", (16, 16), crop_position=where) == pixels[:, left : left + 16]).all()
 
 
 @pytest.mark.parametrize("where", [(0.0, 0.0), (0.3, 0.7), (1.0, 1.0)])

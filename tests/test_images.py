@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqvae2.data.images import DataConfig, open_images, read_image, to_bytes, to_float
+from vqvae2.data.images import DataConfig, open_datasets, read_image, to_float, to_uint8
 from vqvae2.errors import UserError
 
 
@@ -30,29 +30,29 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_file_stays_on_its_side_when_files_are_added(folder: Path) -> None:
     config = DataConfig(path=str(folder), size=16, val_fraction=0.3)
-    training, held_out = open_images(config)
+    training, held_out = open_datasets(config)
     assert len(training) + len(held_out) == 60
     assert 5 < len(held_out) < 35
     before = set(held_out.names)
     for number in range(60, 90):
         picture(folder / "fox" / f"{number}.png", seed=number)
-    _, later = open_images(config)
+    _, later = open_datasets(config)
     assert before == {name for name in later.names if not name.startswith("fox")}
 
 
 def test_every_side_has_an_image_even_in_the_smallest_folder(tmp_path: Path) -> None:
     for number in range(2):
         picture(tmp_path / f"{number}.png", seed=number)
-    training, held_out = open_images(DataConfig(path=str(tmp_path), size=16, val_fraction=0.001))
+    training, held_out = open_datasets(DataConfig(path=str(tmp_path), size=16, val_fraction=0.001))
     assert (len(training), len(held_out)) == (1, 1)
 
 
 def test_labels_are_the_first_folder_of_a_path(folder: Path) -> None:
-    training, _ = open_images(DataConfig(path=str(folder), size=16, labels="folder"))
+    training, _ = open_datasets(DataConfig(path=str(folder), size=16, labels="folder"))
     assert training.classes == ("cat", "dog", "eel")
     for index, name in enumerate(training.names):
         assert training.classes[training[index].label] == name.split("/")[0]
-    unlabelled, _ = open_images(DataConfig(path=str(folder), size=16))
+    unlabelled, _ = open_datasets(DataConfig(path=str(folder), size=16))
     assert unlabelled.classes == ()
     assert unlabelled[0].label == -1
 
@@ -63,7 +63,7 @@ def test_resizing_covers_the_size_and_crops_the_middle(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "bands.png")
     middle = read_image(tmp_path / "bands.png", (20, 20))
     assert (middle[:, 2:-2] == (0, 255, 0)).all()
-    left = read_image(tmp_path / "bands.png", (20, 20), where=(0.0, 0.0))
+    left = read_image(tmp_path / "bands.png", (20, 20), crop_position=(0.0, 0.0))
     assert (left[:, :8] == (255, 0, 0)).all()
 
 
@@ -112,13 +112,13 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 
 def test_augmentation_depends_on_the_draw_alone(folder: Path) -> None:
-    training, _ = open_images(DataConfig(path=str(folder), size=16, flip=True, crop="random"))
+    training, _ = open_datasets(DataConfig(path=str(folder), size=16, flip=True, crop="random"))
     plain = training[0].image
     draws = {number: training[0, number].image for number in range(8)}
     for number, image in draws.items():
         assert torch.equal(training[0, number].image, image)
     assert len({image.numpy().tobytes() for image in draws.values()}) > 4
-    mirrored, _ = open_images(DataConfig(path=str(folder), size=16, flip=True))
+    mirrored, _ = open_datasets(DataConfig(path=str(folder), size=16, flip=True))
     assert torch.equal(mirrored[0, 1].image, plain.flip(2))
     assert torch.equal(mirrored[0, 2].image, plain)
 
@@ -127,13 +127,13 @@ def test_floats_are_between_minus_one_and_one_and_come_back_as_the_same_bytes() 
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     floats = to_float(values)
     assert (floats.min(), floats.max(), floats.dtype) == (-1, 1, torch.float32)
-    assert torch.equal(to_bytes(floats), values)
-    assert to_bytes(torch.tensor([-3.0, 3.0]).view(1, 1, 2)).flatten().tolist() == [0, 255]
+    assert torch.equal(to_uint8(floats), values)
+    assert to_uint8(torch.tensor([-3.0, 3.0]).view(1, 1, 2)).flatten().tolist() == [0, 255]
 
 
 def test_scenes_come_in_any_size_and_channels_with_their_classes() -> None:
     config = DataConfig(size=(16, 24), channels=1, labels="folder", num_scenes=50, val_fraction=0.2)
-    training, held_out = open_images(config)
+    training, held_out = open_datasets(config)
     assert len(training) + len(held_out) == 50
     assert training[0].image.shape == (1, 16, 24)
     assert training.classes[training[3].label] == training.names[3].split("/")[0]
@@ -153,7 +153,7 @@ def test_folders_that_cannot_be_used_are_named(tmp_path: Path, folder: Path) -> 
         (folder, "folder", r"loose\.png lies in no class folder"),
     ):
         with pytest.raises(UserError, match=message):
-            open_images(DataConfig(path=str(path), size=16, labels=labels))  # pyright: ignore[reportArgumentType]
+            open_datasets(DataConfig(path=str(path), size=16, labels=labels))  # pyright: ignore[reportArgumentType]
 
 
 def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
@@ -168,6 +168,6 @@ def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
 
 
 def test_real_photographs_are_read(photographs: Path) -> None:
-    training, held_out = open_images(DataConfig(path=str(photographs / "kodak"), size=(64, 96), val_fraction=0.2))
+    training, held_out = open_datasets(DataConfig(path=str(photographs / "kodak"), size=(64, 96), val_fraction=0.2))
     assert len(training) + len(held_out) == 24
     assert training[0].image.float().std() > 10

@@ -13,7 +13,7 @@ from tests.inception_fixture import extractor, weights
 from vqvae2.errors import UserError
 from vqvae2.files import digest
 from vqvae2.metrics import inception
-from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailable, build_network, load_inception
+from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailableError, build_network, load_inception
 
 
 def images(n: int = 2, height: int = 33, width: int = 50) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_features_of_every_depth_are_those_of_pytorch_fid() -> None:
     peer = InceptionV3(list(range(4))).eval()
     with torch.no_grad():
         maps = peer(images() / 255)
-    for dims, expected in zip(inception.DIMS, maps, strict=True):
+    for dims, expected in zip(inception.FEATURE_DIMS, maps, strict=True):
         features, logits = extractor(dims)(images())
         assert features.shape == (2, dims)
         assert features.dtype == torch.float32
@@ -143,7 +143,7 @@ def test_without_weights_and_network_one_line_says_what_to_get(error: Exception,
     with (
         mock.patch("torch.hub.get_dir", return_value=str(tmp_path)),
         mock.patch("torch.hub.download_url_to_file", download),
-        pytest.raises(WeightsUnavailable) as caught,
+        pytest.raises(WeightsUnavailableError) as caught,
     ):
         load_inception()
     message = str(caught.value)

@@ -9,7 +9,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from tests.inception_fixture import two_processes
 from vqvae2.errors import UserError
-from vqvae2.metrics.inception_score import InceptionScore, Score, inception_score
+from vqvae2.metrics.inception_score import InceptionScore, InceptionScoreResult, inception_score
 
 
 def logits(count: int = 47, classes: int = 20) -> torch.Tensor:
@@ -31,7 +31,7 @@ def test_order_and_batches_do_not_matter(order: list[int], batch: int) -> None:
     for start in range(0, 47, batch):
         indices = torch.tensor(order[start : start + batch])
         score.update(logits()[indices], indices)
-    assert score.result() == pytest.approx(inception_score(logits()), rel=1e-10)
+    assert score.compute() == pytest.approx(inception_score(logits()), rel=1e-10)
 
 
 def test_sure_and_even_is_the_number_of_classes_and_unsure_is_one() -> None:
@@ -47,15 +47,15 @@ def test_what_cannot_be_scored_is_refused() -> None:
     score = InceptionScore(5, 1, classes=20)
     score.update(logits(4), torch.arange(4))
     with pytest.raises(UserError, match="5 images was given 4"):
-        score.result()
+        score.compute()
 
 
-def halves() -> Score:
+def halves() -> InceptionScoreResult:
     score = InceptionScore(47, 10, classes=20)
     indices = torch.arange(torch.distributed.get_rank(), 47, 2)
     score.update(logits()[indices], indices)
-    score.reduce()
-    return score.result()
+    score.all_reduce()
+    return score.compute()
 
 
 def test_two_processes_give_the_value_of_one() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from vqvae2.errors import UserError
-from vqvae2.metrics.kid import kernel_distance, squared_mmd
+from vqvae2.metrics.kid import kernel_inception_distance, squared_mmd
 
 
 def sets(n: int = 90, m: int = 70, dims: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +20,7 @@ def test_is_the_number_of_torch_fidelity(subsets: int, size: int, seed: int) -> 
     expected = kid_features_to_metric(
         a.double(), b.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
     )
-    result = kernel_distance(a, b, subsets, size, seed)
+    result = kernel_inception_distance(a, b, subsets, size, seed)
     assert result.mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
     assert result.std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-6, abs=1e-12)
     assert (result.subsets, result.subset_size) == (subsets, size)
@@ -40,21 +40,21 @@ def test_is_its_definition() -> None:
 def test_is_unbiased_so_that_one_distribution_scores_about_zero_and_others_more() -> None:
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(600, 8, generator=generator), torch.randn(600, 8, generator=generator)
-    same, other = kernel_distance(a, b, 50, 100), kernel_distance(a, b + 0.5, 50, 100)
+    same, other = kernel_inception_distance(a, b, 50, 100), kernel_inception_distance(a, b + 0.5, 50, 100)
     assert abs(same.mean) < 0.2 * other.mean
     assert same.std > 0
 
 
 def test_small_sets_make_small_subsets_and_the_seed_decides() -> None:
     a, b = sets()
-    assert kernel_distance(a, b, 2, 1000).subset_size == 70
-    assert kernel_distance(a, b, 4, 20, seed=1) == kernel_distance(a, b, 4, 20, seed=1)
-    assert kernel_distance(a, b, 4, 20, seed=1) != kernel_distance(a, b, 4, 20, seed=2)
+    assert kernel_inception_distance(a, b, 2, 1000).subset_size == 70
+    assert kernel_inception_distance(a, b, 4, 20, seed=1) == kernel_inception_distance(a, b, 4, 20, seed=1)
+    assert kernel_inception_distance(a, b, 4, 20, seed=1) != kernel_inception_distance(a, b, 4, 20, seed=2)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
     a, b = sets()
     with pytest.raises(UserError, match=r"\(90, 16\) and \(70, 15\)"):
-        kernel_distance(a, b[:, 1:])
+        kernel_inception_distance(a, b[:, 1:])
     with pytest.raises(UserError, match="at least two images"):
-        kernel_distance(a[:1], b)
+        kernel_inception_distance(a[:1], b)

@@ -57,7 +57,7 @@ def test_a_store_killed_before_it_was_sealed_is_unfinished_and_gone_on_with(stor
     with pytest.raises(UserError, match="this code store is unfinished"):
         CodeStore.open(store)
     writer = CodeWriter(store, WANTED)
-    assert writer.missing() == []
+    assert writer.missing_values() == []
     writer.finish()
     assert len(CodeStore.open(store)) == 100
 
@@ -66,7 +66,7 @@ def test_writing_breaks_the_seal_and_refusing_to_write_does_not(store: Path) -> 
     with pytest.raises(UserError, match="holds the codes of something else"):
         CodeWriter(store, WANTED.model_copy(update={"autoencoder": "b" * 64}))
     assert lmdb_store.is_sealed(store)
-    environment = lmdb_store.writer(store)
+    environment = lmdb_store.open_writer(store)
     lmdb_store.put(environment, [(b"key", b"value")])
     environment.close()
     assert not lmdb_store.is_sealed(store)
@@ -78,7 +78,7 @@ def test_a_full_disk_keeps_what_was_written_and_goes_on_when_there_is_room(small
     with pytest.raises(UserError, match=r"store: cannot be written .*what was written before is kept: make room"):
         write(path, wanted)
     writer = CodeWriter(path, wanted)
-    missing = writer.missing()
+    missing = writer.missing_values()
     writer.close()
     assert 0 < len(missing) < 40
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)

@@ -25,11 +25,11 @@ from train.losses import (
 from train.run import Experiment
 from train.stages.autoencoder import AutoencoderObjective
 from vqvae2.config import read_yaml
-from vqvae2.data.images import Item
+from vqvae2.data.images import ImageSample
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder, AutoencoderConfig, LevelConfig
 from vqvae2.models.discriminator import DiscriminatorConfig
-from vqvae2.quantizers import EMAConfig, GradientConfig, Quantized
+from vqvae2.quantizers import EMAConfig, GradientConfig, QuantizerOutput
 
 SIZE = (32, 32)
 
@@ -71,8 +71,8 @@ def gradient(commitment: float = 0.25) -> GradientConfig:
     return GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False, commitment_weight=commitment)
 
 
-def item(count: int = 3) -> Item:
-    return Item(pictures(count), torch.zeros(count))
+def item(count: int = 3) -> ImageSample:
+    return ImageSample(pictures(count), torch.zeros(count))
 
 
 # Settings
@@ -181,7 +181,7 @@ ENCODERS = {"encoders.0", "encoders.1", "pre_quant_convs.0", "pre_quant_convs.1"
 EVERYWHERE = ENCODERS | {"decoders.0", "upsamplers.0", "decoder"}
 BOTTOM = ENCODERS | {"decoders.0"}  # the bottom is quantized given the decoded top, through which gradients pass
 TOP = ENCODERS - {"pre_quant_convs.0"}
-Term = Callable[[AutoencoderObjective, tuple[Quantized, ...], dict[str, Tensor]], Tensor]
+Term = Callable[[AutoencoderObjective, tuple[QuantizerOutput, ...], dict[str, Tensor]], Tensor]
 
 
 def named(name: str) -> Term:
@@ -192,7 +192,7 @@ def level(index: int) -> Term:
     return lambda objective, levels, terms: levels[index].loss
 
 
-def judged(objective: AutoencoderObjective, levels: tuple[Quantized, ...], terms: dict[str, Tensor]) -> Tensor:
+def judged(objective: AutoencoderObjective, levels: tuple[QuantizerOutput, ...], terms: dict[str, Tensor]) -> Tensor:
     assert objective.adversary is not None
     assert objective.adversary.latest is not None
     return DiscriminatorObjective(objective.adversary.discriminator)(objective.adversary.latest)[0]
@@ -223,7 +223,7 @@ def test_each_term_reaches_the_weights_it_should_and_no_others(
     adversary.active = True
     config = LossConfig(pixel=pixel, perceptual=PerceptualConfig(weight=1), adversarial=adversarial)
     objective = AutoencoderObjective(network, config, distance, adversary)
-    kept: list[tuple[Quantized, ...]] = []
+    kept: list[tuple[QuantizerOutput, ...]] = []
     network.register_forward_hook(lambda module, inputs, output: kept.append(output.levels))
     _, terms = objective(item())
     term(objective, kept[0], terms).backward()

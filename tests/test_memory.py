@@ -25,12 +25,12 @@ def test_the_estimate_is_what_a_whole_walk_holds(kind: str, settings: dict[str, 
 
     def held(batch: int) -> int:
         given = inputs(prior, batch)
-        steps = prior.incremental(batch, given["coarser"], given["labels"])
+        steps = prior.incremental_decoder(batch, given["coarser"], given["labels"])
         for row in range(8):
             steps.begin_row(row)
             for column in range(6):
                 steps.logits(column)
-                steps.feed(column, given["codes"][:, row, column])
+                steps.set_codes(column, given["codes"][:, row, column])
         rows = memory._finished_rows
         try:
             memory._finished_rows = lambda walk: 0  # they are there by now

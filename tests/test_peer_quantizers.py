@@ -58,12 +58,12 @@ def test_codes_values_loss_and_gradients_are_the_peers(cosine: bool, rotation: b
     x = features(3, 40, DIM).requires_grad_()
     upstream = features(3, 40, DIM, seed=1)
     found = ours(x.movedim(-1, 1))
-    (gradient,) = torch.autograd.grad((found.values.movedim(1, -1) * upstream).sum() + found.loss, x)
+    (gradient,) = torch.autograd.grad((found.quantized.movedim(1, -1) * upstream).sum() + found.loss, x)
     values, codes, loss = theirs(x)
     (expected,) = torch.autograd.grad((values * upstream).sum() + loss.sum(), x)
     assert torch.equal(found.codes, codes)
     assert len(codes.unique()) > CODES // 2
-    torch.testing.assert_close(found.values.movedim(1, -1), values, **CLOSE)
+    torch.testing.assert_close(found.quantized.movedim(1, -1), values, **CLOSE)
     torch.testing.assert_close(found.loss, loss.reshape(()), **CLOSE)
     torch.testing.assert_close(gradient, expected, **CLOSE)
 
@@ -124,8 +124,8 @@ def test_fsq_codes_values_and_gradients_are_the_peers(grid: tuple[int, ...]) -> 
     values, codes = theirs(x)
     assert torch.equal(found.codes, codes.long())
     assert len(codes.unique()) > 20
-    torch.testing.assert_close(found.values.movedim(1, -1), values, **CLOSE)
-    mine, other = (torch.autograd.grad(value.sum(), x)[0] for value in (found.values, values))
+    torch.testing.assert_close(found.quantized.movedim(1, -1), values, **CLOSE)
+    mine, other = (torch.autograd.grad(value.sum(), x)[0] for value in (found.quantized, values))
     torch.testing.assert_close(mine, other, **CLOSE)
     every = torch.arange(ours.codebook_size)[None]
     torch.testing.assert_close(ours.lookup(every).movedim(1, -1), theirs.indices_to_codes(every), **CLOSE)
@@ -161,14 +161,14 @@ def test_training_on_any_shape_and_type(
     quantizer = config.build().train()
     x = features(batch, 3, *spatial, seed=seed).to(kind).requires_grad_()
     result = quantizer(x)
-    assert result.values.shape == x.shape
-    assert result.values.dtype == result.loss.dtype == torch.float32
+    assert result.quantized.shape == x.shape
+    assert result.quantized.dtype == result.loss.dtype == torch.float32
     assert result.codes.shape == (batch, *spatial)
     assert result.codes.dtype == torch.int64
     assert bool(((result.codes >= 0) & (result.codes < quantizer.codebook_size)).all())
     assert result.loss.isfinite()
-    torch.testing.assert_close(quantizer.lookup(result.codes), result.values, atol=1e-4, rtol=1e-4)
-    (result.values.sum() + result.loss).backward()
+    torch.testing.assert_close(quantizer.lookup(result.codes), result.quantized, atol=1e-4, rtol=1e-4)
+    (result.quantized.sum() + result.loss).backward()
     assert x.grad is not None
     assert x.grad.dtype == kind
     assert x.grad.isfinite().all()
@@ -195,7 +195,7 @@ def test_evaluation_mutates_nothing_and_gives_what_it_gave(
     second = quantizer(x)
     assert torch.equal(x, kept)
     assert torch.equal(first.codes, second.codes)
-    assert torch.equal(first.values, second.values)
+    assert torch.equal(first.quantized, second.quantized)
     for name, tensor in state(quantizer).items():
         assert torch.equal(tensor, before[name]), name
 

@@ -9,7 +9,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from vqvae2.errors import UserError
 from vqvae2.metrics import precision_recall as module
-from vqvae2.metrics.precision_recall import manifold
+from vqvae2.metrics.precision_recall import precision_recall
 
 
 def sets(n: int = 80, m: int = 60, dims: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def sets(n: int = 80, m: int = 60, dims: int = 4, seed: int = 0) -> tuple[torch.
 def test_precision_and_recall_are_those_of_torch_fidelity(k: int) -> None:
     generated, reference = sets()
     expected = prc_features_to_metric(generated.double(), reference.double(), prc_neighborhood=k, verbose=False)
-    result = manifold(generated, reference, k=k)
+    result = precision_recall(generated, reference, k=k)
     assert result.precision == pytest.approx(expected["precision"], abs=1e-6)
     assert result.recall == pytest.approx(expected["recall"], abs=1e-6)
     assert 0 < result.precision < 1
@@ -44,20 +44,20 @@ def direct(generated: np.ndarray, reference: np.ndarray, k: int) -> tuple[float,
 def test_density_and_coverage_are_their_definitions(n: int, m: int, k: int, seed: int) -> None:
     generated, reference = sets(n, m, seed=seed)
     density, coverage = direct(generated.double().numpy(), reference.double().numpy(), k)
-    result = manifold(generated, reference, k_density=k)
+    result = precision_recall(generated, reference, k_density=k)
     assert result.density == pytest.approx(density)
     assert result.coverage == pytest.approx(coverage)
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = manifold(*sets())
+    whole = precision_recall(*sets())
     monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 60 * 7)
-    assert manifold(*sets()) == whole
+    assert precision_recall(*sets()) == whole
 
 
 def test_equal_sets_are_perfect_and_far_ones_share_nothing() -> None:
     generated, _ = sets()
-    same, far = manifold(generated, generated), manifold(generated, generated + 1000)
+    same, far = precision_recall(generated, generated), precision_recall(generated, generated + 1000)
     assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
     assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
 
@@ -66,7 +66,7 @@ def test_a_copied_image_counts_as_a_neighbour() -> None:
     reference = torch.tensor([[0.0], [0.0], [10.0], [20.0], [30.0], [40.0], [50.0]])
     generated = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0], [5.0], [6.0]])
     # With k = 1 the doubled image's ball has no width: it holds the equal generated image (≤) for precision only.
-    result = manifold(generated, reference, k=1, k_density=1)
+    result = precision_recall(generated, reference, k=1, k_density=1)
     assert result.precision == pytest.approx(7 / 7)
     assert result.density == pytest.approx(6 / 7)
 
@@ -74,6 +74,6 @@ def test_a_copied_image_counts_as_a_neighbour() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     generated, reference = sets()
     with pytest.raises(UserError, match="expected"):
-        manifold(generated, reference[:, 1:])
+        precision_recall(generated, reference[:, 1:])
     with pytest.raises(UserError, match="5 images; the 5th neighbour"):
-        manifold(generated[:5], reference)
+        precision_recall(generated[:5], reference)

@@ -16,7 +16,7 @@ from tests.test_code_store import header as code_header
 from tests.test_code_store import write as write_codes
 from train.stages.prepare import main as prepare
 from vqvae2.data import lmdb_store
-from vqvae2.data.images import DataConfig, open_images
+from vqvae2.data.images import DataConfig, open_datasets
 from vqvae2.data.sources.prepared import read_header
 from vqvae2.errors import UserError
 
@@ -43,7 +43,7 @@ def test_prepared_images_are_those_of_the_folder(tmp_path: Path, encoding: str, 
     settings = {"size": 16, "labels": "folder", "val_fraction": 0.3}
     config = DataConfig.parse({"path": str(folder), **settings}, "test")
     for ours, theirs in zip(
-        open_images(config.model_copy(update={"path": str(out)})), open_images(config), strict=True
+        open_datasets(config.model_copy(update={"path": str(out)})), open_datasets(config), strict=True
     ):
         assert list(ours.names) == list(theirs.names)
         assert (ours.classes, ours.digest()) == (theirs.classes, theirs.digest())
@@ -58,7 +58,7 @@ def test_prepared_images_are_those_of_the_folder(tmp_path: Path, encoding: str, 
 def test_random_crops_reach_the_edges_of_prepared_images(tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare([str(fill(tmp_path / "images")), str(out), "--size", "16", "--format", "png", "--num-workers", "0"])
-    images, _ = open_images(DataConfig(path=str(out), size=16, crop="random"))
+    images, _ = open_datasets(DataConfig(path=str(out), size=16, crop="random"))
     assert len({images[0, draw].image.numpy().tobytes() for draw in range(60)}) == 12  # 27 − 16 + 1 places
 
 
@@ -79,7 +79,7 @@ def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> Non
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=20)  # its worker leaves too, and closes what it inherited
     with pytest.raises(UserError, match="is unfinished; run the same `vqvae2 prepare` again"):
-        open_images(DataConfig(path=str(out), size=16))
+        open_datasets(DataConfig(path=str(out), size=16))
     assert len(records(out)) == 1 + 64
     prepare(command)
     straight = tmp_path / "straight"
@@ -88,7 +88,7 @@ def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> Non
     assert (out / "index.safetensors").read_bytes() == (straight / "index.safetensors").read_bytes()
     header = read_header(out)
     assert (header.count, header.unreadable, header.classes) == (200, ("dog/0071.png",), ("cat", "dog"))
-    training, held_out = open_images(DataConfig(path=str(out), size=16))
+    training, held_out = open_datasets(DataConfig(path=str(out), size=16))
     assert len(training) + len(held_out) == 199
     before = records(out)
     prepare(command)  # finished: nothing is left to do
@@ -112,7 +112,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path, capsys: pytest.Captu
         prepare([str(folder), str(tmp_path / "y"), "--size", "16", "--num-workers", "0"])
     write_codes(tmp_path / "codes", code_header(3, (4, 2, 2)))
     with pytest.raises(UserError, match="is a code store; give images"):
-        open_images(DataConfig(path=str(tmp_path / "codes"), size=16))
+        open_datasets(DataConfig(path=str(tmp_path / "codes"), size=16))
     capsys.readouterr()
     with pytest.raises(UserError, match="neither a code store nor prepared images"):
         inspect([str(folder)])

@@ -88,7 +88,7 @@ def test_labels_that_determine_the_codes_are_used(kind: str) -> None:
         labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed))
         return CodeBatch((patterns[labels],), labels)
 
-    spec = PriorSpec(level=MapSpec(codebook_size=CODES, height=SIZE, width=SIZE), classes=3)
+    spec = PriorSpec(level=MapSpec(codebook_size=CODES, height=SIZE, width=SIZE), num_classes=3)
     # Without coordinates as input, a transformer needs longer to find out where it is.
     prior = trained(CONFIGS[kind], spec, lambda step: labelled(32, step), steps=400 if kind == "transformer" else 100)
     batch = labelled(60, 10_000)
@@ -102,7 +102,7 @@ def test_label_dropout_teaches_the_label_free_distribution_too() -> None:
         labels = torch.randint(2, (count,), generator=torch.Generator().manual_seed(seed))
         return CodeBatch((labels[:, None, None].expand(count, 2, 2).clone(),), labels)
 
-    spec = PriorSpec(level=MapSpec(codebook_size=2, height=2, width=2), classes=2)
+    spec = PriorSpec(level=MapSpec(codebook_size=2, height=2, width=2), num_classes=2)
     torch.manual_seed(0)
     objective = PriorObjective(CONFIGS["pixelcnn"].build(spec), 0, label_dropout=0.5)
     optimizer = torch.optim.Adam(objective.parameters(), lr=5e-3)

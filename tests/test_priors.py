@@ -41,7 +41,7 @@ def build(
         defaults = {"channels": 8, "residual_channels": 6, "kernel": 3, "blocks": 2, "layers": 1, "heads": 2}
         config = PixelSNAILConfig(**defaults | settings)
     level, *others = (MapSpec(codebook_size=CODES + i, height=h, width=w) for i, (h, w) in enumerate((size, *coarser)))
-    return config.build(PriorSpec(level=level, coarser=tuple(others), classes=classes)).eval()
+    return config.build(PriorSpec(level=level, coarser=tuple(others), num_classes=classes)).eval()
 
 
 def inputs(prior: Prior, batch: int = 2) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def inputs(prior: Prior, batch: int = 2) -> dict[str, Any]:
         torch.randint(level.codebook_size, (batch, *level.shape), generator=generator)
         for level in (prior.spec.level, *prior.spec.coarser)
     ]
-    labels = torch.arange(batch) % prior.spec.classes if prior.spec.classes else None
+    labels = torch.arange(batch) % prior.spec.num_classes if prior.spec.num_classes else None
     return {"codes": maps[0], "coarser": tuple(maps[1:]), "labels": labels}
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig, Quantizer
-from vqvae2.quantizers.base import rotate, straight_through
+from vqvae2.quantizers.base import rotation_trick, straight_through
 from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest
 
 CONFIGS = {
@@ -65,10 +65,10 @@ def test_any_rank_gives_maps_of_the_same_shape_and_lookup_repeats_them(name: str
     quantizer = CONFIGS[name].build().eval()
     x = features(3, 4, *spatial)
     result = quantizer(x)
-    assert result.values.shape == x.shape
+    assert result.quantized.shape == x.shape
     assert result.codes.shape == (3, *spatial)
-    assert result.values.dtype == torch.float32
-    torch.testing.assert_close(quantizer.lookup(result.codes), result.values, atol=1e-6, rtol=0)
+    assert result.quantized.dtype == torch.float32
+    torch.testing.assert_close(quantizer.lookup(result.codes), result.quantized, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -140,7 +140,7 @@ def test_losses_are_those_of_equation_3(config: EMAConfig | GradientConfig) -> N
     error = np.square(rows_of(x) - rows_of(quantizer.lookup(result.codes))).mean()
     expected = config.commitment_weight * error + (error if isinstance(config, GradientConfig) else 0)
     np.testing.assert_allclose(result.loss.item(), expected, rtol=1e-5)
-    for term in result.terms.values():
+    for term in result.loss_terms.values():
         np.testing.assert_allclose(term.item(), error, rtol=1e-5)
 
 
@@ -162,18 +162,18 @@ def test_the_decoders_gradient_reaches_the_encoder_alone() -> None:
     quantizer = GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False).build()
     x = features(2, 4, 5).requires_grad_()
     weight = features(2, 4, 5, seed=1)
-    (quantizer(x).values * weight).sum().backward()
+    (quantizer(x).quantized * weight).sum().backward()
     torch.testing.assert_close(x.grad, weight)
     assert quantizer.embedding.grad is None or not quantizer.embedding.grad.any()
 
 
 def test_rotation_keeps_the_value_and_turns_the_gradient() -> None:
     x, q = features(7, 4).requires_grad_(), features(7, 4, seed=1)
-    torch.testing.assert_close(rotate(x, q), q, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotation_trick(x, q), q, atol=1e-5, rtol=0)
     torch.testing.assert_close(straight_through(x, q), q, atol=1e-6, rtol=0)
     # The gradient with respect to the output, turned back: its angle to q becomes its angle to x.
     upstream = features(7, 4, seed=2)
-    (gradient,) = torch.autograd.grad(rotate(x, q), x, upstream)
+    (gradient,) = torch.autograd.grad(rotation_trick(x, q), x, upstream)
     scale = q.norm(dim=1) / x.norm(dim=1)
     cosine = torch.nn.functional.cosine_similarity
     torch.testing.assert_close(cosine(gradient, x.detach()), cosine(upstream, q), atol=1e-4, rtol=0)
@@ -187,8 +187,8 @@ def test_autocast_does_not_touch_the_quantizer() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         cast = quantizer(x)
     assert torch.equal(plain.codes, cast.codes)
-    assert cast.values.dtype == torch.float32
-    assert torch.equal(plain.values, cast.values)
+    assert cast.quantized.dtype == torch.float32
+    assert torch.equal(plain.quantized, cast.quantized)
 
 
 @pytest.mark.parametrize("config", [EMAConfig, GradientConfig])
@@ -223,7 +223,7 @@ def test_kmeans_puts_the_codebook_among_the_features_before_the_first_lookup(
 ) -> None:
     quantizer: Quantizer = config(codebook_size=16, code_dim=4).build()
     x = 30 + features(8, 4, 64)
-    error = quantizer(x).terms["commitment"]
+    error = quantizer(x).loss_terms["commitment"]
     assert error < 1.0, "within the spread of the features, which are 30 away from where codebooks begin"
     vectors = quantizer.state_dict()["embedding"].clone()
     quantizer(x)
@@ -246,7 +246,7 @@ def test_fsq_reaches_every_code_and_no_other(grid: tuple[int, ...]) -> None:
 def test_fsq_passes_the_gradient_of_the_bounded_value() -> None:
     quantizer = FSQConfig(grid=(7, 4), code_dim=2).build()
     x = features(5, 2).requires_grad_()
-    values = quantizer(x).values
+    values = quantizer(x).quantized
     (found,) = torch.autograd.grad(values.sum(), x)
     smooth = quantizer._leave(quantizer._bound(quantizer.project_in(x)))
     (expected,) = torch.autograd.grad(smooth.sum(), x)

@@ -64,7 +64,7 @@ def test_streaming_means_are_means_over_images() -> None:
     statistics.update(a[:0], b[:0])
     x, y = (np.round((image.numpy() + 1) * 127.5).clip(0, 255) for image in (a, b))
     error = ((x - y) ** 2).mean((1, 2, 3))
-    result = statistics.result()
+    result = statistics.compute()
     assert result.count == 5
     assert result.mse == pytest.approx((error / 255**2).mean(), rel=1e-6)
     assert result.psnr == pytest.approx((10 * np.log10(255**2 / error)).mean(), rel=1e-6)
@@ -75,32 +75,32 @@ def test_one_perfect_image_does_not_make_the_mean_infinite() -> None:
     black = -torch.ones(1, 3, 16, 16)
     statistics = rec.ReconstructionStatistics()
     statistics.update(black, black)
-    assert statistics.result().psnr == pytest.approx(10 * np.log10(12 * 255**2))
+    assert statistics.compute().psnr == pytest.approx(10 * np.log10(12 * 255**2))
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
     statistics = rec.ReconstructionStatistics()
     with pytest.raises(UserError, match="at least one pair"):
-        statistics.result()
+        statistics.compute()
     with pytest.raises(UserError, match="two equal"):
         statistics.update(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 17))
     with pytest.raises(UserError, match="at least 11×11"):
         statistics.update(torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16))
 
 
-def halves() -> rec.ReconstructionError:
+def halves() -> rec.ReconstructionMetrics:
     a, b = pair(n=5)
     rank = torch.distributed.get_rank()
     statistics = rec.ReconstructionStatistics()
     statistics.update(a[rank::2], b[rank::2])
-    statistics.reduce()
-    return statistics.result()
+    statistics.all_reduce()
+    return statistics.compute()
 
 
 def test_two_processes_give_the_value_of_one() -> None:
     whole = rec.ReconstructionStatistics()
     whole.update(*pair(n=5))
-    expected = whole.result()
+    expected = whole.compute()
     for result in two_processes(halves):
         assert result.count == 5
         assert (result.mse, result.psnr, result.ssim) == pytest.approx(

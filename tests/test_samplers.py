@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqvae2.data.samplers import ResumableBatchSampler, SequentialBatchSampler, load
+from vqvae2.data.samplers import ResumableBatchSampler, SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 
 
@@ -26,7 +26,7 @@ def test_every_epoch_has_each_item_once() -> None:
 
 def test_two_processes_and_accumulated_batches_see_the_batches_of_one() -> None:
     whole = keys(batch=8)
-    ranks = [keys(batch=8, rank=rank, processes=2) for rank in range(2)]
+    ranks = [keys(batch=8, rank=rank, world_size=2) for rank in range(2)]
     assert [first + second for first, second in zip(*ranks, strict=True)] == whole
     micro = keys(batch=8, gradient_accumulation_steps=4)
     assert [[key for part in micro[at : at + 4] for key in part] for at in range(0, len(micro), 4)] == whole
@@ -38,13 +38,13 @@ def test_another_seed_gives_another_order() -> None:
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(UserError, match="batch_size 8 does not divide by 3 processes × 1"):
-        keys(processes=3)
+        keys(world_size=3)
 
 
-@given(count=st.integers(0, 50), batch=st.integers(1, 9), processes=st.integers(1, 4))
-def test_in_order_sees_everything_once(count: int, batch: int, processes: int) -> None:
+@given(count=st.integers(0, 50), batch=st.integers(1, 9), world_size=st.integers(1, 4))
+def test_in_order_sees_everything_once(count: int, batch: int, world_size: int) -> None:
     seen = [
-        i for rank in range(processes) for part in SequentialBatchSampler(count, batch, rank, processes) for i in part
+        i for rank in range(world_size) for part in SequentialBatchSampler(count, batch, rank, world_size) for i in part
     ]
     assert sorted(seen) == list(range(count))
 
@@ -61,7 +61,7 @@ class Numbers:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_error_in_a_worker_arrives_as_the_one_line_it_was(num_workers: int) -> None:
-    batches = load(Numbers(), SequentialBatchSampler(10, 3), num_workers)
+    batches = load_batches(Numbers(), SequentialBatchSampler(10, 3), num_workers)
     assert next(batches).tolist() == [0, 1, 2]
     with pytest.raises(UserError) as error:
         list(batches)

@@ -18,9 +18,9 @@ import torchvision
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from vqvae2.data.images import DataConfig, Images, open_images
-from vqvae2.data.index import Index, StringTable
-from vqvae2.data.samplers import SequentialBatchSampler, load
+from vqvae2.data.images import DataConfig, ImageDataset, open_datasets
+from vqvae2.data.index import ImageIndex, StringTable
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.data.sources import FolderSource, TarSource, open_source
 from vqvae2.errors import UserError
 
@@ -53,13 +53,13 @@ def tarred(folder: Path, out: Path, mode: str = "w") -> Path:
     return out
 
 
-def opened(path: object, **settings: object) -> tuple[Images, Images]:
+def opened(path: object, **settings: object) -> tuple[ImageDataset, ImageDataset]:
     config = {"path": str(path), "size": 16, "labels": "folder", "val_fraction": 0.3, **settings}
-    return open_images(DataConfig.parse(config, "test"))
+    return open_datasets(DataConfig.parse(config, "test"))
 
 
-def stacked(images: Images, num_workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(load(images, SequentialBatchSampler(len(images), 5), num_workers))
+def stacked(images: ImageDataset, num_workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(load_batches(images, SequentialBatchSampler(len(images), 5), num_workers))
     return torch.cat([batch.image for batch in batches]), torch.cat([batch.label for batch in batches])
 
 
@@ -92,7 +92,7 @@ def test_archives_are_read_by_forked_and_spawned_workers(folder: Path, tmp_path:
         assert pool.map(pixels, archives) == expected
 
 
-def pixels(images: Images) -> bytes:
+def pixels(images: ImageDataset) -> bytes:
     return b"".join(images[index].image.numpy().tobytes() for index in range(len(images)))
 
 
@@ -244,14 +244,14 @@ def test_an_index_is_made_anew_when_something_changed(folder: Path, tmp_path: Pa
 
 def test_names_are_compact_and_come_back(tmp_path: Path) -> None:
     texts = ["", "a/b.png", "ü.png", "\udcff.png", "日本/語.jpg"]
-    names = StringTable.of(texts)
+    names = StringTable.from_strings(texts)
     assert list(names) == texts
     assert (names[-1], list(names[1:3]), list(names.take(np.array([3, 0])))) == (texts[-1], texts[1:3], [texts[3], ""])
     with pytest.raises(IndexError):
         names[5]
-    many = Index.build([f"class{number % 100:03d}/{number:07d}.jpg" for number in range(20_000)])
+    many = ImageIndex.build([f"class{number % 100:03d}/{number:07d}.jpg" for number in range(20_000)])
     many.save(tmp_path / "index")
-    loaded = Index.load(tmp_path / "index")
+    loaded = ImageIndex.load(tmp_path / "index")
     assert loaded is not None
     assert loaded.names[12_345] == many.names[12_345]
     assert (tmp_path / "index").stat().st_size < 50 * 20_000

@@ -63,7 +63,7 @@ def test_a_walk_gives_the_rows_of_the_convolution(
     x = torch.randn(2, 3, 6, width, generator=generator)
     weight = torch.randn(4, 3, 2, kernel, generator=generator)
     expected = F.conv2d(F.pad(x, (kernel // 2, kernel // 2, 2, 0)), weight)
-    walk = toom_cook.IncrementalRows(weight, batch=2, width=width)
+    walk = toom_cook.IncrementalRowConv(weight, batch=2, width=width)
     for row in range(6):
         walk.push(x[:, :, row].transpose(1, 2))
         contribution = walk.contribution().permute(2, 1, 0)

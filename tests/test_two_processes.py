@@ -17,7 +17,7 @@ from train.stages.autoencoder import AutoencoderObjective
 from vqvae2 import distributed
 from vqvae2.__main__ import main
 from vqvae2.data.code_store import CodeStore
-from vqvae2.data.images import Item
+from vqvae2.data.images import ImageSample
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig
 
@@ -47,12 +47,12 @@ def trained(dead_code_threshold: float) -> dict[str, Tensor]:
     objective = AutoencoderObjective(network)
     wrapped = DistributedDataParallel(objective) if distributed.is_distributed() else objective
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-    share = BATCH // distributed.processes()
-    mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    share = BATCH // distributed.get_world_size()
+    mine = slice(distributed.get_rank() * share, (distributed.get_rank() + 1) * share)
     for step in range(STEPS):
         images = torch.randint(0, 256, (BATCH, 3, 4, 4), generator=torch.Generator().manual_seed(step))
         images = images.repeat_interleave(8, 2).repeat_interleave(8, 3).to(torch.uint8)
-        loss, _ = wrapped(Item(images[mine], torch.zeros(share)))
+        loss, _ = wrapped(ImageSample(images[mine], torch.zeros(share)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

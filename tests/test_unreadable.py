@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2.data.images import DataConfig, Images, open_images
-from vqvae2.data.samplers import ResumableBatchSampler, SequentialBatchSampler, load
+from vqvae2.data.images import DataConfig, ImageDataset, open_datasets
+from vqvae2.data.samplers import ResumableBatchSampler, SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 
 BAD = (4, 5, 17)
@@ -39,7 +39,7 @@ def on_stderr() -> Iterator[None]:
     logger.removeHandler(handler)
 
 
-def opened(folder: Path, **settings: object) -> Images:
+def opened(folder: Path, **settings: object) -> ImageDataset:
     config = {
         "path": str(folder),
         "size": 8,
@@ -48,7 +48,7 @@ def opened(folder: Path, **settings: object) -> Images:
         "max_unreadable_fraction": 0.1,
         **settings,
     }
-    return open_images(DataConfig.parse(config, "test"))[0]
+    return open_datasets(DataConfig.parse(config, "test"))[0]
 
 
 def greys(batches: Iterator[object]) -> list[list[int]]:
@@ -66,9 +66,11 @@ def test_the_next_readable_image_stands_in_and_each_is_named_once(
         assert instead in expected
         expected[number] = instead
     for _ in range(2):
-        seen = list(itertools.chain(*greys(load(images, SequentialBatchSampler(len(images), 7), num_workers))))
+        seen = list(itertools.chain(*greys(load_batches(images, SequentialBatchSampler(len(images), 7), num_workers))))
         assert seen == list(expected.values())
-    assert list(itertools.chain(*greys(load(opened(folder), SequentialBatchSampler(len(images), 7), 0)))) == seen
+    assert (
+        list(itertools.chain(*greys(load_batches(opened(folder), SequentialBatchSampler(len(images), 7), 0)))) == seen
+    )
     warned = capfd.readouterr().err.splitlines()
     assert len(warned) == 3
     for number in BAD:
@@ -78,7 +80,9 @@ def test_the_next_readable_image_stands_in_and_each_is_named_once(
 def test_the_order_of_training_depends_on_seed_and_step_alone(folder: Path) -> None:
     def batches(start: int, num_workers: int = 0) -> list[list[int]]:
         images = opened(folder, crop="random", flip=True)
-        return greys(load(images, ResumableBatchSampler(len(images), 8, start=start, stop=12, seed=1), num_workers))
+        return greys(
+            load_batches(images, ResumableBatchSampler(len(images), 8, start=start, stop=12, seed=1), num_workers)
+        )
 
     whole = batches(0)
     assert whole == batches(0, num_workers=2)
@@ -91,7 +95,7 @@ def test_the_order_of_training_depends_on_seed_and_step_alone(folder: Path) -> N
 def test_too_many_are_one_error_that_lists_them(folder: Path, num_workers: int) -> None:
     images = opened(folder, max_unreadable_fraction=0.06)
     with pytest.raises(UserError) as error:
-        list(load(images, SequentialBatchSampler(len(images), 7), num_workers))
+        list(load_batches(images, SequentialBatchSampler(len(images), 7), num_workers))
     text = str(error.value)
     assert "\n" not in text
     assert text.startswith("data.path: 3 of 39 images cannot be read as images, more than the share of 0.06")
@@ -102,7 +106,7 @@ def test_too_many_are_one_error_that_lists_them(folder: Path, num_workers: int) 
 def test_an_error_lists_the_first_twenty(folder: Path) -> None:
     images = opened(folder)
     with pytest.raises(UserError, match=r"20\.png and 10 more; remove") as error:
-        images.refuse_many(list(range(20)) + list(range(29, 39)))
+        images.check_unreadable_fraction(list(range(20)) + list(range(29, 39)))
     assert str(error.value).count(".png") == 20
 
 

@@ -76,7 +76,7 @@ class TrainingState:
             kind, rest = name.split("/", 1)
             groups.setdefault(kind, {})[rest] = tensor
         for prefix, (module, optimizer) in self.optimized.items():
-            checkpoint.fill(module, groups.get(f"{prefix}objective", {}), path)
+            checkpoint.load_state_dict(module, groups.get(f"{prefix}objective", {}), path)
             _restore_optimizer(optimizer, groups.get(f"{prefix}optimizer", {}))
         averages = groups.get("ema", {})
         if averages.keys() != self.ema.average.keys():
@@ -97,7 +97,7 @@ class Checkpoints:
 
     def save(self, state: TrainingState) -> None:
         """Write a checkpoint atomically, then remove the oldest ones, but not the best."""
-        with files.atomic(self._path(state.step)) as partial:
+        with files.atomic_write(self._path(state.step)) as partial:
             partial.mkdir()
             checkpoint.save(partial / _STATE, state.tensors(), state.metadata())
         for old in self.all()[: -self.keep]:

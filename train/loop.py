@@ -31,7 +31,7 @@ from train.lr_schedule import learning_rate
 from train.metric_log import MetricLog
 from train.signals import StopSignals
 from vqvae2 import files
-from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, load
+from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, load_batches
 from vqvae2.errors import Stopped, UserError
 from vqvae2.run_folder import StageFolder
 from vqvae2.training_config import TrainingConfig
@@ -203,9 +203,11 @@ def _batches(
         seed=config.seed,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         rank=accelerator.process_index,
-        processes=accelerator.num_processes,
+        world_size=accelerator.num_processes,
     )
-    micro_batches = load(stage.training_data, sampler, num_workers, pin_memory=accelerator.device.type == "cuda")
+    micro_batches = load_batches(
+        stage.training_data, sampler, num_workers, pin_memory=accelerator.device.type == "cuda"
+    )
     count = config.gradient_accumulation_steps
     for step in range(start, config.steps):
         yield step, [to_device(next(micro_batches), accelerator.device) for _ in range(count)]

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from vqvae2.distributed import rank, sum_over_processes
+from vqvae2.distributed import all_reduce_sum, get_rank
 from vqvae2.errors import UserError
-from vqvae2.metrics.codebook_usage import CodeUsage
-from vqvae2.quantizers import Quantized
+from vqvae2.metrics.codebook_usage import CodebookUsage
+from vqvae2.quantizers import QuantizerOutput
 from vqvae2.training_config import AdversarialLossConfig, PerceptualLossConfig
 
 _KEY = "autoencoder.loss.perceptual"
@@ -113,37 +113,37 @@ class CodebookUsageTracker:
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.sizes = sizes  # number of codes of each level, finest first
-        self._usages: dict[str, CodeUsage] = {}
+        self._usages: dict[str, CodebookUsage] = {}
 
-    def update(self, levels: Sequence[Quantized]) -> None:
-        """Count the codes of a batch, one `Quantized` per level."""
+    def update(self, levels: Sequence[QuantizerOutput]) -> None:
+        """Count the codes of a batch, one `QuantizerOutput` per level."""
         for (name, size), level in zip(self.sizes.items(), levels, strict=True):
             codes = level.codes.flatten()
             if name not in self._usages:
-                self._usages[name] = CodeUsage(size, codes.device)
+                self._usages[name] = CodebookUsage(size, codes.device)
             usage = self._usages[name]
             usage.counts = usage.counts.to(codes.device)  # restored counts are on the CPU
-            # Not `CodeUsage.update`, because its range check and bincount wait for the device.
+            # Not `CodebookUsage.update`, because its range check and bincount wait for the device.
             usage.counts.index_add_(0, codes, torch.ones_like(codes))
 
     def take(self) -> dict[str, float]:
         """Return `usage_LEVEL` and `perplexity_LEVEL` over all processes, and reset. Every process must call this."""
         values: dict[str, float] = {}
         for name, usage in self._usages.items():
-            usage.reduce()
+            usage.all_reduce()
             values |= {f"usage_{name}": usage.usage, f"perplexity_{name}": usage.perplexity}
         self._usages = {}
         return values
 
     def pending(self) -> dict[str, list[int]]:
         """Return the code counts so far, over all processes. Every process must call this."""
-        return {name: sum_over_processes(usage.counts.clone()).tolist() for name, usage in self._usages.items()}
+        return {name: all_reduce_sum(usage.counts.clone()).tolist() for name, usage in self._usages.items()}
 
     def resume(self, pending: dict[str, list[int]]) -> None:
         """Restore code counts. Only rank 0 keeps them, because the counts of all processes are summed later."""
         for name, counts in pending.items():
-            self._usages[name] = usage = CodeUsage(self.sizes[name])
-            usage.counts = torch.tensor(counts) * (rank() == 0)
+            self._usages[name] = usage = CodebookUsage(self.sizes[name])
+            usage.counts = torch.tensor(counts) * (get_rank() == 0)
 
 
 def _to_rgb(images: Tensor) -> Tensor:

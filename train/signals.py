@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from vqvae2.distributed import sum_over_processes
+from vqvae2.distributed import all_reduce_sum
 
 
 class StopSignals:
@@ -30,7 +30,7 @@ class StopSignals:
         """Return the signal that any process has received. Every process must call this."""
         numbers = torch.zeros(accelerator.num_processes, dtype=torch.int64, device=accelerator.device)
         numbers[accelerator.process_index] = self._received
-        number = int(sum_over_processes(numbers).max())
+        number = int(all_reduce_sum(numbers).max())
         return signal.Signals(number) if number else None
 
     def _record(self, number: int, _: FrameType | None) -> None:

@@ -26,7 +26,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> No
     # Copies, because safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({_DIGEST: _digest(metadata, tensors)} | metadata)
-    with files.atomic(path) as partial:
+    with files.atomic_write(path) as partial:
         safetensors.torch.save_file(tensors, partial, metadata={_KEY: text})
 
 
@@ -47,7 +47,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return _read(path)[1]
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+def load_state_dict(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     """Load tensors into a module strictly: each one present, none left over, every shape equal."""
     expected = module.state_dict()
     for name in (*expected, *tensors):

@@ -25,6 +25,6 @@ class MapSpec(Config):
         return self.height, self.width
 
     @property
-    def size(self) -> int:
+    def num_codes(self) -> int:
         """Codes in one map."""
         return self.height * self.width

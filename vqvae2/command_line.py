@@ -175,4 +175,3 @@ def _describe_validation(error: ValidationError, arguments: Sequence[str]) -> st
             return paths[0] + text.removeprefix(field)
     sections = sorted({name.rpartition(".")[0] for name in given if "." in name}, key=len)
     return f"{sections[-1]}: {text}" if sections and not re.match(r"[\w.]+:", text) else text
-

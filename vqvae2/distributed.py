@@ -9,17 +9,17 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def rank() -> int:
+def get_rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if is_distributed() else 0
 
 
-def processes() -> int:
+def get_world_size() -> int:
     """How many processes work together."""
     return dist.get_world_size() if is_distributed() else 1
 
 
-def sum_over_processes(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Add `tensor` up over all processes, in place, and return it."""
     if is_distributed():
         dist.all_reduce(tensor)

@@ -19,7 +19,7 @@ _swept: set[Path] = set()
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; move what was written there onto `path` when the block ends well.
 
     The block may create a file or a folder. A crash at any moment leaves the old `path` or the new one, never a part;
@@ -62,7 +62,7 @@ def _is_alive(process: int) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
-    with atomic(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ _BORDER = 2  # pixels around each image of a grid
 _CAPTION = 14  # pixels, the height of captions
 
 
-def to_picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:
+def to_pil(image: UInt8[Tensor, "c h w"]) -> Image.Image:
     """A Pillow image of one, three or four channels."""
     array = image.movedim(0, -1).cpu().numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
@@ -26,8 +26,8 @@ def to_picture(image: UInt8[Tensor, "c h w"]) -> Image.Image:
 
 def save_png(path: Path, image: UInt8[Tensor, "c h w"]) -> None:
     """Write one image, atomically."""
-    with files.atomic(path) as partial:
-        to_picture(image).save(partial, format="PNG")
+    with files.atomic_write(path) as partial:
+        to_pil(image).save(partial, format="PNG")
 
 
 def read_png(path: Path) -> UInt8[Tensor, "c h w"]:
@@ -50,7 +50,7 @@ def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_
         for images in rows.values()
     ]
     images = _enlarge(torch.cat(filled), enlarge_to)
-    grid = to_picture(make_grid(images, nrow=longest, padding=_BORDER, pad_value=255))
+    grid = to_pil(make_grid(images, nrow=longest, padding=_BORDER, pad_value=255))
     font = ImageFont.load_default(_CAPTION)
     captions = [name.encode("utf-8", "replace").decode("utf-8") for name in rows]
     margin = _CAPTION + int(max(font.getlength(name) for name in captions))
@@ -61,11 +61,11 @@ def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_
     ink = (0, 0, 0, 255)[: len(grid.getbands())]
     for row, name in enumerate(captions):
         draw.text((_CAPTION // 2, _BORDER + row * step + step // 2), name, ink, font, anchor="lm")
-    with files.atomic(path) as partial:
+    with files.atomic_write(path) as partial:
         picture.save(partial, format="PNG")
 
 
-def side_by_side(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tensor, int]:
+def interleave_rows(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tensor, int]:
     """Groups of images, each kind under the one before it, `columns` across; what `save_grid` takes."""
     columns = min(columns, len(rows[0]))
     usable = len(rows[0]) // columns * columns
@@ -93,5 +93,5 @@ def save_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[tuple[flo
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    with files.atomic(path) as partial:
+    with files.atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=110)

@@ -32,7 +32,9 @@ class TrainingConfig(Config):
     checkpoint_every: int = Field(default=1000, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, description="how many recent checkpoints to keep, besides the best")
     early_stopping_patience: int | None = Field(
-        default=None, ge=1, description="stop after this many validations without improvement, and save the best weights"
+        default=None,
+        ge=1,
+        description="stop after this many validations without improvement, and save the best weights",
     )
 
     @model_validator(mode="after")

@@ -31,8 +31,8 @@ from sampling.evaluation.classifier import (
 )
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config
-from vqvae2.data.images import DataConfig, Images, Item, open_images, to_float
-from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, SequentialBatchSampler, load
+from vqvae2.data.images import DataConfig, ImageDataset, ImageSample, open_datasets, to_float
+from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.run_folder import RunFolder
 
@@ -77,7 +77,7 @@ def take_options(given: dict[str, Any]) -> CasConfig | None:
     return CasConfig.parse(settings, "--cas") if wanted else None
 
 
-class Augmented(Dataset[Item]):
+class Augmented(Dataset[ImageSample]):
     """Images for training: `images[i, draw]` is item i, mirrored half of the time, and moved by up to an eighth."""
 
     def __init__(self, images: MapDataset) -> None:
@@ -86,7 +86,7 @@ class Augmented(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
+    def __getitem__(self, key: tuple[int, int]) -> ImageSample:
         index, draw = key
         image, label = self.images[index]
         pixels = image.numpy()
@@ -98,7 +98,7 @@ class Augmented(Dataset[Item]):
         pixels = pixels[:, top : top + height, left : left + width]
         if rng.random() < 0.5:
             pixels = pixels[:, :, ::-1]
-        return Item(torch.from_numpy(pixels.copy()), label)
+        return ImageSample(torch.from_numpy(pixels.copy()), label)
 
 
 @torch.random.fork_rng(devices=[])
@@ -116,7 +116,9 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     order = ResumableBatchSampler(len(images), config.batch_size, start=0, stop=config.steps, seed=config.seed)
     kind = torch.device(device).type
-    with tqdm(load(Augmented(images), order, num_workers), "training classifier", config.steps, unit="step") as batches:
+    with tqdm(
+        load_batches(Augmented(images), order, num_workers), "training classifier", config.steps, unit="step"
+    ) as batches:
         for pixels, labels in batches:
             with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
                 loss = F.cross_entropy(network(to_float(rgb(pixels).to(device))), labels.to(device))
@@ -150,20 +152,20 @@ def rgb(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n 3 h w"]:
 
 def _in_order(images: MapDataset, batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     order = SequentialBatchSampler(len(images), batch_size)
-    yield from tqdm(load(images, order, num_workers), "testing classifier", len(order), leave=False)
+    yield from tqdm(load_batches(images, order, num_workers), "testing classifier", len(order), leave=False)
 
 
 @dataclass(frozen=True)
-class Part(Dataset[Item]):
+class Part(Dataset[ImageSample]):
     """Some items of a data set."""
 
-    whole: Images
+    whole: ImageDataset
     indices: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> ImageSample:
         return self.whole[self.indices[index]]
 
 
@@ -172,8 +174,8 @@ class Experiment:
     """Everything that the score of one folder of samples needs."""
 
     samples: LabelledSamples
-    training: Images
-    held_out: Images
+    training: ImageDataset
+    held_out: ImageDataset
     folder: Path  # where classifiers are kept
     config: CasConfig
 
@@ -181,7 +183,7 @@ class Experiment:
     def open(cls, folder: RunFolder, samples: Path, config: CasConfig) -> "Experiment":
         """Raises UserError where the samples or the run have no labels, or not the same ones."""
         found = LabelledSamples(samples)
-        training, held_out = open_images(DataConfig.load(folder.config, "data"), folder.data_index)
+        training, held_out = open_datasets(DataConfig.load(folder.config, "data"), folder.data_index)
         if found.classes != held_out.classes:
             raise UserError(
                 f"--cas: the {len(found.classes)} classes of {samples} are not the {len(held_out.classes)} of the "

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config
-from vqvae2.data.images import Item, read_image, to_float
+from vqvae2.data.images import ImageSample, read_image, to_float
 from vqvae2.errors import UserError
 
 SMALL = 64  # images up to this side keep their size in the first layer
@@ -128,7 +128,7 @@ def _from_file(path: Path, device: torch.device) -> Classifier:
     with torch.device("meta"):
         network = spec.build()
     network = network.to_empty(device="cpu")
-    checkpoint.fill(network, tensors, path)
+    checkpoint.load_state_dict(network, tensors, path)
     return as_classifier(network.to(device).requires_grad_(False), spec, str(path), files.digest(path))
 
 
@@ -154,7 +154,7 @@ def _from_torchvision(name: str, device: torch.device) -> Classifier:
     return Classifier(network, weights.transforms(), categories, name, files.digest(path), by_place=True)
 
 
-class LabelledSamples(Dataset[Item]):
+class LabelledSamples(Dataset[ImageSample]):
     """The images of a folder that `vqvae2 sample` wrote, as RGB, each with the label it was sampled for.
 
     Raises UserError where the folder has no manifest, no labels, or not all of its images.
@@ -179,9 +179,9 @@ class LabelledSamples(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, number: int) -> Item:
+    def __getitem__(self, number: int) -> ImageSample:
         pixels = read_image(self.path(number), self.size)
-        return Item(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.labels[number])
+        return ImageSample(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.labels[number])
 
     def path(self, number: int) -> Path:
         """The PNG of an image."""

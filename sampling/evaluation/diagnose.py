@@ -20,9 +20,9 @@ from sampling.report.run_status import read_run
 from vqvae2 import files
 from vqvae2.code_maps import CodeMaps
 from vqvae2.data.code_store import CodeStore
-from vqvae2.data.images import to_bytes
+from vqvae2.data.images import to_uint8
 from vqvae2.errors import UserError
-from vqvae2.pictures import save_grid, side_by_side
+from vqvae2.pictures import interleave_rows, save_grid
 from vqvae2.run_folder import RunFolder
 
 _COLUMNS = 8
@@ -57,7 +57,7 @@ def rows(
     for kept in reversed(range(len(codes))):
         name = f"true-{pipeline.levels[-kept]}" if kept else "sampled"
         found[name] = pipeline.sample_codes(images, labels, seed, SamplingParams(), keep_coarsest(codes, kept))
-    return {name: to_bytes(pipeline.autoencoder.decode_codes(maps)).cpu() for name, maps in found.items()}
+    return {name: to_uint8(pipeline.autoencoder.decode(maps)).cpu() for name, maps in found.items()}
 
 
 def _diagnose(folder: RunFolder, out: Path, count: int, seed: int, device: torch.device | str) -> None:
@@ -86,10 +86,10 @@ def _diagnose(folder: RunFolder, out: Path, count: int, seed: int, device: torch
         for name, images in rows(pipeline, codes, labels, seed, start).items():
             parts.setdefault(name, []).append(images)
     pictures = {name: torch.cat(images) for name, images in parts.items()}
-    with files.atomic(out) as partial:
+    with files.atomic_write(out) as partial:
         for name, images in pictures.items():
             save_grid(partial / f"{name}.png", images, columns=min(_COLUMNS, count))
-        save_grid(partial / "diagnosis.png", *side_by_side(*pictures.values(), columns=_COLUMNS))
+        save_grid(partial / "diagnosis.png", *interleave_rows(*pictures.values(), columns=_COLUMNS))
         files.write_json(partial / "diagnosis.json", record | {"rows": list(pictures)})
 
 

@@ -18,12 +18,12 @@ from sampling.evaluation.image_sets import open_images as open_image_set
 from sampling.processes import processes
 from vqvae2 import distributed, files
 from vqvae2.config import Config
-from vqvae2.data.images import DataConfig, Images, open_images, to_bytes, to_float
-from vqvae2.data.samplers import SequentialBatchSampler, load
+from vqvae2.data.images import DataConfig, ImageDataset, open_datasets, to_float, to_uint8
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
-from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailable, load_inception
-from vqvae2.metrics.kid import kernel_distance
-from vqvae2.metrics.precision_recall import manifold
+from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailableError, load_inception
+from vqvae2.metrics.kid import kernel_inception_distance
+from vqvae2.metrics.precision_recall import precision_recall
 from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder, level_names
 
@@ -60,7 +60,7 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
     try:
         weights = Path(config.inception_weights) if config.inception_weights else None
         extractor = load_inception(weights, device=torch.device(process.device or "cpu"))
-    except WeightsUnavailable as error:
+    except WeightsUnavailableError as error:
         metrics["fid"] = {"value": None, "text": f"not measured: {error}"}
     else:
         metrics |= _from_images(folder, config, samples, extractor)
@@ -85,9 +85,11 @@ def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> di
 def _from_training(folder: RunFolder) -> dict[str, Any]:
     """What the stages measured on the whole validation split."""
     autoencoder = Autoencoder.load(folder.autoencoder_weights)
-    levels = level_names(len(autoencoder.maps))
+    levels = level_names(len(autoencoder.map_specs))
     likelihood = {level: files.read_json(folder.prior(level) / "summary.json")["validation"] for level in levels}
-    bits = sum(likelihood[level]["bits"] * spec.size for level, spec in zip(levels, autoencoder.maps, strict=True))
+    bits = sum(
+        likelihood[level]["bits"] * spec.num_codes for level, spec in zip(levels, autoencoder.map_specs, strict=True)
+    )
     height, width = autoencoder.size
     found = files.read_json(folder.autoencoder / "summary.json")["validation"]
     return {
@@ -104,7 +106,7 @@ def _from_images(
     folder: RunFolder, config: EvaluationConfig, samples: Path, extractor: FeatureExtractor
 ) -> dict[str, Any]:
     data = DataConfig.load(folder.config, "data")
-    _, held_out = open_images(data, folder.data_index)
+    _, held_out = open_datasets(data, folder.data_index)
     batch = config.batch_size
     generated = ImageFolder(samples / "images")
     ours = summarize(generated.batches(batch), len(generated), extractor, _keep(len(generated)), "features of samples")
@@ -171,10 +173,10 @@ def _from_features(ours: FeatureSummary, reference: FeatureSummary) -> dict[str,
     if ours.score:
         values["inception_score"] = ours.score._asdict()
     if ours.features is not None and reference.features is not None:
-        kid = kernel_distance(ours.features, reference.features)
+        kid = kernel_inception_distance(ours.features, reference.features)
         values["kid"] = {"mean": kid.mean, "std": kid.std}
         if min(len(ours.features), len(reference.features)) > _NEIGHBOURS:
-            values["manifold"] = vars(manifold(ours.features, reference.features))
+            values["manifold"] = vars(precision_recall(ours.features, reference.features))
     return values
 
 
@@ -191,7 +193,7 @@ def _fid(value: float, counts: dict[str, int | None]) -> dict[str, Any]:
 
 
 def _held_out(
-    images: Images, batch_size: int, extractor: FeatureExtractor, autoencoder: Autoencoder | None = None
+    images: ImageDataset, batch_size: int, extractor: FeatureExtractor, autoencoder: Autoencoder | None = None
 ) -> FeatureSummary:
     """Features of held-out images, or of their reconstructions."""
     label = "features of reconstructions" if autoencoder else "features of held-out images"
@@ -200,12 +202,12 @@ def _held_out(
 
 
 @torch.inference_mode()
-def _batches(images: Images, batch_size: int, autoencoder: Autoencoder | None) -> Iterator[Batch]:
-    order = SequentialBatchSampler(len(images), batch_size, distributed.rank(), distributed.processes())
-    for indices, (pixels, _) in zip(order, load(images, order, images.config.num_workers), strict=True):
+def _batches(images: ImageDataset, batch_size: int, autoencoder: Autoencoder | None) -> Iterator[Batch]:
+    order = SequentialBatchSampler(len(images), batch_size, distributed.get_rank(), distributed.get_world_size())
+    for indices, (pixels, _) in zip(order, load_batches(images, order, images.config.num_workers), strict=True):
         if autoencoder:
             device = next(autoencoder.parameters()).device
-            pixels = to_bytes(autoencoder.reconstruct(to_float(pixels.to(device))))
+            pixels = to_uint8(autoencoder.reconstruct(to_float(pixels.to(device))))
         yield Batch(torch.tensor(indices), pixels[:, :3].expand(-1, 3, -1, -1))
 
 

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from sampling.evaluation.image_sets import Batch, ImageFolder, Images
 from vqvae2 import distributed
 from vqvae2.errors import UserError
-from vqvae2.metrics.frechet import GaussianStatistics, load_arrays, save_arrays
-from vqvae2.metrics.inception import CLASSES, FeatureExtractor
-from vqvae2.metrics.inception_score import InceptionScore, Score
+from vqvae2.metrics.frechet import GaussianStatistics, load_npz, save_npz
+from vqvae2.metrics.inception import NUM_CLASSES, FeatureExtractor
+from vqvae2.metrics.inception_score import InceptionScore, InceptionScoreResult
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FeatureSummary:
 
     statistics: GaussianStatistics
     features: Float32[Tensor, "k d"] | None = None  # on the CPU, in the order of the images
-    score: Score | None = None
+    score: InceptionScoreResult | None = None
     size: tuple[int, int] | None = None  # (height, width) in pixels
 
     def save(self, path: Path) -> None:
@@ -58,12 +58,12 @@ class FeatureSummary:
             arrays["score"] = np.array(self.score)
         if self.size is not None:
             arrays["size"] = np.array(self.size)
-        save_arrays(path, arrays)
+        save_npz(path, arrays)
 
     @classmethod
     def load(cls, path: Path) -> "FeatureSummary":
         """Read what `save` wrote, or an .npz of `mu` and `sigma` alone; UserError where it holds anything else."""
-        arrays = load_arrays(path, ("mu", "sigma", "n", "features", "score", "size"))
+        arrays = load_npz(path, ("mu", "sigma", "n", "features", "score", "size"))
         statistics = GaussianStatistics.from_arrays(arrays, path)
         features, score, size = (arrays.get(key) for key in ("features", "score", "size"))
         if features is not None and (features.dtype != np.float32 or features.shape[1:] != (statistics.dims,)):
@@ -73,14 +73,14 @@ class FeatureSummary:
         return cls(
             statistics,
             None if features is None else torch.from_numpy(features),
-            None if score is None else Score(*score.tolist()),
+            None if score is None else InceptionScoreResult(*score.tolist()),
             None if size is None else tuple(size.tolist()),
         )
 
 
 def holds_statistics(path: Path) -> bool:
     """Whether `path` is an .npz with `mu` or `sigma` in it; UserError where an .npz is missing or damaged."""
-    return path.suffix == ".npz" and not path.is_dir() and bool(load_arrays(path, ("mu", "sigma")))
+    return path.suffix == ".npz" and not path.is_dir() and bool(load_npz(path, ("mu", "sigma")))
 
 
 def summarize(
@@ -98,12 +98,12 @@ def summarize(
     keep = keep or KeepOptions()
     device = extractor.device
     statistics = GaussianStatistics(extractor.dims, device)
-    score = InceptionScore(count, keep.splits, keep.seed, CLASSES, device) if keep.splits else None
+    score = InceptionScore(count, keep.splits, keep.seed, NUM_CLASSES, device) if keep.splits else None
     row_of = _rows(count, keep)
     # Every process fills its own rows, so the sum of the tables is the table.
     kept = torch.zeros(int((row_of >= 0).sum()), extractor.dims, device=device)
     size = torch.zeros(2, dtype=torch.int64, device=device)
-    label, hidden = progress or "", None if progress and distributed.rank() == 0 else True
+    label, hidden = progress or "", None if progress and distributed.get_rank() == 0 else True
     with tqdm(total=count, desc=label, unit="image", disable=hidden, leave=False) as bar:
         for indices, images in batches:
             output = extractor(images, logits=score is not None)
@@ -113,16 +113,16 @@ def summarize(
             rows = row_of[indices]
             kept[rows[rows >= 0].to(device)] = output.features[(rows >= 0).to(device)]
             size = torch.tensor(images.shape[2:], device=device)
-            bar.update(len(images) * distributed.processes())
-    statistics.reduce()
+            bar.update(len(images) * distributed.get_world_size())
+    statistics.all_reduce()
     if statistics.count != count:
         raise UserError(f"{count} images were announced and {statistics.count} came")
     if score is not None:
-        score.reduce()
+        score.all_reduce()
     return FeatureSummary(
         statistics,
-        distributed.sum_over_processes(kept).cpu() if keep.features else None,
-        score.result() if score is not None else None,
+        distributed.all_reduce_sum(kept).cpu() if keep.features else None,
+        score.compute() if score is not None else None,
         _common_size(size),
     )
 
@@ -145,12 +145,12 @@ def summarize_cached(
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     found = _load_if_sound(path)
     # All processes or none, also where one machine does not see another's cache: the pass is a joint one.
-    hits = distributed.sum_over_processes(torch.tensor(int(found is not None), device=extractor.device))
-    if found is not None and int(hits) == distributed.processes():
+    hits = distributed.all_reduce_sum(torch.tensor(int(found is not None), device=extractor.device))
+    if found is not None and int(hits) == distributed.get_world_size():
         return found
     name = images.folder if isinstance(images, ImageFolder) else images.path
     summary = summarize(images.batches(batch_size, num_workers), len(images), extractor, keep, name.name)
-    if distributed.rank() == 0:
+    if distributed.get_rank() == 0:
         summary.save(path)
     return summary
 
@@ -172,8 +172,8 @@ def _rows(count: int, keep: KeepOptions) -> Tensor:
 
 def _common_size(size: Tensor) -> tuple[int, int] | None:
     """The size on any process that saw an image; UserError where processes saw different ones."""
-    seen = distributed.sum_over_processes((size > 0).long())[0].clamp(min=1)
-    total = distributed.sum_over_processes(size.clone())
+    seen = distributed.all_reduce_sum((size > 0).long())[0].clamp(min=1)
+    total = distributed.all_reduce_sum(size.clone())
     if (size > 0).all() and (total != size * seen).any():
         raise UserError(f"images of {size[0]}×{size[1]} and of other sizes in one set; all must be of one size")
     height, width = (total // seen).tolist()

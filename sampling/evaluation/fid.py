@@ -12,7 +12,7 @@ from sampling.evaluation.image_sets import open_images
 from vqvae2 import distributed
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
-from vqvae2.metrics.inception import DIMS, FeatureExtractor, load_inception
+from vqvae2.metrics.inception import FEATURE_DIMS, FeatureExtractor, load_inception
 
 COMPARABLE = 2048  # images; with fewer the covariance of 2048 features is singular, and FID grows as N falls
 
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
         for path, statistics in zip((first, second), ready, strict=True)
     ]
     distance = sides[0].distance(sides[1])
-    if distributed.rank() == 0:
+    if distributed.get_rank() == 0:
         print("FID: ", distance)
         counts = [side.count for side in sides if side.count is not None]
         if counts and min(counts) < COMPARABLE:
@@ -53,10 +53,10 @@ def _save_statistics(source: Path, target: Path, options: argparse.Namespace) ->
         raise UserError(f"{target}: exists already; name another file or remove it")
     open_images(source)
     extractor = _extractor(options)
-    if distributed.rank() == 0:
+    if distributed.get_rank() == 0:
         print(f"Saving statistics for {source}")
     statistics = _measure(source, extractor, options)
-    if distributed.rank() == 0:
+    if distributed.get_rank() == 0:
         statistics.save(target)
 
 
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=50, help="images in one pass of the network")
     parser.add_argument("--num-workers", type=int, help="processes that decode images; by default up to 8")
     parser.add_argument("--device", help="cuda, cuda:0, cpu; by default cuda where there is one")
-    parser.add_argument("--dims", type=int, default=2048, choices=DIMS, help="dimensions of the features")
+    parser.add_argument("--dims", type=int, default=2048, choices=FEATURE_DIMS, help="dimensions of the features")
     parser.add_argument("--save-stats", action="store_true", help="write statistics of the first path to the second")
     parser.add_argument("--inception-weights", type=Path, help="file of weights; by default torch's cache or download")
     return parser

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqvae2 import distributed
-from vqvae2.data.samplers import SequentialBatchSampler, load
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 
 # Those that pytorch-fid's command takes, from the folder itself and in lower case, so that numbers agree.
@@ -66,9 +66,9 @@ class ImageFolder(Dataset[Item]):
 
     def batches(self, batch_size: int = 50, num_workers: int = 0) -> Iterator[Batch]:
         """This process's share, decoded by `num_workers` processes; UserError where two images differ in size."""
-        order = SequentialBatchSampler(len(self), batch_size, distributed.rank(), distributed.processes())
+        order = SequentialBatchSampler(len(self), batch_size, distributed.get_rank(), distributed.get_world_size())
         first: Batch | None = None
-        for indices, images in load(self, order, num_workers):
+        for indices, images in load_batches(self, order, num_workers):
             first = first or Batch(indices, images)
             self._check_size((int(first.indices[0]), first.images[0]), (int(indices[0]), images[0]))
             yield Batch(indices, images)
@@ -121,7 +121,7 @@ class ImageArray:
                 pixels = bytearray(file.read((stop - start) * size))
                 if len(pixels) < (stop - start) * size:
                     raise UserError(f"{self.path}: `arr_0` ends early; make it again")
-                if number % distributed.processes() == distributed.rank():
+                if number % distributed.get_world_size() == distributed.get_rank():
                     images = torch.frombuffer(pixels, dtype=torch.uint8).view(stop - start, height, width, channels)
                     yield Batch(torch.arange(start, stop), images.permute(0, 3, 1, 2).contiguous())
 

@@ -20,7 +20,7 @@ from sampling.output_folder import write_grids
 from sampling.processes import processes
 from vqvae2 import distributed, files
 from vqvae2.data.code_store import CodeStore
-from vqvae2.data.samplers import SequentialBatchSampler, load
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.run_folder import RunFolder
 
@@ -124,13 +124,13 @@ class Rejection:
     def _scores(self, samples: LabelledSamples, batch_size: int) -> list[float]:
         """The log-probability of each candidate's label; processes share the work."""
         columns = torch.tensor(self.classifier.columns(samples.classes))
-        order = SequentialBatchSampler(len(samples), batch_size, distributed.rank(), distributed.processes())
+        order = SequentialBatchSampler(len(samples), batch_size, distributed.get_rank(), distributed.get_world_size())
         scores = torch.zeros(len(samples), device=next(self.classifier.network.parameters()).device)
-        batches = tqdm(load(samples, order, 0), "judging", len(order), disable=distributed.rank() > 0)
+        batches = tqdm(load_batches(samples, order, 0), "judging", len(order), disable=distributed.get_rank() > 0)
         for indices, (pixels, labels) in zip(order, batches, strict=True):
             found = self.classifier.log_probabilities(pixels)
             scores[indices] = found.gather(1, columns[labels].to(found.device)[:, None])[:, 0]
-        return distributed.sum_over_processes(scores).tolist()
+        return distributed.all_reduce_sum(scores).tolist()
 
 
 def _free_folder(first: Path, made_from: dict[str, Any]) -> Path:
@@ -156,7 +156,7 @@ def _write(
         "mean_probability_accepted": sum(sure[candidate] for candidate in kept) / len(kept),
     }
     record = {"made_from": made_from, "candidates": len(sure), "accepted": len(kept), **mean, "chosen": chosen}
-    with files.atomic(folder) as partial:
+    with files.atomic_write(folder) as partial:
         (partial / "images").mkdir(parents=True)
         for image, candidate in enumerate(kept):
             shutil.copyfile(samples.path(candidate), partial / "images" / f"{image:06d}.png")

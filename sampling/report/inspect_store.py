@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from vqvae2 import files
 from vqvae2.data.code_store import CodeStore
-from vqvae2.data.images import DataConfig, Images
+from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.samplers import SequentialBatchSampler
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedSource, read_header
 from vqvae2.errors import UserError
-from vqvae2.metrics.codebook_usage import CodeUsage
+from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.pictures import save_grid
 from vqvae2.run_folder import level_names
 
@@ -27,7 +27,7 @@ def inspect_codes(path: Path, out: Path) -> list[str]:
     """Lines on a code store; its histograms are drawn to `out`."""
     store = CodeStore.open(path)
     header = store.header
-    usages = [CodeUsage(level.codebook_size) for level in header.levels]
+    usages = [CodebookUsage(level.codebook_size) for level in header.levels]
     labels = np.zeros(len(header.classes), np.int64)
     for numbers in SequentialBatchSampler(len(store), 256):
         batch = store.read(numbers)
@@ -49,7 +49,7 @@ def inspect_codes(path: Path, out: Path) -> list[str]:
         )
     lines += _classes(header.classes, labels)
     if len(store):
-        lines.append(f"first, last   {store.name(0)}, {store.name(len(store) - 1)}")
+        lines.append(f"first, last   {store.image_name(0)}, {store.image_name(len(store) - 1)}")
     _draw(out, {name: usage.counts.numpy() for name, usage in zip(names, usages, strict=True)}, labels)
     return lines
 
@@ -68,7 +68,7 @@ def inspect_images(path: Path, out: Path) -> list[str]:
         *_classes(header.classes, np.bincount(source.index.labels.clip(0), minlength=len(header.classes))),
     ]
     config = DataConfig(path=str(path), size=header.size, channels=header.channels)
-    shown = Images(config, source, np.arange(min(_SHOWN, len(source.index))))
+    shown = ImageDataset(config, source, np.arange(min(_SHOWN, len(source.index))))
     pictures = torch.stack([shown[index].image for index in range(len(shown))])
     save_grid(out, pictures, columns=8)
     return lines
@@ -103,7 +103,7 @@ def _draw(path: Path, levels: dict[str, NDArray[np.int64]], labels: NDArray[np.i
         axes.stairs(shares, np.arange(len(shares) + 1), fill=True)
         axes.axhline(1 / len(shares), color="black", linewidth=0.8, linestyle="--")
         axes.set(title=title, xlabel="rank", ylabel="share", xlim=(0, len(shares)))
-    with files.atomic(path) as partial:
+    with files.atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
 
 

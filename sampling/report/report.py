@@ -151,9 +151,9 @@ def _likelihood(view: RunStatus) -> str:
     for level, spec in view.maps.items():
         found = view.prior(level).values
         shown = [f"{found[name]:.3f}" if found else _NONE for name in ("nll", "bits", "uniform", "unigram")]
-        rows.append((level, _map(spec), *shown, f"{found['bits'] * spec.size:,.0f}" if found else _NONE))
+        rows.append((level, _map(spec), *shown, f"{found['bits'] * spec.num_codes:,.0f}" if found else _NONE))
     bits, uniform, unigram = (_bits(view, name) for name in ("nll", "uniform", "unigram"))
-    positions = sum(spec.size for spec in view.maps.values())
+    positions = sum(spec.num_codes for spec in view.maps.values())
     rows.append(("all levels", f"{positions:,} codes", *[""] * 4, _NONE if bits is None else f"{bits:,.0f}"))
     height, width = view.data.shape
     about = "Negative log-likelihood of the codes of held-out images, per code. The sum needs every level."
@@ -169,7 +169,7 @@ def _likelihood(view: RunStatus) -> str:
 
 def _bits(view: RunStatus, name: str) -> float | None:
     """Bits per image: nats per code × codes in a map, over all levels; None until every prior has been validated."""
-    found = [(view.prior(level).values, spec.size) for level, spec in view.maps.items()]
+    found = [(view.prior(level).values, spec.num_codes) for level, spec in view.maps.items()]
     if not all(values for values, _ in found):
         return None
     return sum(values[name] * size for values, size in found) / math.log(2)

@@ -68,7 +68,7 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
         raise UserError(f"{source}: not the settings of a run; `vqvae2 run` writes them into a new folder") from None
     data = DataConfig.parse(config.get("data", {}), source, "data")
     with torch.device("meta"):
-        maps = AutoencoderConfig.parse(network, source, "autoencoder").build(data.shape, data.channels).maps
+        maps = AutoencoderConfig.parse(network, source, "autoencoder").build(data.shape, data.channels).map_specs
     stages = {
         "autoencoder": trained,
         "codes": _extraction(folder),

@@ -65,7 +65,9 @@ def records(work: Path) -> dict[str, bytes]:
     for split in ("train", "val"):
         store = CodeStore.open(work / "run" / "codes" / split)
         codes, _ = store.read(range(len(store)))
-        found |= {store.name(i): b"".join(level[i].numpy().tobytes() for level in codes) for i in range(len(store))}
+        found |= {
+            store.image_name(i): b"".join(level[i].numpy().tobytes() for level in codes) for i in range(len(store))
+        }
     return found
 
 

@@ -18,12 +18,12 @@ from train.losses import (
     make_perceptual_loss,
 )
 from train.run import Run, RunOptions, open_run, print_main
-from vqvae2.data.images import Images, Item, open_images, to_bytes, to_float
-from vqvae2.data.samplers import SequentialBatchSampler, load
-from vqvae2.metrics.codebook_usage import CodeUsage
+from vqvae2.data.images import ImageDataset, ImageSample, open_datasets, to_float, to_uint8
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
+from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.metrics.reconstruction import ReconstructionStatistics
 from vqvae2.models import Autoencoder
-from vqvae2.pictures import save_grid, side_by_side
+from vqvae2.pictures import interleave_rows, save_grid
 from vqvae2.quantizers import GradientQuantizer
 from vqvae2.run_folder import level_names
 from vqvae2.training_config import AutoencoderLossConfig
@@ -48,13 +48,13 @@ class AutoencoderObjective(nn.Module):
         super().__init__()
         self.network, self.config = network, loss or AutoencoderLossConfig()
         self.perceptual, self.adversarial = perceptual, adversarial
-        self.names = level_names(len(network.maps))
+        self.names = level_names(len(network.map_specs))
         self.usage = CodebookUsageTracker(
-            {name: level.codebook_size for name, level in zip(self.names, network.maps, strict=True)}
+            {name: level.codebook_size for name, level in zip(self.names, network.map_specs, strict=True)}
         )
         self.quantized = True
 
-    def forward(self, batch: Item) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: ImageSample) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its unweighted terms for uint8 images (B, C, H, W)."""
         images = to_float(batch.image)
         output = self.network(images, self.quantized)
@@ -64,7 +64,7 @@ class AutoencoderObjective(nn.Module):
         terms = {self.config.pixel_term: loss}
         for name, level in zip(self.names, output.levels, strict=True):
             loss = loss + level.loss
-            terms |= {f"{term}_{name}": value for term, value in level.terms.items()}
+            terms |= {f"{term}_{name}": value for term, value in level.loss_terms.items()}
         if self.perceptual:
             terms["perceptual"] = self.perceptual(reconstruction, images)
             loss = loss + self.config.perceptual.weight * terms["perceptual"]
@@ -85,7 +85,7 @@ class AutoencoderStage(TrainingStage):
         self.run, self.config = run, run.config.autoencoder
         loss, shape, channels = self.config.loss, run.config.data.shape, run.config.data.channels
         perceptual = make_perceptual_loss(loss.perceptual, shape)  # first, because it may fail
-        self.training_data, self.validation_data = open_images(run.config.data, run.folder.data_index)
+        self.training_data, self.validation_data = open_datasets(run.config.data, run.folder.data_index)
         torch.manual_seed(self.config.training.seed)
         self._network = self.config.model.build(shape, channels)
         self.adversarial = None
@@ -155,7 +155,7 @@ class AutoencoderStage(TrainingStage):
         originals = torch.stack([self.validation_data[index].image for index in range(count)])
         device = next(self.network.parameters()).device
         images = self.network.reconstruct(to_float(originals.to(device))).cpu()
-        blocks, columns = side_by_side(originals, to_bytes(images), columns=8)
+        blocks, columns = interleave_rows(originals, to_uint8(images), columns=8)
         save_grid(path, blocks, columns)
 
     def save(self, path: Path) -> None:
@@ -172,25 +172,25 @@ def reset_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Ten
 
 @torch.inference_mode()
 def validate_autoencoder(
-    network: Autoencoder, images: Images, batch_size: int, accelerator: Accelerator
+    network: Autoencoder, images: ImageDataset, batch_size: int, accelerator: Accelerator
 ) -> dict[str, float]:
     """Return reconstruction errors and codebook usage over all of `images`, which the processes share."""
     sampler = SequentialBatchSampler(len(images), batch_size, accelerator.process_index, accelerator.num_processes)
     errors = ReconstructionStatistics(accelerator.device)
-    usages = [CodeUsage(level.codebook_size, accelerator.device) for level in network.maps]
-    for batch in load(images, sampler, num_workers=0):
+    usages = [CodebookUsage(level.codebook_size, accelerator.device) for level in network.map_specs]
+    for batch in load_batches(images, sampler, num_workers=0):
         originals = to_float(to_device(batch.image, accelerator.device))
         with accelerator.autocast():
             output = network(originals)
         errors.update(originals, output.images.float().clamp(-1, 1))
         for usage, level in zip(usages, output.levels, strict=True):
             usage.update(level.codes)
-    errors.reduce()
-    error = errors.result()
+    errors.all_reduce()
+    error = errors.compute()
     values = {"mse": error.mse, "psnr": error.psnr, "ssim": error.ssim}
     values["reconstruction"] = 4 * error.mse  # comparable to the training term: images in [-1, 1] instead of [0, 1]
     for name, usage in zip(level_names(len(usages)), usages, strict=True):
-        usage.reduce()
+        usage.all_reduce()
         values |= {f"usage_{name}": usage.usage, f"perplexity_{name}": usage.perplexity}
     return values
 

@@ -18,9 +18,9 @@ from train.accelerator import make_accelerator, to_device
 from train.run import Run, RunOptions, open_run, print_main
 from vqvae2 import files
 from vqvae2.data import lmdb_store
-from vqvae2.data.code_store import PER_VALUE, UNREADABLE, CodeHeader, CodeStore, CodeWriter
-from vqvae2.data.images import Images, open_images, to_float
-from vqvae2.data.samplers import load
+from vqvae2.data.code_store import RECORDS_PER_VALUE, UNREADABLE_LABEL, CodeHeader, CodeStore, CodeWriter
+from vqvae2.data.images import ImageDataset, open_datasets, to_float
+from vqvae2.data.samplers import load_batches
 from vqvae2.models import Autoencoder
 
 
@@ -38,7 +38,7 @@ def extract_codes(run: Run) -> None:
     accelerator = make_accelerator()
     network = Autoencoder.load(run.folder.autoencoder_weights, accelerator.device)
     started = time.monotonic()
-    for split, images in zip(stores, open_images(run.config.data, run.folder.data_index), strict=True):
+    for split, images in zip(stores, open_datasets(run.config.data, run.folder.data_index), strict=True):
         _extract(run, network, images, split, accelerator)
     if accelerator.is_main_process:
         files.write_json(run.folder.codes_summary, {"seconds": round(time.monotonic() - started, 1)})
@@ -58,7 +58,7 @@ def _finished(path: Path, digest: str | None) -> bool:
 
 
 class Record(NamedTuple):
-    """An image or its mirror image, to be encoded. The label of an unreadable image is `UNREADABLE`."""
+    """An image or its mirror image, to be encoded. The label of an unreadable image is `UNREADABLE_LABEL`."""
 
     image: UInt8[Tensor, "c h w"]
     label: int
@@ -67,7 +67,7 @@ class Record(NamedTuple):
 class Records(Dataset[Record]):
     """The images of a split, in the order of the records of its store; with `flip`, each is followed by its mirror."""
 
-    def __init__(self, images: Images, flip: bool) -> None:
+    def __init__(self, images: ImageDataset, flip: bool) -> None:
         self.images, self.flip = images, flip
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class Records(Dataset[Record]):
                 at, item = index, self.images.read(index)
             if item is None:
                 config = self.images.config
-                records.append(Record(torch.zeros(config.channels, *config.shape, dtype=torch.uint8), UNREADABLE))
+                records.append(Record(torch.zeros(config.channels, *config.shape, dtype=torch.uint8), UNREADABLE_LABEL))
             else:
                 records.append(Record(item.image.flip(2) if mirrored else item.image, item.label))
         return records
@@ -93,13 +93,13 @@ class Records(Dataset[Record]):
         return [names[number // 2 if self.flip else number] for number in numbers]
 
 
-def _extract(run: Run, network: Autoencoder, images: Images, split: str, accelerator: Accelerator) -> None:
+def _extract(run: Run, network: Autoencoder, images: ImageDataset, split: str, accelerator: Accelerator) -> None:
     path = run.folder.code_store(split)
     if _finished(path, network.digest):
         return
     records = Records(images, flip=split == "train" and run.config.extract_codes.flip)
     header = CodeHeader(
-        levels=network.maps,
+        levels=network.map_specs,
         count=len(records),
         classes=images.classes,
         split=split,
@@ -114,11 +114,13 @@ def _extract(run: Run, network: Autoencoder, images: Images, split: str, acceler
     with closing(CodeWriter(path, header)) as writer:
         # LMDB's locks do not work across a network file system, so only processes of the first machine write.
         writers = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
-        mine = writer.missing()[accelerator.process_index :: writers] if accelerator.process_index < writers else []
+        mine = (
+            writer.missing_values()[accelerator.process_index :: writers] if accelerator.process_index < writers else []
+        )
         _write(run, network, records, writer, mine, accelerator)
         accelerator.wait_for_everyone()
-        unreadable = writer.unreadable()
-        images.refuse_many([record // 2 for record in unreadable[::2]] if records.flip else unreadable)
+        unreadable = writer.unreadable_records()
+        images.check_unreadable_fraction([record // 2 for record in unreadable[::2]] if records.flip else unreadable)
         if accelerator.is_main_process:
             writer.finish()
             if unreadable:
@@ -132,8 +134,10 @@ def _write(
     run: Run, network: Autoencoder, records: Records, writer: CodeWriter, mine: list[int], accelerator: Accelerator
 ) -> None:
     """Encode this process's share of the values of the store."""
-    values = [list(range(number * PER_VALUE, min((number + 1) * PER_VALUE, len(records)))) for number in mine]
-    batches = load(records, values, run.config.data.num_workers)
+    values = [
+        list(range(number * RECORDS_PER_VALUE, min((number + 1) * RECORDS_PER_VALUE, len(records)))) for number in mine
+    ]
+    batches = load_batches(records, values, run.config.data.num_workers)
     split, main = writer.header.split, accelerator.is_main_process
     with tqdm(desc=f"codes of {split}", total=sum(map(len, values)), unit="image", disable=not main) as bar:
         for number, value, batch in zip(mine, values, batches, strict=True):

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from vqvae2.data.image_io import Unreadable
-from vqvae2.data.images import DataConfig, Images
 from vqvae2.command_line import Options
-from vqvae2.data.samplers import SequentialBatchSampler, load
+from vqvae2.data.image_io import UnreadableImageError
+from vqvae2.data.images import DataConfig, ImageDataset
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedWriter, encode
 from vqvae2.errors import UserError
@@ -46,7 +46,7 @@ class Encoded(Dataset[tuple[Tensor, list[int]]]):
     command would wait for ever.
     """
 
-    def __init__(self, images: Images, header: PreparedHeader) -> None:
+    def __init__(self, images: ImageDataset, header: PreparedHeader) -> None:
         self.images, self.header = images, header
 
     def __len__(self) -> int:
@@ -61,8 +61,8 @@ class Encoded(Dataset[tuple[Tensor, list[int]]]):
         source = self.images.source
         try:
             return encode(source.open(number, self.header.size), self.header, source.describe(number))
-        except Unreadable as error:
-            self.images.skip(number, error)
+        except UnreadableImageError as error:
+            self.images.mark_unreadable(number, error)
             return b""
 
 
@@ -89,15 +89,15 @@ def prepare(config: DataConfig, out: Path, encoding: str, quality: int | None) -
     with closing(PreparedWriter(out, header)) as writer:
         if writer.finished:
             return writer.header
-        done = writer.done()
+        done = writer.num_written()
         order.batches = order.batches[done // _PER_TRANSACTION :]
         _write(Encoded(images, header), order, writer, tqdm(initial=done, total=len(images), unit="image"))
-        images.refuse_many(writer.unreadable())
+        images.check_unreadable_fraction(writer.unreadable_records())
         return writer.finish(source.index)
 
 
 def _write(encoded: Encoded, order: SequentialBatchSampler, writer: PreparedWriter, bar: tqdm) -> None:
-    batches: Any = load(encoded, order, encoded.images.config.num_workers)
+    batches: Any = load_batches(encoded, order, encoded.images.config.num_workers)
     with bar:
         for numbers, (joined, lengths) in zip(order, batches, strict=True):
             data, ends = joined.numpy().tobytes(), np.cumsum(lengths).tolist()

@@ -18,13 +18,13 @@ from train.loop import TrainingStage, train
 from train.run import Run, RunOptions, open_run, print_main
 from vqvae2 import files
 from vqvae2.data.code_store import CodeBatch, CodeStore, to_int64
-from vqvae2.data.images import to_bytes
-from vqvae2.data.samplers import SequentialBatchSampler, load
-from vqvae2.distributed import sum_over_processes
+from vqvae2.data.images import to_uint8
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
+from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
-from vqvae2.metrics.codebook_usage import CodeUsage
+from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.models import Autoencoder
-from vqvae2.pictures import save_grid, side_by_side
+from vqvae2.pictures import interleave_rows, save_grid
 from vqvae2.priors import Prior, PriorSpec, save_prior
 
 _PREVIEW_IMAGES = 8
@@ -50,10 +50,10 @@ class PriorObjective(nn.Module):
     def forward(self, batch: CodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a batch with the codes of all levels. There are no other terms."""
         batch = to_int64(batch)
-        labels = batch.label if self.network.spec.classes else None
+        labels = batch.label if self.network.spec.num_classes else None
         if labels is not None and self.label_dropout and self.training:
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
-            labels = labels.masked_fill(dropped, self.network.spec.classes)
+            labels = labels.masked_fill(dropped, self.network.spec.num_classes)
         logits = self.network(batch.codes[self.level], batch.codes[self.level + 1 :], labels)
         return F.cross_entropy(logits.float(), batch.codes[self.level]), {}
 
@@ -71,7 +71,7 @@ class PriorStage(TrainingStage):
         self.codes_digest = header.digest
         self.level = run.config.levels.index(level)
         maps = header.levels
-        spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], classes=len(header.classes))
+        spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], num_classes=len(header.classes))
         self.config = run.config.priors[level]
         torch.manual_seed(self.config.training.seed)
         self._network = self.config.model.build(spec)
@@ -103,7 +103,7 @@ class PriorStage(TrainingStage):
         """Write held-out images, each above the same image with this level sampled given its coarser levels."""
         count = min(_PREVIEW_IMAGES, len(self.validation_data))
         batch = self.validation_data.read(range(count))
-        labels = batch.label if self.network.spec.classes else None
+        labels = batch.label if self.network.spec.num_classes else None
         device = next(self.network.parameters()).device
         coarser = to_device(batch.codes[self.level + 1 :], device)
         labels = None if labels is None else labels.to(device)
@@ -112,8 +112,8 @@ class PriorStage(TrainingStage):
         codes = (*batch.codes[: self.level], sampled, *batch.codes[self.level + 1 :])
         # Both rows leave out the finer levels, which belong to the original codes.
         shown = tuple(index >= self.level for index in range(len(codes)))
-        before, after = (to_bytes(self.autoencoder.decode_codes(maps, only=shown)) for maps in (batch.codes, codes))
-        save_grid(path, *side_by_side(before, after, columns=_PREVIEW_IMAGES))
+        before, after = (to_uint8(self.autoencoder.decode(maps, only=shown)) for maps in (batch.codes, codes))
+        save_grid(path, *interleave_rows(before, after, columns=_PREVIEW_IMAGES))
 
     def save(self, path: Path) -> None:
         made_from = {"autoencoder": self.autoencoder.digest, "codes": self.codes_digest}
@@ -121,7 +121,7 @@ class PriorStage(TrainingStage):
         save_prior(path, self.network, self.config.model, **made_from)
 
     def _unigram_entropy(self) -> float:
-        usage = CodeUsage(self.network.spec.level.codebook_size)
+        usage = CodebookUsage(self.network.spec.level.codebook_size)
         for indices in SequentialBatchSampler(len(self.validation_data), 256):
             usage.update(self.validation_data.read(indices).codes[self.level])
         return usage.entropy
@@ -132,13 +132,13 @@ def mean_nll(network: Prior, level: int, store: CodeStore, batch_size: int, acce
     """Return the negative log-likelihood in nats per code over a whole store. The processes share the images."""
     sampler = SequentialBatchSampler(len(store), batch_size, accelerator.process_index, accelerator.num_processes)
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch in load(store, sampler, num_workers=0):
+    for batch in load_batches(store, sampler, num_workers=0):
         batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
             loss, _ = PriorObjective(network, level)(batch)
         codes = batch.codes[level].numel()
         total += torch.tensor([float(loss) * codes, codes], dtype=torch.float64, device=total.device)
-    nats, codes = sum_over_processes(total).tolist()
+    nats, codes = all_reduce_sum(total).tolist()
     return nats / codes
 
 

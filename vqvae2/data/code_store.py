@@ -1,6 +1,6 @@
 """The code store: the code maps of every image, in LMDB, as raw little-endian integers with a JSON header.
 
-Records of fixed size stand `PER_VALUE` together in one LMDB value, so that pages are full; a reader takes slices of the
+Records of fixed size stand `RECORDS_PER_VALUE` together in one LMDB value, so that pages are full; a reader takes slices of the
 memory map and copies only the records it was asked for. Beside each value lie the names of its images. Nothing is
 pickled. Batches leave the store as narrow as they lie in it, an eighth or a quarter of int64: `widen` makes indices of
 them on the device.
@@ -24,8 +24,8 @@ from vqvae2.config import Config
 from vqvae2.data import lmdb_store
 from vqvae2.errors import UserError
 
-PER_VALUE = 64  # records in one LMDB value
-UNREADABLE = -2  # the label of a record whose image could not be read; −1 is no label
+RECORDS_PER_VALUE = 64  # records in one LMDB value
+UNREADABLE_LABEL = -2  # the label of a record whose image could not be read; −1 is no label
 _HEADER = b"header"
 _FORMAT = 3
 
@@ -50,7 +50,7 @@ class CodeHeader(Config):
         return self.count - len(self.unreadable)
 
     @property
-    def record(self) -> np.dtype[Any]:
+    def record_dtype(self) -> np.dtype[Any]:
         """One image's label (−1 for none) and code maps, finest first."""
         maps = [
             (
@@ -117,7 +117,7 @@ class CodeStore(Dataset[CodeBatch]):
         """What the store at `path` says of itself, complete or not."""
         if not (path / "data.mdb").is_file():
             raise UserError(f"{path}: no code store; make it with `vqvae2 extract-codes`")
-        header = lmdb_store.get(lmdb_store.reader(path), _HEADER)
+        header = lmdb_store.get(lmdb_store.open_reader(path), _HEADER)
         if header is None:
             raise UserError(f"{path}: not a code store (it has no header); delete the folder and extract again")
         return _parse(header, path)
@@ -136,14 +136,14 @@ class CodeStore(Dataset[CodeBatch]):
     def __getitems__(self, keys: Sequence[Any]) -> CodeBatch:
         """A batch, collated already, not widened yet."""
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
-        dtype = self.header.record
+        dtype = self.header.record_dtype
         size, scratch = dtype.itemsize, self._scratch
         self._scratch = None  # another thread makes its own
         if scratch is None or len(scratch) < len(indices):
             scratch = np.empty(len(indices), dtype)
         batch, target = scratch[: len(indices)], memoryview(scratch.view(np.uint8).data)
-        numbers, offsets = np.divmod(self._records(indices), PER_VALUE)
-        values, place = lmdb_store.views(self.path), 0
+        numbers, offsets = np.divmod(self._records(indices), RECORDS_PER_VALUE)
+        values, place = lmdb_store.cached_values(self.path), 0
         for number, start in zip(numbers.tolist(), (offsets * size).tolist(), strict=True):
             value = values[number]
             if value is None or len(value) < start + size:
@@ -157,13 +157,13 @@ class CodeStore(Dataset[CodeBatch]):
         self._scratch = scratch
         return CodeBatch(maps, labels)
 
-    def name(self, index: int) -> str:
+    def image_name(self, index: int) -> str:
         """The name of the image that a record is of, as the data set has it."""
-        number, offset = divmod(self._record(index), PER_VALUE)
-        names = lmdb_store.get(lmdb_store.reader(self.path), _names_key(number)) or b""
-        return (names.decode("utf-8", "surrogateescape").split("\0") + [""] * PER_VALUE)[offset]
+        number, offset = divmod(self._record(index), RECORDS_PER_VALUE)
+        names = lmdb_store.get(lmdb_store.open_reader(self.path), _names_key(number)) or b""
+        return (names.decode("utf-8", "surrogateescape").split("\0") + [""] * RECORDS_PER_VALUE)[offset]
 
-    def mirrored(self, index: int) -> bool:
+    def is_mirrored(self, index: int) -> bool:
         """Whether a record is of the mirror image."""
         return self.header.flip and self._record(index) % 2 == 1
 
@@ -184,7 +184,7 @@ class CodeWriter:
 
     def __init__(self, path: Path, header: CodeHeader) -> None:
         self.path, self.header = path, header
-        self.environment = lmdb_store.writer(path)
+        self.environment = lmdb_store.open_writer(path)
         found = lmdb_store.get(self.environment, _HEADER)
         if found is not None and _parse(found, path).identity != header.identity:
             self.environment.close()
@@ -192,39 +192,39 @@ class CodeWriter:
         if found is None:
             self._put(_HEADER, header.model_dump_json().encode())
 
-    def missing(self) -> list[int]:
+    def missing_values(self) -> list[int]:
         """Numbers of the values that are not there yet; value v holds records [64 v, 64 v + 64)."""
         with self.environment.begin() as transaction:
-            total = -(-self.header.count // PER_VALUE)
-            return [number for number in range(total) if transaction.get(lmdb_store.key(number)) is None]
+            total = -(-self.header.count // RECORDS_PER_VALUE)
+            return [number for number in range(total) if transaction.get(lmdb_store.encode_key(number)) is None]
 
     def write(
         self, number: int, codes: Sequence[Int[Tensor, "n h w"]], labels: Int[Tensor, " n"], names: Sequence[str] = ()
     ) -> None:
-        """Write one whole value, in a transaction of its own; a label `UNREADABLE` leaves a record without codes."""
-        records = np.zeros(len(labels), self.header.record)
+        """Write one whole value, in a transaction of its own; a label `UNREADABLE_LABEL` leaves a record without codes."""
+        records = np.zeros(len(labels), self.header.record_dtype)
         records["label"] = labels.cpu().numpy()
-        there = records["label"] != UNREADABLE
+        there = records["label"] != UNREADABLE_LABEL
         for index, level in enumerate(codes):
             records[f"level{index}"][there] = level.cpu().numpy()[there]
-        entries = [(lmdb_store.key(number), records.tobytes())]
+        entries = [(lmdb_store.encode_key(number), records.tobytes())]
         if names:
             entries.append((_names_key(number), "\0".join(names).encode("utf-8", "surrogateescape")))
         lmdb_store.put(self.environment, entries)
 
-    def unreadable(self) -> list[int]:
+    def unreadable_records(self) -> list[int]:
         """Records written without codes."""
-        record, found = self.header.record, []
+        record, found = self.header.record_dtype, []
         with self.environment.begin(buffers=True) as transaction:
-            for number in range(-(-self.header.count // PER_VALUE)):
-                labels = np.frombuffer(transaction.get(lmdb_store.key(number)) or b"", record)["label"]
-                found += (np.flatnonzero(labels == UNREADABLE) + number * PER_VALUE).tolist()
+            for number in range(-(-self.header.count // RECORDS_PER_VALUE)):
+                labels = np.frombuffer(transaction.get(lmdb_store.encode_key(number)) or b"", record)["label"]
+                found += (np.flatnonzero(labels == UNREADABLE_LABEL) + number * RECORDS_PER_VALUE).tolist()
         return found
 
     def finish(self) -> None:
         """Mark the store complete, close and seal it."""
-        assert not self.missing(), "a store is finished when every value is there"
-        done = self.header.model_copy(update={"unreadable": tuple(self.unreadable()), "complete": True})
+        assert not self.missing_values(), "a store is finished when every value is there"
+        done = self.header.model_copy(update={"unreadable": tuple(self.unreadable_records()), "complete": True})
         self._put(_HEADER, done.model_dump_json().encode())
         self.close()
         lmdb_store.seal(self.path)
@@ -256,4 +256,4 @@ def _parse(header: bytes, path: Path) -> CodeHeader:
 
 
 def _names_key(number: int) -> bytes:
-    return b"names" + lmdb_store.key(number)
+    return b"names" + lmdb_store.encode_key(number)

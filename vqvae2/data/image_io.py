@@ -32,14 +32,14 @@ _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DAMAGE = (*_BOMB, OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError)
 
 
-class Unreadable(UserError):
+class UnreadableImageError(UserError):
     """A file that should be an image and is none; `reason` says why."""
 
     def __init__(self, name: object, reason: object) -> None:
         super().__init__(f"{name}: cannot be read as an image ({reason}); remove or replace it")
         self.name, self.reason = str(name), " ".join(str(reason).split())
 
-    def __reduce__(self) -> tuple[type["Unreadable"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["UnreadableImageError"], tuple[str, str]]:
         return type(self), (self.name, self.reason)
 
 
@@ -47,35 +47,35 @@ def read_image(
     file: Path | bytes | Image.Image,
     size: tuple[int, int],
     channels: int = 3,
-    where: tuple[float, float] = (0.5, 0.5),
+    crop_position: tuple[float, float] = (0.5, 0.5),
     name: object = None,
 ) -> UInt8[np.ndarray, "h w c"]:
     """Decode an image, upright, and resize it with antialiasing so that it just covers `size`; crop what juts out.
 
-    `where` places the crop from (0, 0), left and top, to (1, 1), right and bottom. JPEGs are decoded at a reduced scale
-    where that is still `_OVERSIZE` times the size. Raises `Unreadable` with the `name` (the path) where the file is no
+    `crop_position` places the crop from (0, 0), left and top, to (1, 1), right and bottom. JPEGs are decoded at a reduced scale
+    where that is still `_OVERSIZE` times the size. Raises `UnreadableImageError` with the `name` (the path) where the file is no
     image or is cut short.
     """
     picture = decode(file, size, channels, name)
     height, width = size
     scale = max(height / picture.height, width / picture.width)
-    pixels = np.array(picture, dtype=np.uint8) if scale == 1.0 else _resize(picture, size, scale, where)
+    pixels = np.array(picture, dtype=np.uint8) if scale == 1.0 else _resize(picture, size, scale, crop_position)
     spare = pixels.shape[0] - height, pixels.shape[1] - width
-    upper, left = (int(extra * at + 0.5) for extra, at in zip(spare, where[::-1], strict=True))
+    upper, left = (int(extra * at + 0.5) for extra, at in zip(spare, crop_position[::-1], strict=True))
     return np.ascontiguousarray(pixels[upper : upper + height, left : left + width].reshape(height, width, channels))
 
 
 def _resize(
-    picture: Image.Image, size: tuple[int, int], scale: float, where: tuple[float, float]
+    picture: Image.Image, size: tuple[int, int], scale: float, crop_position: tuple[float, float]
 ) -> UInt8[np.ndarray, "h w *c"]:
-    """The picture `scale` times as large, by bicubic interpolation with antialiasing: all of it, or just what `where`
+    """The picture `scale` times as large, by bicubic interpolation with antialiasing: all of it, or just what `crop_position`
     will leave of it."""
     height, width = max(round(picture.height * scale), size[0]), max(round(picture.width * scale), size[1])
     # Pillow weighs colours by their opacity, and need not make what a very long picture would be cropped to.
     if picture.mode == "RGBA" or height * width > _LONG * size[0] * size[1]:
         # Rounding may put a quotient above the side it comes from.
         across, down = min(size[1] / scale, picture.width), min(size[0] / scale, picture.height)
-        left, upper = (picture.width - across) * where[0], (picture.height - down) * where[1]
+        left, upper = (picture.width - across) * crop_position[0], (picture.height - down) * crop_position[1]
         box = (left, upper, min(left + across, picture.width), min(upper + down, picture.height))
         return np.array(
             picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0), dtype=np.uint8
@@ -108,7 +108,7 @@ def decode(file: Path | bytes | Image.Image, size: tuple[int, int], channels: in
             reason = "no image format is recognised in it"
         elif isinstance(error, _BOMB):
             reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb"
-        raise Unreadable(name, reason) from None
+        raise UnreadableImageError(name, reason) from None
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:

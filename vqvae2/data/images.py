@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqvae2.config import Config
-from vqvae2.data.image_io import Unreadable, read_image
+from vqvae2.data.image_io import UnreadableImageError, read_image
 from vqvae2.data.index import Integers, StringTable
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.base import Source
 from vqvae2.errors import UserError
 
-__all__ = ["DataConfig", "Images", "Item", "open_images", "read_image", "to_bytes", "to_float"]
+__all__ = ["DataConfig", "ImageDataset", "ImageSample", "open_datasets", "read_image", "to_float", "to_uint8"]
 
 _LISTED = 20  # unreadable images that an error names
 _log = logging.getLogger(__name__)
@@ -63,14 +63,14 @@ class DataConfig(Config):
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
-class Item(NamedTuple):
+class ImageSample(NamedTuple):
     """One image as workers hand it out."""
 
     image: UInt8[Tensor, "c h w"]
     label: int  # −1 where there are no labels
 
 
-class Images(Dataset[Item]):
+class ImageDataset(Dataset[ImageSample]):
     """One split of a data set, in a stable order; `images[i]` is untouched, `images[i, draw]` is augmented by `draw`.
 
     `classes` are the names of the labels (empty without labels), `names` what tells the images apart.
@@ -96,7 +96,7 @@ class Images(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+    def __getitem__(self, key: int | tuple[int, int]) -> ImageSample:
         index, draw = key if isinstance(key, tuple) else (key, None)
         for at in range(index, index + len(self)):
             item = self.read(at % len(self), draw)
@@ -104,7 +104,7 @@ class Images(Dataset[Item]):
                 return item
         raise AssertionError("more unreadable images than any share allows")
 
-    def read(self, index: int, draw: int | None = None) -> Item | None:
+    def read(self, index: int, draw: int | None = None) -> ImageSample | None:
         """As `images[index]` or `images[index, draw]`, but None for an unreadable image."""
         if self._unreadable[index]:
             return None
@@ -112,13 +112,13 @@ class Images(Dataset[Item]):
         try:
             file = self.source.open(number, self.config.shape)
             name = None if isinstance(file, Path) else self.source.describe(number)
-            image = read_image(file, self.config.shape, self.config.channels, self._where(draw), name)
-        except Unreadable as error:
-            self.skip(index, error)
+            image = read_image(file, self.config.shape, self.config.channels, self._crop_position(draw), name)
+        except UnreadableImageError as error:
+            self.mark_unreadable(index, error)
             return None
         if draw is not None and self.config.flip and draw & 1:
             image = image[:, ::-1]
-        return Item(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), self.label(index))
+        return ImageSample(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), self.label(index))
 
     def label(self, index: int) -> int:
         """The label of an image, −1 where there are none."""
@@ -128,7 +128,7 @@ class Images(Dataset[Item]):
         """SHA-256 of names and labels: what the images are, wherever they lie."""
         return self.source.index.digest(self.chosen)
 
-    def refuse_many(self, unreadable: Integers | list[int], reason: str = "") -> None:
+    def check_unreadable_fraction(self, unreadable: Integers | list[int], reason: str = "") -> None:
         """UserError where these are more unreadable images than `data.max_unreadable_fraction` allows."""
         if len(unreadable) <= self.config.max_unreadable_fraction * len(self):
             return
@@ -140,22 +140,22 @@ class Images(Dataset[Item]):
             f"{'them' if len(unreadable) > 1 else 'it'}"
         )
 
-    def skip(self, index: int, error: Unreadable) -> None:
+    def mark_unreadable(self, index: int, error: UnreadableImageError) -> None:
         """Remember that an image is unreadable, and say so once; UserError where that makes too many."""
         self._unreadable[index] = 1
         if not self._warned[index]:
             self._warned[index] = 1
             _log.warning("vqvae2: warning: %s: cannot be read as an image (%s); skipped", error.name, error.reason)
-        self.refuse_many(torch.nonzero(self._unreadable).flatten().numpy(), f" ({error.reason})")
+        self.check_unreadable_fraction(torch.nonzero(self._unreadable).flatten().numpy(), f" ({error.reason})")
 
-    def _where(self, draw: int | None) -> tuple[float, float]:
+    def _crop_position(self, draw: int | None) -> tuple[float, float]:
         if draw is None or self.config.crop == "center":
             return 0.5, 0.5
         across, down = np.random.default_rng(draw).random(2)
         return float(across), float(down)
 
 
-def open_images(config: DataConfig, cache: Path | None = None) -> tuple[Images, Images]:
+def open_datasets(config: DataConfig, cache: Path | None = None) -> tuple[ImageDataset, ImageDataset]:
     """The training and the validation split; UserError where there are no images.
 
     The index of a large source is kept in the file `cache`, where one is given, and used again while nothing changes.
@@ -168,7 +168,7 @@ def open_images(config: DataConfig, cache: Path | None = None) -> tuple[Images, 
         name = source.describe(int(loose[0]))
         raise UserError(f"data.labels: `folder`, but {name} lies in no class folder; use `none`")
     training, held_out = index.split(config.val_fraction)
-    return Images(config, source, training), Images(config, source, held_out)
+    return ImageDataset(config, source, training), ImageDataset(config, source, held_out)
 
 
 def _flags(count: int) -> Tensor:
@@ -181,6 +181,6 @@ def to_float(images: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
     return images.float() / 127.5 - 1
 
 
-def to_bytes(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
+def to_uint8(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
     """[-1, 1] to 0 … 255, rounded, clipped."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -29,9 +29,9 @@ class StringTable(Sequence[str]):
         self.text, self.ends, self.chosen = text, ends, chosen
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Self:
+    def from_strings(cls, strings: Sequence[str]) -> Self:
         """A table of these names."""
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         text = np.frombuffer(b"".join(encoded), np.uint8)
         return cls(text, np.cumsum([len(name) for name in encoded], dtype=np.int64))
 
@@ -58,7 +58,7 @@ class StringTable(Sequence[str]):
 
 
 @dataclass(frozen=True)
-class Index:
+class ImageIndex:
     """What is known of every image of a source without opening it, sorted by name."""
 
     names: StringTable
@@ -85,7 +85,7 @@ class Index:
         label_of: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
         hashed = (hashlib.sha256(names[i].encode("utf-8", "surrogateescape")).digest()[:8] for i in order)
         return cls(
-            StringTable.of([names[i] for i in order]),
+            StringTable.from_strings([names[i] for i in order]),
             np.fromiter((label_of.get(class_names[i], -1) for i in order), np.int32, len(names)),
             np.fromiter(map(int.from_bytes, hashed), np.uint64, len(names)),
             classes,
@@ -96,10 +96,10 @@ class Index:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, chosen: Integers, columns: dict[str, Integers] | None = None) -> "Index":
+    def take(self, chosen: Integers, columns: dict[str, Integers] | None = None) -> "ImageIndex":
         """The index of these images alone, in its own memory."""
-        return Index(
-            StringTable.of(list(self.names.take(chosen))),
+        return ImageIndex(
+            StringTable.from_strings(list(self.names.take(chosen))),
             self.labels[chosen],
             self.hashes[chosen],
             self.classes,
@@ -132,11 +132,11 @@ class Index:
         arrays |= {f"column.{name}": column for name, column in self.columns.items()}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         text = json.dumps({"sha256": _digest(header, arrays)} | header)
-        with files.atomic(path) as partial:
+        with files.atomic_write(path) as partial:
             save_file(arrays, partial, {"index": text})
 
     @classmethod
-    def load(cls, path: Path) -> "Index | None":
+    def load(cls, path: Path) -> "ImageIndex | None":
         """The index in a file, mapped into memory; None where there is none, or a damaged one."""
         try:
             data = np.asarray(np.memmap(path, np.uint8, "r"))

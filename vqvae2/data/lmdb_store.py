@@ -34,7 +34,7 @@ class Views(dict[int, "memoryview | None"]):
     def __missing__(self, number: int) -> memoryview | None:
         if self._transaction is None:
             self._transaction = self._environment.begin(buffers=True)
-        value: Any = self._transaction.get(key(number))
+        value: Any = self._transaction.get(encode_key(number))
         return self.setdefault(number, value)
 
 
@@ -48,18 +48,18 @@ class _Reader(NamedTuple):
 _readers: dict[Path, _Reader] = {}
 
 
-def key(number: int) -> bytes:
+def encode_key(number: int) -> bytes:
     """The key of a value that has a number: values lie in the order of their numbers."""
     return number.to_bytes(KEY_BYTES, "big")
 
 
-def views(path: Path) -> Views:
+def cached_values(path: Path) -> Views:
     """The numbered values of the finished code store at `path`."""
-    reader(path)
+    open_reader(path)
     return _readers[path.absolute()].views
 
 
-def reader(path: Path, kind: str = "code store; delete the folder and extract again") -> lmdb.Environment:
+def open_reader(path: Path, kind: str = "code store; delete the folder and extract again") -> lmdb.Environment:
     """This process's handle for reading the database at `path`; UserError where it is no database, or damaged."""
     path = path.absolute()
     found = _readers.get(path)
@@ -84,7 +84,7 @@ def close_reader(path: Path) -> None:
         found.environment.close()
 
 
-def writer(path: Path) -> lmdb.Environment:
+def open_writer(path: Path) -> lmdb.Environment:
     """A handle for writing; the folder is made where it is missing."""
     path.mkdir(parents=True, exist_ok=True)
     close_reader(path)
@@ -119,7 +119,7 @@ def put(environment: lmdb.Environment, entries: Iterable[tuple[bytes, bytes]]) -
 def exists(path: Path) -> bool:
     """Whether a database with anything in it is at `path`; a killed writer may leave an empty one, as good as none."""
     data = _data(path)
-    return data.is_file() and data.stat().st_size > 0 and reader(path).stat()["entries"] > 0
+    return data.is_file() and data.stat().st_size > 0 and open_reader(path).stat()["entries"] > 0
 
 
 def seal(path: Path) -> None:

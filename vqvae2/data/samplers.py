@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from vqvae2.errors import UserError
 
-Key = tuple[int, int]  # (index of the item, a number to draw its augmentation from)
+SampleKey = tuple[int, int]  # (index of the item, a number to draw its augmentation from)
 
 
 class MapDataset(Protocol):
@@ -24,7 +24,7 @@ class MapDataset(Protocol):
     def __getitem__(self, key: Any, /) -> Any: ...
 
 
-class ResumableBatchSampler(Sampler[list[Key]]):
+class ResumableBatchSampler(Sampler[list[SampleKey]]):
     """Keys of this process's micro-batches from step `start` up to `stop`; `gradient_accumulation_steps` of them make a step."""
 
     def __init__(
@@ -37,19 +37,19 @@ class ResumableBatchSampler(Sampler[list[Key]]):
         seed: int = 0,
         gradient_accumulation_steps: int = 1,
         rank: int = 0,
-        processes: int = 1,
+        world_size: int = 1,
     ) -> None:
-        if batch_size % (processes * gradient_accumulation_steps):
+        if batch_size % (world_size * gradient_accumulation_steps):
             raise UserError(
-                f"batch_size {batch_size} does not divide by {processes} processes × {gradient_accumulation_steps} accumulated batches"
+                f"batch_size {batch_size} does not divide by {world_size} processes × {gradient_accumulation_steps} accumulated batches"
             )
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.start, self.stop, self.gradient_accumulation_steps = start, stop, gradient_accumulation_steps
-        self.rank, self.processes = rank, processes
+        self.rank, self.world_size = rank, world_size
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        share = self.batch_size // self.processes
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        share = self.batch_size // self.world_size
         micro = share // self.gradient_accumulation_steps
         for step in range(self.start, self.stop):
             first = step * self.batch_size + self.rank * share
@@ -59,7 +59,7 @@ class ResumableBatchSampler(Sampler[list[Key]]):
     def __len__(self) -> int:
         return (self.stop - self.start) * self.gradient_accumulation_steps
 
-    def _key(self, position: int) -> Key:
+    def _key(self, position: int) -> SampleKey:
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             self._epoch = epoch
@@ -69,10 +69,10 @@ class ResumableBatchSampler(Sampler[list[Key]]):
 
 
 class SequentialBatchSampler(Sampler[list[int]]):
-    """Every item once, in order, in batches; `processes` share them by turns and none is seen twice."""
+    """Every item once, in order, in batches; processes share them by turns and none is seen twice."""
 
-    def __init__(self, count: int, batch_size: int, rank: int = 0, processes: int = 1) -> None:
-        indices = range(count)[rank::processes]
+    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        indices = range(count)[rank::world_size]
         self.batches = [list(indices[at : at + batch_size]) for at in range(0, len(indices), batch_size)]
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -82,7 +82,9 @@ class SequentialBatchSampler(Sampler[list[int]]):
         return len(self.batches)
 
 
-def load(dataset: MapDataset, order: Iterable[list[Any]], num_workers: int, pin_memory: bool = False) -> Iterator[Any]:
+def load_batches(
+    dataset: MapDataset, order: Iterable[list[Any]], num_workers: int, pin_memory: bool = False
+) -> Iterator[Any]:
     """Collated batches in the given order, prefetched by worker processes.
 
     A worker's UserError is raised as it is; a worker that the system has killed becomes one.

@@ -5,19 +5,19 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vqvae2.distributed import sum_over_processes
+from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
 
 
-class CodeUsage:
+class CodebookUsage:
     """Streaming histogram of the codes of one level.
 
     Batches go in, integers in [0, K) of any shape:
 
-        usage = CodeUsage(512)
+        usage = CodebookUsage(512)
         for maps in batches:
             usage.update(maps)
-        usage.reduce()              # on several processes
+        usage.all_reduce()              # on several processes
         usage.usage, usage.perplexity
     """
 
@@ -39,9 +39,9 @@ class CodeUsage:
             raise UserError(f"codes from {low} to {high}; this codebook has 0 to {size - 1}")
         self.counts += torch.bincount(flat, minlength=size)
 
-    def reduce(self) -> None:
+    def all_reduce(self) -> None:
         """Add up the histograms of all processes, on every process; nothing to do on one. Call it once, at the end."""
-        self.counts = sum_over_processes(self.counts)
+        self.counts = all_reduce_sum(self.counts)
 
     @property
     def total(self) -> int:

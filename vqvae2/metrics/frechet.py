@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from vqvae2.distributed import sum_over_processes
+from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
-from vqvae2.files import atomic
+from vqvae2.files import atomic_write
 
 _EPSILON = float(np.finfo(np.float64).eps)
 
@@ -31,7 +31,7 @@ class GaussianStatistics:
         statistics = GaussianStatistics(2048)
         for features in batches:            # (N, 2048)
             statistics.update(features)
-        statistics.reduce()                 # on several processes
+        statistics.all_reduce()                 # on several processes
         statistics.distance(GaussianStatistics.load(Path("reference.npz")))
     """
 
@@ -66,13 +66,13 @@ class GaussianStatistics:
         if other.count:
             self._absorb(other.count, other._mean.to(self._device), other._scatter.to(self._device))
 
-    def reduce(self) -> None:
+    def all_reduce(self) -> None:
         """Merge the statistics of all processes, on every process; nothing to do on one. Call it once, at the end."""
         assert self.count is not None
-        count = sum_over_processes(torch.tensor(float(self.count), dtype=torch.float64, device=self._device))
-        mean = sum_over_processes(self._mean * self.count) / count.clamp(min=1)
+        count = all_reduce_sum(torch.tensor(float(self.count), dtype=torch.float64, device=self._device))
+        mean = all_reduce_sum(self._mean * self.count) / count.clamp(min=1)
         offset = self._mean - mean
-        self._scatter = sum_over_processes(self._scatter + self.count * torch.outer(offset, offset))
+        self._scatter = all_reduce_sum(self._scatter + self.count * torch.outer(offset, offset))
         self._mean, self.count = mean, int(count)
 
     def _absorb(self, n: int, mean: Tensor, scatter: Tensor) -> None:
@@ -110,12 +110,12 @@ class GaussianStatistics:
 
     def save(self, path: Path) -> None:
         """Write an .npz that pytorch-fid reads too, complete or not at all."""
-        save_arrays(path, self.arrays())
+        save_npz(path, self.arrays())
 
     @classmethod
     def load(cls, path: Path) -> "GaussianStatistics":
         """Read an .npz with `mu` and `sigma`, from here or from pytorch-fid; UserError where it holds anything else."""
-        return cls.from_arrays(load_arrays(path, ("mu", "sigma", "n")), path)
+        return cls.from_arrays(load_npz(path, ("mu", "sigma", "n")), path)
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any], path: Path) -> "GaussianStatistics":
@@ -144,13 +144,13 @@ class GaussianStatistics:
         return statistics
 
 
-def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+def save_npz(path: Path, arrays: dict[str, Any]) -> None:
     """Write an .npz, complete or not at all."""
-    with atomic(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def load_arrays(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+def load_npz(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """Those of `keys` that an .npz has; nothing is unpickled. UserError where the file is missing or damaged."""
     try:
         with path.open("rb") as file:  # numpy would leave a damaged file open

@@ -25,12 +25,12 @@ from vqvae2.files import digest
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_DIGEST = "6726825d"  # how its SHA-256 begins
-CLASSES = 1008
-DIMS = (64, 192, 768, 2048)
+NUM_CLASSES = 1008
+FEATURE_DIMS = (64, 192, 768, 2048)
 _TIMEOUT_S = 10
 
 
-class WeightsUnavailable(UserError):
+class WeightsUnavailableError(UserError):
     """The Inception weights are neither given, nor in torch's cache, nor to be had from the network."""
 
 
@@ -53,8 +53,8 @@ class FeatureExtractor(nn.Module):
     def __init__(self, network: nn.Module, dims: int, weights_digest: str) -> None:
         """`network` is what `build_network` makes, with its weights loaded; it is changed for speed and kept."""
         super().__init__()
-        if dims not in DIMS:
-            raise UserError(f"--dims {dims}: Inception features have {', '.join(map(str, DIMS))} dimensions")
+        if dims not in FEATURE_DIMS:
+            raise UserError(f"--dims {dims}: Inception features have {', '.join(map(str, FEATURE_DIMS))} dimensions")
         self.dims = dims
         self.weights_digest = weights_digest
         self.is_standard = weights_digest.startswith(WEIGHTS_DIGEST)
@@ -88,7 +88,7 @@ class FeatureExtractor(nn.Module):
         x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
         x = x.contiguous(memory_format=torch.channels_last)
         features = None
-        for dims, stage in zip(DIMS, self.stages, strict=True):
+        for dims, stage in zip(FEATURE_DIMS, self.stages, strict=True):
             x = stage(x)
             if dims == self.dims:
                 features = F.adaptive_avg_pool2d(x, 1).flatten(1)
@@ -103,7 +103,7 @@ def load_inception(
 ) -> FeatureExtractor:
     """The feature extractor, from a file (.pth or .safetensors), else from torch's cache, else from the network.
 
-    Raises WeightsUnavailable where no weights are to be had, UserError where a file is damaged or of another network.
+    Raises WeightsUnavailableError where no weights are to be had, UserError where a file is damaged or of another network.
     """
     path = weights or _standard_weights()
     network = build_network()
@@ -114,7 +114,7 @@ def load_inception(
 def build_network() -> nn.Module:
     """The FID Inception network, weights untouched: torchvision's with the blocks that pytorch-fid changes in it."""
     network: Any = torchvision.models.inception_v3(
-        weights=None, num_classes=CLASSES, aux_logits=False, init_weights=False
+        weights=None, num_classes=NUM_CLASSES, aux_logits=False, init_weights=False
     )
     network.Mixed_5b = pytorch_fid.FIDInceptionA(192, pool_features=32)
     network.Mixed_5c = pytorch_fid.FIDInceptionA(256, pool_features=64)
@@ -187,7 +187,7 @@ def _standard_weights() -> Path:
             pytorch_fid.FID_WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_DIGEST, progress=False
         )
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise WeightsUnavailable(
+        raise WeightsUnavailableError(
             f"no Inception weights ({error}): get {WEIGHTS_NAME} (about 91 MB, SHA-256 begins {WEIGHTS_DIGEST}) from "
             f"{pytorch_fid.FID_WEIGHTS_URL} and pass --inception-weights FILE, or put it at {path}"
         ) from None

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vqvae2.distributed import sum_over_processes
+from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
 
 
-class Score(NamedTuple):
+class InceptionScoreResult(NamedTuple):
     """Mean and population standard deviation over splits; the mean is in [1, number of classes]."""
 
     mean: float
@@ -52,23 +52,23 @@ class InceptionScore:
         self._negentropy.index_add_(0, split, torch.xlogy(p, p).sum(1))
         self._marginal.index_add_(0, split, p)
 
-    def reduce(self) -> None:
+    def all_reduce(self) -> None:
         """Add up over all processes, on every process; nothing to do on one. Call it once, at the end."""
         for sums in (self._counts, self._negentropy, self._marginal):
-            sum_over_processes(sums)
+            all_reduce_sum(sums)
 
-    def result(self) -> Score:
+    def compute(self) -> InceptionScoreResult:
         """The score; UserError where images are missing."""
         if int(self._counts.sum()) != len(self._split_of):
             raise UserError(f"an Inception score of {len(self._split_of)} images was given {int(self._counts.sum())}")
         marginal = self._marginal / self._counts[:, None]
         divergence = self._negentropy / self._counts - torch.xlogy(marginal, marginal).sum(1)
         scores = divergence.exp().cpu().numpy()
-        return Score(float(scores.mean()), float(scores.std()))
+        return InceptionScoreResult(float(scores.mean()), float(scores.std()))
 
 
-def inception_score(logits: Float[Tensor, "n classes"], splits: int = 10, seed: int = 2020) -> Score:
+def inception_score(logits: Float[Tensor, "n classes"], splits: int = 10, seed: int = 2020) -> InceptionScoreResult:
     """Inception score of logits (N, classes) that are all at hand."""
     score = InceptionScore(len(logits), splits, seed, logits.shape[1], logits.device)
     score.update(logits, torch.arange(len(logits)))
-    return score.result()
+    return score.compute()

@@ -11,7 +11,7 @@ from vqvae2.errors import UserError
 
 
 @dataclass(frozen=True)
-class KernelDistance:
+class KernelInceptionDistance:
     """Mean and population standard deviation over `subsets` of `subset_size` images; values below 0 are valid."""
 
     mean: float
@@ -20,13 +20,13 @@ class KernelDistance:
     subset_size: int
 
 
-def kernel_distance(
+def kernel_inception_distance(
     generated: Float[Tensor, "n d"],
     reference: Float[Tensor, "m d"],
     subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 2020,
-) -> KernelDistance:
+) -> KernelInceptionDistance:
     """KID with the kernel (x·y / d + 1)³ of the paper, over random subsets of both sides.
 
     Subsets are drawn as torch-fidelity draws them, so equal features and seed give its number; where a side has fewer
@@ -46,7 +46,7 @@ def kernel_distance(
             for features in (generated, reference)
         )
         distances[index] = squared_mmd(x, y)
-    return KernelDistance(float(distances.mean()), float(distances.std()), subsets, size)
+    return KernelInceptionDistance(float(distances.mean()), float(distances.std()), subsets, size)
 
 
 def squared_mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:

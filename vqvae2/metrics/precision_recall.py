@@ -17,7 +17,7 @@ _BLOCK_BYTES = 128 * 2**20  # of one block of distances
 
 
 @dataclass(frozen=True)
-class Manifold:
+class PrecisionRecall:
     """Precision, recall and coverage are shares in [0, 1]; density may exceed 1."""
 
     precision: float  # generated images inside a ball of the reference
@@ -26,9 +26,9 @@ class Manifold:
     coverage: float  # reference balls that hold a generated image
 
 
-def manifold(
+def precision_recall(
     generated: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], k: int = 3, k_density: int = 5
-) -> Manifold:
+) -> PrecisionRecall:
     """All four measures; `k` neighbours for precision and recall, `k_density` for density and coverage.
 
     Distances are float64. Raises UserError where the dimensions differ or a side has no k-th neighbour.
@@ -58,7 +58,7 @@ def manifold(
         inside += int(within.sum())
         covered |= within.any(0)
     n = len(generated)
-    return Manifold(
+    return PrecisionRecall(
         precision=precise / n,
         recall=float(recalled.double().mean()),
         density=inside / (k_density * n),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vqvae2.distributed import sum_over_processes
+from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
 
 DATA_RANGE = 255.0
@@ -77,7 +77,7 @@ def ssim(
 
 
 @dataclass(frozen=True)
-class ReconstructionError:
+class ReconstructionMetrics:
     """Means over images. `mse` is in squared units of [0, 1] (levels / 255), `psnr` in dB, `ssim` in [-1, 1]."""
 
     count: int
@@ -102,16 +102,16 @@ class ReconstructionStatistics:
         values = torch.stack((torch.ones_like(error), error / DATA_RANGE**2, decibels, ssim(a, b)))
         self._sums += values.to(self._sums.device).double().sum(1)
 
-    def reduce(self) -> None:
+    def all_reduce(self) -> None:
         """Add up over all processes, on every process; nothing to do on one. Call it once, at the end."""
-        self._sums = sum_over_processes(self._sums)
+        self._sums = all_reduce_sum(self._sums)
 
-    def result(self) -> ReconstructionError:
+    def compute(self) -> ReconstructionMetrics:
         """The means so far; UserError where nothing was compared."""
         count, *sums = self._sums.tolist()
         if not count:
             raise UserError("no images to compare: reconstruction errors need at least one pair")
-        return ReconstructionError(int(count), *(value / count for value in sums))
+        return ReconstructionMetrics(int(count), *(value / count for value in sums))
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:

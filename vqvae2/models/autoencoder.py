@@ -18,7 +18,7 @@ from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.config import Config
 from vqvae2.errors import UserError
 from vqvae2.models.blocks import make_decoder, make_encoder, prime_factors, upsample
-from vqvae2.quantizers import EMAConfig, Quantized, Quantizer, QuantizerConfig
+from vqvae2.quantizers import EMAConfig, Quantizer, QuantizerConfig, QuantizerOutput
 
 
 class LevelConfig(Config):
@@ -43,11 +43,11 @@ class AutoencoderConfig(Config):
         return Autoencoder(self, size, image_channels)
 
 
-class Reconstruction(NamedTuple):
+class AutoencoderOutput(NamedTuple):
     """What the autoencoder makes of images."""
 
     images: Float[Tensor, "b c h w"]
-    levels: tuple[Quantized, ...]  # finest first
+    levels: tuple[QuantizerOutput, ...]  # finest first
 
 
 class Autoencoder(nn.Module):
@@ -85,7 +85,7 @@ class Autoencoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     @property
-    def maps(self) -> tuple[MapSpec, ...]:
+    def map_specs(self) -> tuple[MapSpec, ...]:
         """The code maps of each level, finest first."""
         specs, (height, width) = [], self.size
         for level, quantizer in zip(self.config.levels, self._quantizers(), strict=True):
@@ -93,8 +93,8 @@ class Autoencoder(nn.Module):
             specs.append(MapSpec(codebook_size=quantizer.codebook_size, height=height, width=width))
         return tuple(specs)
 
-    def forward(self, images: Float[Tensor, "b c h w"], quantized: bool = True) -> Reconstruction:
-        """Reconstruct images; what each level adds to the training loss comes with its `Quantized`.
+    def forward(self, images: Float[Tensor, "b c h w"], quantize: bool = True) -> AutoencoderOutput:
+        """Reconstruct images; what each level adds to the training loss comes with its `QuantizerOutput`.
 
         Not `quantized`, every level passes its features through as they are.
         """
@@ -103,7 +103,7 @@ class Autoencoder(nn.Module):
         for encoder in self.encoders:
             images = encoder(images)
             features.append(images)
-        levels: list[Quantized] = []
+        levels: list[QuantizerOutput] = []
         known: Tensor | None = None
         quantizers = self._quantizers()
         for index in reversed(range(len(features))):
@@ -111,16 +111,16 @@ class Autoencoder(nn.Module):
             if known is not None:
                 joined = torch.cat([self.decoders[index](known), joined], 1)
             quantizer, latents = quantizers[index], self.pre_quant_convs[index](joined)
-            levels.insert(0, quantizer(latents) if quantized else quantizer.pass_through(latents))
-            known = self._add(index, levels[0].values, known)
-        return Reconstruction(self.decoder(known), tuple(levels))
+            levels.insert(0, quantizer(latents) if quantize else quantizer.pass_through(latents))
+            known = self._add(index, levels[0].quantized, known)
+        return AutoencoderOutput(self.decoder(known), tuple(levels))
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> CodeMaps:
         """The codes of images: int64 maps (B, H_l, W_l), finest level first."""
         return tuple(level.codes for level in self(images).levels)
 
-    def decode(self, quantized: tuple[Float[Tensor, "b _ _ _"], ...]) -> Float[Tensor, "b c h w"]:
+    def decode_features(self, quantized: tuple[Float[Tensor, "b _ _ _"], ...]) -> Float[Tensor, "b c h w"]:
         """Images from quantized features, finest level first."""
         known: Tensor | None = None
         for index in reversed(range(len(quantized))):
@@ -128,24 +128,24 @@ class Autoencoder(nn.Module):
         return self.decoder(known)
 
     @torch.no_grad()
-    def decode_codes(self, codes: CodeMaps, only: tuple[bool, ...] | None = None) -> Float[Tensor, "b c h w"]:
+    def decode(self, codes: CodeMaps, only: tuple[bool, ...] | None = None) -> Float[Tensor, "b c h w"]:
         """Images in [-1, 1] from integer maps, finest level first; ValueError where shapes or values do not fit.
 
         `only` names the levels that take part; any other is replaced by the mean of its own map, so that the picture
         shows what the rest carries.
         """
         found = tuple(tuple(level.shape[1:]) for level in codes)
-        expected = tuple(level.shape for level in self.maps)
+        expected = tuple(level.shape for level in self.map_specs)
         if found != expected:
             raise ValueError(f"expected code maps of sizes {expected}, finest first, got {found}")
         values = []
-        for index, (level, spec, quantizer) in enumerate(zip(codes, self.maps, self._quantizers(), strict=True)):
+        for index, (level, spec, quantizer) in enumerate(zip(codes, self.map_specs, self._quantizers(), strict=True)):
             if level.numel() and not 0 <= int(level.min()) <= int(level.max()) < spec.codebook_size:
                 raise ValueError(f"level {index}: codes must be in [0, {spec.codebook_size})")
             value = quantizer.lookup(level)
             takes_part = only is None or only[index]
             values.append(value if takes_part else value.mean((2, 3), keepdim=True).expand_as(value))
-        return self.decode(tuple(values)).clamp(-1, 1)
+        return self.decode_features(tuple(values)).clamp(-1, 1)
 
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -179,7 +179,7 @@ class Autoencoder(nn.Module):
             height, width = metadata["size"]
             model = config.build((height, width), metadata["image_channels"])
         model = model.to_empty(device="cpu")
-        checkpoint.fill(model, tensors, path)
+        checkpoint.load_state_dict(model, tensors, path)
         model.digest = files.digest(path)
         return model.to(device).eval().requires_grad_(False)
 

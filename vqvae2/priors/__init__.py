@@ -41,7 +41,7 @@ def load_prior(path: Path, device: torch.device | str = "cpu") -> Prior:
     with torch.device("meta"):
         prior = stored.config.build(stored.spec)
     prior = prior.to_empty(device="cpu")
-    checkpoint.fill(prior, tensors, path)
+    checkpoint.load_state_dict(prior, tensors, path)
     prior.digest, prior.made_from = files.digest(path), stored.made_from
     return prior.to(device).eval().requires_grad_(False)
 

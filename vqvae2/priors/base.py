@@ -17,7 +17,7 @@ class PriorSpec(Config):
 
     level: MapSpec
     coarser: tuple[MapSpec, ...] = ()  # what conditions it, finest first
-    classes: int = 0  # number of labels; 0 where there are none
+    num_classes: int = 0  # number of labels; 0 where there are none
 
 
 class Prior(nn.Module, ABC):
@@ -43,7 +43,7 @@ class Prior(nn.Module, ABC):
         """
 
     @abstractmethod
-    def incremental(
+    def incremental_decoder(
         self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
     ) -> "IncrementalDecoder":
         """The same logits one position at a time, for sampling, with folded copies of the weights."""
@@ -71,7 +71,7 @@ class IncrementalDecoder(ABC):
         steps.begin_row(row)
         for column in range(width):
             logits = steps.logits(column)       # float (B, K)
-            steps.feed(column, codes)           # int64 (B,), what was chosen there
+            steps.set_codes(column, codes)           # int64 (B,), what was chosen there
 
     A column is a number, or an int64 tensor (1,) on the device: with it a position is the same operations on the same
     memory wherever it is, so that a GPU can record it once and replay it.
@@ -86,7 +86,7 @@ class IncrementalDecoder(ABC):
         """Logits at this column of the current row."""
 
     @abstractmethod
-    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
+    def set_codes(self, column: Column, codes: Int[Tensor, " b"]) -> None:
         """Put the codes chosen at this column in place."""
 
 
@@ -103,7 +103,7 @@ def incremental_logits(
     `as_tensors` gives columns as they are on a GPU.
     """
     batch, height, width = codes.shape
-    steps = prior.incremental(batch, coarser, labels)
+    steps = prior.incremental_decoder(batch, coarser, labels)
     rows = []
     for row in range(height):
         steps.begin_row(row)
@@ -111,6 +111,6 @@ def incremental_logits(
         for number in range(width):
             column = torch.tensor([number]) if as_tensors else number
             columns.append(steps.logits(column).clone())
-            steps.feed(column, codes[:, row, number])
+            steps.set_codes(column, codes[:, row, number])
         rows.append(torch.stack(columns, -1))
     return torch.stack(rows, 2)

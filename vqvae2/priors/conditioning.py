@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from vqvae2.code_maps import CodeMaps
 from vqvae2.priors.base import PriorSpec
-from vqvae2.priors.layers import repeat_to
+from vqvae2.priors.layers import upsample_to
 
 
 class Conditioner(nn.Module):
@@ -23,7 +23,7 @@ class Conditioner(nn.Module):
         self.spec = spec
         self.embeddings = nn.ModuleList(nn.Embedding(level.codebook_size, channels) for level in spec.coarser)
         # The last entry stands for "no label": what guidance and label dropout ask for.
-        self.labels = nn.Embedding(spec.classes + 1, channels) if spec.classes else None
+        self.labels = nn.Embedding(spec.num_classes + 1, channels) if spec.num_classes else None
         stack = [weight_norm(nn.Conv2d(channels, channels, kernel, padding=kernel // 2))]
         stack += [_Residual(channels, kernel, dropout) for _ in range(layers)]
         self.stack = nn.Sequential(*stack) if spec.coarser else nn.Identity()
@@ -32,11 +32,11 @@ class Conditioner(nn.Module):
         features: Tensor | None = None
         for embedding, codes in zip(reversed(self.embeddings), reversed(coarser), strict=True):
             embedded = embedding(codes).movedim(-1, 1)
-            features = embedded if features is None else embedded + repeat_to(features, *codes.shape[1:])
+            features = embedded if features is None else embedded + upsample_to(features, *codes.shape[1:])
         features = None if features is None else self.stack(features)
         if self.labels is not None:
             if labels is None:
-                labels = torch.full((batch,), self.spec.classes, device=self.labels.weight.device)
+                labels = torch.full((batch,), self.spec.num_classes, device=self.labels.weight.device)
             label = self.labels(labels)[:, :, None, None]
             features = label if features is None else features + label
         assert features is not None, "a prior without coarser levels and labels has no conditioner"
@@ -47,7 +47,7 @@ class Conditioner(nn.Module):
         cls, spec: PriorSpec, channels: int, kernel: int, layers: int, dropout: float
     ) -> "Conditioner | None":
         """A conditioner where the spec has anything to condition on."""
-        return cls(spec, channels, kernel, layers, dropout) if spec.coarser or spec.classes else None
+        return cls(spec, channels, kernel, layers, dropout) if spec.coarser or spec.num_classes else None
 
 
 class _Residual(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from vqvae2.priors import toom_cook
 from vqvae2.priors.base import Column
-from vqvae2.priors.toom_cook import IncrementalRows
+from vqvae2.priors.toom_cook import IncrementalRowConv
 
 
 class CausalConv2d(nn.Module):
@@ -65,7 +65,7 @@ class IncrementalConv2d:
     def __init__(self, conv: CausalConv2d, batch: int, width: int) -> None:
         weight = conv.weight.detach()  # weight norm folded
         outputs, inputs, _ = weight.shape
-        self.above = IncrementalRows(conv.taps_above(weight), batch, width) if conv.above else None
+        self.above = IncrementalRowConv(conv.taps_above(weight), batch, width) if conv.above else None
         # (O, taps · I): the order of a flattened window
         self.current = weight[:, :, conv.above :].transpose(1, 2).reshape(outputs, -1).contiguous()
         self.bias = conv.bias.detach()[:, None]
@@ -152,7 +152,7 @@ class GatedResidual(nn.Module):
             hidden = hidden + self.extra(F.elu(extra))
         gates = self.second(self.dropout(F.elu(hidden)))
         if self.condition is not None and condition is not None:
-            gates = gates + repeat_to(self.condition(condition), gates.shape[2], gates.shape[3])
+            gates = gates + upsample_to(self.condition(condition), gates.shape[2], gates.shape[3])
         return x + glu(gates)
 
     def incremental(self, batch: int, width: int) -> "IncrementalGatedResidual":
@@ -304,7 +304,7 @@ def coordinate_map(height: int, width: int, device: torch.device | str) -> Float
     return torch.stack([rows[:, None].expand(height, width), columns.expand(height, width)])
 
 
-def repeat_to(x: Float[Tensor, "b c h w"], height: int, width: int) -> Tensor:
+def upsample_to(x: Float[Tensor, "b c h w"], height: int, width: int) -> Tensor:
     """Repeat a map up to a size that its own divides; a map of size 1 × 1 is left to broadcasting."""
     if x.shape[2:] == (1, 1) or x.shape[2:] == (height, width):
         return x

@@ -18,8 +18,8 @@ from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.priors.base import Column, IncrementalDecoder, Prior, PriorSpec
 from vqvae2.priors.conditioning import Conditioner
-from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map, repeat_to
-from vqvae2.priors.toom_cook import IncrementalRows
+from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map, upsample_to
+from vqvae2.priors.toom_cook import IncrementalRowConv
 
 
 class PixelCNNConfig(Config):
@@ -75,7 +75,7 @@ class PixelCNN(Prior):
         return self.logits(F.relu(self.hidden(F.relu(right))))
 
     @torch.inference_mode()
-    def incremental(
+    def incremental_decoder(
         self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
     ) -> IncrementalDecoder:
         self._check_coarser(coarser)
@@ -103,7 +103,7 @@ class Layer(nn.Module):
         vertical = self.vertical(F.pad(down, (side, side, self.rows - 1, 0)))
         horizontal = self.horizontal(right) + self.across(vertical)
         if self.condition is not None and condition is not None:
-            given = repeat_to(self.condition(condition), *vertical.shape[2:])
+            given = upsample_to(self.condition(condition), *vertical.shape[2:])
             vertical, horizontal = vertical + given, horizontal + given
         return gate(vertical, 1), right + self.out(self.dropout(gate(horizontal, 1)))
 
@@ -147,7 +147,7 @@ class _IncrementalPixelCNN(IncrementalDecoder):
         return self.to_logits(F.relu(self.hidden(F.relu(right))))
 
     @torch.inference_mode()
-    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
+    def set_codes(self, column: Column, codes: Int[Tensor, " b"]) -> None:
         embedded = F.embedding(codes, self.embedding)
         if isinstance(column, Tensor):
             self.current.index_copy_(0, column + 1, embedded[None])
@@ -158,7 +158,7 @@ class _IncrementalPixelCNN(IncrementalDecoder):
 class _IncrementalLayer:
     def __init__(self, layer: Layer, batch: int, width: int) -> None:
         weight = layer.vertical.weight.detach()  # (2C, C, rows, kernel), weight norm folded
-        self.vertical = IncrementalRows(weight, batch, width)
+        self.vertical = IncrementalRowConv(weight, batch, width)
         self.bias = weight.new_zeros(()) if layer.vertical.bias is None else layer.vertical.bias.detach()
         self.horizontal = layer.horizontal.incremental(batch, width)
         self.across, self.out = layer.across.incremental(), layer.out.incremental()

@@ -96,7 +96,7 @@ class PixelSNAIL(Prior):
         return self.logits(F.elu(x))
 
     @torch.inference_mode()
-    def incremental(
+    def incremental_decoder(
         self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
     ) -> IncrementalDecoder:
         self._check_coarser(coarser)
@@ -166,7 +166,7 @@ class _IncrementalPixelSNAIL(IncrementalDecoder):
         return self.to_logits(F.elu(x))
 
     @torch.inference_mode()
-    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
+    def set_codes(self, column: Column, codes: Int[Tensor, " b"]) -> None:
         self.first.put(column, F.embedding(codes, self.embedding))
 
 

@@ -171,7 +171,7 @@ def _out_transposed(gradient: Float[Tensor, "b o h2 w2"], matrices: Transforms) 
     return (matrices.out.T @ gradient).view(matrices.points, -1, outputs)
 
 
-class IncrementalRows:
+class IncrementalRowConv:
     """What the last r finished rows contribute to every column of the next, for sampling.
 
     Each finished row is transformed once and kept until it is out of reach.

@@ -17,7 +17,7 @@ from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.priors.base import Column, IncrementalDecoder, Prior, PriorSpec
 from vqvae2.priors.conditioning import Conditioner
-from vqvae2.priors.layers import attend, repeat_to
+from vqvae2.priors.layers import attend, upsample_to
 
 _CONDITION_KERNEL = 3
 _LONGEST_WAVE = 10_000.0  # radians per position fall from 1 to nearly this fraction of it
@@ -83,7 +83,7 @@ class Transformer(Prior):
         return self.logits(self.norm(x)).transpose(1, 2).unflatten(2, (height, width))
 
     @torch.inference_mode()
-    def incremental(
+    def incremental_decoder(
         self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
     ) -> IncrementalDecoder:
         self._check_coarser(coarser)
@@ -100,7 +100,7 @@ class Transformer(Prior):
         """The conditioning features under each position; n is 1 where the label is all there is."""
         if self.conditioner is None:
             return None
-        return repeat_to(self.conditioner(batch, coarser, labels), *self.spec.level.shape).flatten(2).transpose(1, 2)
+        return upsample_to(self.conditioner(batch, coarser, labels), *self.spec.level.shape).flatten(2).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -158,12 +158,12 @@ class _IncrementalTransformer(IncrementalDecoder):
         level, config = model.spec.level, model.config
         self.model, self.condition, self.width = model, condition, level.width
         self.blocks = [block for block in model.blocks if isinstance(block, Block)]
-        cache = (len(self.blocks), 2, batch, config.heads, level.size, config.channels // config.heads)
+        cache = (len(self.blocks), 2, batch, config.heads, level.num_codes, config.channels // config.heads)
         self.cache = model.start.detach().new_zeros(cache)
         self.before = model.start.detach().new_zeros(batch, 1, config.channels)
         self.turns, self.row = model.turns(), 0
         self.start = torch.zeros(1, dtype=torch.int64, device=self.before.device)  # position of the row's first column
-        self.positions = torch.arange(level.size, device=self.before.device)
+        self.positions = torch.arange(level.num_codes, device=self.before.device)
 
     @torch.inference_mode()
     def begin_row(self, row: int) -> None:
@@ -187,5 +187,5 @@ class _IncrementalTransformer(IncrementalDecoder):
         return self.model.logits(self.model.norm(x))[:, 0]
 
     @torch.inference_mode()
-    def feed(self, column: Column, codes: Int[Tensor, " b"]) -> None:
+    def set_codes(self, column: Column, codes: Int[Tensor, " b"]) -> None:
         self.before.copy_(self.model.embedding(codes)[:, None])

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vqvae2.quantizers.base import Quantized, Quantizer
+from vqvae2.quantizers.base import Quantizer, QuantizerOutput
 from vqvae2.quantizers.ema import EMAConfig, EMAQuantizer
 from vqvae2.quantizers.fsq import FSQConfig, FSQuantizer
 from vqvae2.quantizers.gradient import GradientConfig, GradientQuantizer
@@ -18,7 +18,7 @@ __all__ = [
     "FSQuantizer",
     "GradientConfig",
     "GradientQuantizer",
-    "Quantized",
     "Quantizer",
     "QuantizerConfig",
+    "QuantizerOutput",
 ]

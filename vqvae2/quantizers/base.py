@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
-class Quantized(NamedTuple):
+class QuantizerOutput(NamedTuple):
     """What a quantizer makes of features (B, D, *spatial)."""
 
-    values: Float[Tensor, "b d *spatial"]  # quantized features, float32; gradients reach the input through them
+    quantized: Float[Tensor, "b d *spatial"]  # quantized features, float32; gradients reach the input through them
     codes: Int[Tensor, "b *spatial"]  # int64, in [0, number of codes)
     loss: Float[Tensor, ""]  # what training adds to the reconstruction term, weights applied
-    terms: dict[str, Float[Tensor, ""]]  # the parts of the loss, unweighted, for the log
+    loss_terms: dict[str, Float[Tensor, ""]]  # the parts of the loss, unweighted, for the log
 
 
 class Quantizer(nn.Module, ABC):
@@ -29,16 +29,16 @@ class Quantizer(nn.Module, ABC):
     code_dim: int
 
     @abstractmethod
-    def forward(self, features: Float[Tensor, "b d *spatial"]) -> Quantized:
+    def forward(self, features: Float[Tensor, "b d *spatial"]) -> QuantizerOutput:
         """Quantize features; raises ValueError where their width is not `dim`."""
 
-    def pass_through(self, features: Float[Tensor, "b d *spatial"]) -> Quantized:
+    def pass_through(self, features: Float[Tensor, "b d *spatial"]) -> QuantizerOutput:
         """Features as they are, for the start of training; the codes are all 0 and mean nothing."""
         self._check_width(features)
         # Every parameter takes part in every step: processes that share a gradient wait for all of them.
         untouched = sum((parameter.sum() * 0 for parameter in self.parameters()), features.new_zeros(()).float())
         codes = torch.zeros(features.shape[:1] + features.shape[2:], dtype=torch.int64, device=features.device)
-        return Quantized(features.float(), codes, untouched, {})
+        return QuantizerOutput(features.float(), codes, untouched, {})
 
     @abstractmethod
     def lookup(self, codes: Int[Tensor, "b *spatial"]) -> Float[Tensor, "b d *spatial"]:
@@ -57,7 +57,7 @@ def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
     return latents + (quantized - latents).detach()
 
 
-def rotate(latents: Tensor, quantized: Tensor) -> Tensor:
+def rotation_trick(latents: Tensor, quantized: Tensor) -> Tensor:
     """The value of `quantized`; its gradient is rotated and scaled back onto `latents` along the last dimension.
 
     The rotation trick (Fifty et al. 2024, arXiv 2410.06424, eq. 4): both directions enter as constants, so the gradient

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqvae2.config import Config
-from vqvae2.distributed import is_distributed, processes, rank, sum_over_processes
-from vqvae2.quantizers.base import Quantized, Quantizer, rotate, straight_through
+from vqvae2.distributed import all_reduce_sum, get_rank, get_world_size, is_distributed
+from vqvae2.quantizers.base import Quantizer, QuantizerOutput, rotation_trick, straight_through
 from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest
 
 _KMEANS_ITERATIONS = 10
@@ -83,7 +83,7 @@ class CodebookQuantizer(Quantizer):
     def _learn(self, counts: Tensor, sums: Tensor) -> None:
         """Learn from the uses (K,) of each code and the sums (K, width) of the features that chose it."""
 
-    def forward(self, features: Float[Tensor, "b d *spatial"]) -> Quantized:
+    def forward(self, features: Float[Tensor, "b d *spatial"]) -> QuantizerOutput:
         self._check_width(features)
         with torch.autocast(features.device.type, enabled=False):
             latents = self.project_in(features.float().movedim(1, -1))
@@ -102,9 +102,11 @@ class CodebookQuantizer(Quantizer):
                 self._record(rows.detach(), codes)
             values = quantized.detach()
             if rows.requires_grad:  # otherwise exactly the codebook's vectors, as `lookup` gives them
-                values = (rotate if self.config.gradient_estimator == "rotation" else straight_through)(rows, values)
+                values = (rotation_trick if self.config.gradient_estimator == "rotation" else straight_through)(
+                    rows, values
+                )
             values = self.project_out(values.reshape(latents.shape))
-            return Quantized(values.movedim(-1, 1), codes.reshape(latents.shape[:-1]), loss, terms)
+            return QuantizerOutput(values.movedim(-1, 1), codes.reshape(latents.shape[:-1]), loss, terms)
 
     def lookup(self, codes: Int[Tensor, "b *spatial"]) -> Float[Tensor, "b d *spatial"]:
         with torch.autocast(codes.device.type, enabled=False):
@@ -114,7 +116,7 @@ class CodebookQuantizer(Quantizer):
     def update(self) -> None:
         if self._counts is None or self._sums is None or self._rows is None:
             return
-        counts, sums, rows = sum_over_processes(self._counts), sum_over_processes(self._sums), self._rows
+        counts, sums, rows = all_reduce_sum(self._counts), all_reduce_sum(self._sums), self._rows
         self._counts = self._sums = self._rows = None
         self.ema_cluster_size.lerp_(counts, 1 - self.config.ema_decay)
         self._learn(counts, sums)
@@ -147,7 +149,7 @@ class CodebookQuantizer(Quantizer):
         if is_distributed():  # sums on a GPU are not the same to the last bit on every process
             for tensor in (centres, counts):
                 torch.distributed.broadcast(tensor, src=0)
-        total = sum_over_processes(torch.tensor(float(len(rows)), device=rows.device))
+        total = all_reduce_sum(torch.tensor(float(len(rows)), device=rows.device))
         usage = (counts * total / counts.sum()).clamp_min(
             2 * self.config.dead_code_threshold * total / self.codebook_size
         )
@@ -173,10 +175,12 @@ def _rows_of_all_processes(
     Every process draws the same numbers and fills in the rows that are its own; the sum has them all. Zeros where no
     process has any.
     """
-    sizes = torch.zeros(processes(), dtype=torch.int64, device=rows.device)
-    sizes[rank()] = len(rows)
-    ends = sum_over_processes(sizes).cumsum(0).tolist()
-    drawn = torch.randint(max(ends[-1], 1), (count,), generator=generator).to(rows.device) - (ends[rank()] - len(rows))
+    sizes = torch.zeros(get_world_size(), dtype=torch.int64, device=rows.device)
+    sizes[get_rank()] = len(rows)
+    ends = all_reduce_sum(sizes).cumsum(0).tolist()
+    drawn = torch.randint(max(ends[-1], 1), (count,), generator=generator).to(rows.device) - (
+        ends[get_rank()] - len(rows)
+    )
     mine = (drawn >= 0) & (drawn < len(rows))
     own = rows[drawn.clamp(0, len(rows) - 1)] if len(rows) else rows.new_zeros(count, rows.shape[1])
-    return sum_over_processes(torch.where(mine[:, None], own, 0.0))
+    return all_reduce_sum(torch.where(mine[:, None], own, 0.0))

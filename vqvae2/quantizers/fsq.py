@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqvae2.config import Config
-from vqvae2.quantizers.base import Quantized, Quantizer, straight_through
+from vqvae2.quantizers.base import Quantizer, QuantizerOutput, straight_through
 
 _EPSILON = 1e-3  # keeps tanh off its asymptotes, so that the outermost values can be reached
 
@@ -49,7 +49,7 @@ class FSQuantizer(Quantizer):
         self.register_buffer("grid", grid)
         self.register_buffer("basis", torch.cumprod(torch.cat([grid.new_ones(1), grid[:-1]]), 0))
 
-    def forward(self, features: Float[Tensor, "b d *spatial"]) -> Quantized:
+    def forward(self, features: Float[Tensor, "b d *spatial"]) -> QuantizerOutput:
         self._check_width(features)
         with torch.autocast(features.device.type, enabled=False):
             bounded = self._bound(self.project_in(features.float().movedim(1, -1)))
@@ -57,7 +57,7 @@ class FSQuantizer(Quantizer):
             digits = rounded.detach().long() + self.grid // 2
             codes = (digits * self.basis).sum(-1)
             values = straight_through(bounded, rounded) if bounded.requires_grad else rounded
-            return Quantized(self._leave(values), codes, bounded.new_zeros(()), {})
+            return QuantizerOutput(self._leave(values), codes, bounded.new_zeros(()), {})
 
     def lookup(self, codes: Int[Tensor, "b *spatial"]) -> Float[Tensor, "b d *spatial"]:
         with torch.autocast(codes.device.type, enabled=False):

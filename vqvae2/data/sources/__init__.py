@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vqvae2 import distributed
-from vqvae2.data.index import Index
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.base import Source
 from vqvae2.data.sources.folder import FolderSource
 from vqvae2.data.sources.huggingface import HuggingFaceSource
@@ -32,9 +32,9 @@ def open_source(path: str, cache: Path | None = None) -> Source:
     """
     kind = next(kind for kind in SOURCES if kind.matches(path))
     keep = cache if kind.keeps_index else None
-    index = Index.load(keep) if keep else None
+    index = ImageIndex.load(keep) if keep else None
     if index is None or not kind.unchanged(path, index.stamp):
         index = kind.scan(path)
-        if keep and distributed.rank() == 0:
+        if keep and distributed.get_rank() == 0:
             index.save(keep)
     return kind(path, index)

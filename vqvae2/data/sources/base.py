@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from vqvae2.data.index import Index
+from vqvae2.data.index import ImageIndex
 from vqvae2.errors import UserError
 
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -21,9 +21,9 @@ def is_image(name: str) -> bool:
 class Source(ABC):
     """Images by number, 0 … len(index) − 1, in the order of their names; safe to use in forked and spawned workers."""
 
-    index: Index
+    index: ImageIndex
 
-    def __init__(self, path: str, index: Index) -> None:
+    def __init__(self, path: str, index: ImageIndex) -> None:
         self.path, self.index = path, index
 
     @classmethod
@@ -33,7 +33,7 @@ class Source(ABC):
 
     @classmethod
     @abstractmethod
-    def scan(cls, path: str) -> Index:
+    def scan(cls, path: str) -> ImageIndex:
         """Look through the source; UserError where it cannot be used."""
 
     keeps_index: ClassVar[bool] = True  # whether a scan takes so long that its result is worth a file
@@ -46,7 +46,7 @@ class Source(ABC):
 
     @abstractmethod
     def open(self, number: int, size: tuple[int, int]) -> Path | bytes | Image.Image:
-        """An image's file, its bytes, or the picture; `Unreadable` where they are damaged.
+        """An image's file, its bytes, or the picture; `UnreadableImageError` where they are damaged.
 
         `size`, height and width, is what it will be resized to: for sources that can draw at any size.
         """

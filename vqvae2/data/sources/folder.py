@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vqvae2.data.index import Index
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.base import Source, is_image, require
 from vqvae2.errors import UserError
 
@@ -28,7 +28,7 @@ class FolderSource(Source):
         return True  # the last in the list: what no other kind takes is meant as a folder
 
     @classmethod
-    def scan(cls, path: str) -> Index:
+    def scan(cls, path: str) -> ImageIndex:
         root = Path(path)
         if not root.is_dir():
             what = "a file" if root.exists() else "missing"
@@ -45,7 +45,7 @@ class FolderSource(Source):
             prefix = "" if relative == "." else relative + "/"
             names += [prefix + name for name in found if is_image(name)]
         require(names, path)
-        return Index.build(names, stamp={"root": str(root.resolve()), "folders": folders})
+        return ImageIndex.build(names, stamp={"root": str(root.resolve()), "folders": folders})
 
     @classmethod
     def unchanged(cls, path: str, stamp: dict[str, Any]) -> bool:

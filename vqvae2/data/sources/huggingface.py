@@ -5,8 +5,8 @@ from typing import Any
 
 from PIL import Image
 
-from vqvae2.data.image_io import Unreadable
-from vqvae2.data.index import Index
+from vqvae2.data.image_io import UnreadableImageError
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.named import NamedSource
 from vqvae2.errors import UserError
 
@@ -26,23 +26,23 @@ class HuggingFaceSource(NamedSource):
         return _encoded(_open(path), path)
 
     @classmethod
-    def scan(cls, path: str) -> Index:
+    def scan(cls, path: str) -> ImageIndex:
         table = _open(path)
         _encoded(table, path)
         numbers = [f"{number:08d}" for number in range(len(table))]
         column = next((name for name, kind in table.features.items() if type(kind).__name__ == "ClassLabel"), None)
         if column is None:
-            return Index.build(numbers)
+            return ImageIndex.build(numbers)
         classes = tuple(name.replace("/", "-") for name in table.features[column].names)
         names = [classes[label] if label >= 0 else None for label in table[column]]
         paths = [f"{c}/{n}" if c is not None else n for c, n in zip(names, numbers, strict=True)]
-        return Index.build(paths, names, classes=classes)
+        return ImageIndex.build(paths, names, classes=classes)
 
     def open(self, number: int, size: tuple[int, int]) -> Path | bytes | Image.Image:
         del size
         image = self.item(number)
         if image is None or not (image["bytes"] or image["path"]):
-            raise Unreadable(self.describe(number), "the data set has no image there")
+            raise UnreadableImageError(self.describe(number), "the data set has no image there")
         return image["bytes"] or Path(image["path"])
 
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-from vqvae2.data.index import Index
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.base import Source
 
 
@@ -13,7 +13,7 @@ class NamedSource(Source):
     prefix: ClassVar[str]
     keeps_index = False
 
-    def __init__(self, path: str, index: Index) -> None:
+    def __init__(self, path: str, index: ImageIndex) -> None:
         super().__init__(path, index)
         self._opened: Any = None
 

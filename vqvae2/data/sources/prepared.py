@@ -14,8 +14,8 @@ from pydantic import Field
 from vqvae2.code_maps import Count
 from vqvae2.config import Config
 from vqvae2.data import lmdb_store
-from vqvae2.data.image_io import MODES, Unreadable, decode
-from vqvae2.data.index import Index
+from vqvae2.data.image_io import MODES, UnreadableImageError, decode
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.base import Source
 from vqvae2.errors import UserError
 
@@ -56,10 +56,10 @@ class PreparedSource(Source):
         return Path(path, "data.mdb").is_file()
 
     @classmethod
-    def scan(cls, path: str) -> Index:
+    def scan(cls, path: str) -> ImageIndex:
         if not (read_header(Path(path)).complete and lmdb_store.is_sealed(Path(path))):
             raise UserError(f"data.path: {path} is unfinished; run the same `vqvae2 prepare` again to complete it")
-        index = Index.load(_index(Path(path)))
+        index = ImageIndex.load(_index(Path(path)))
         if index is None:
             raise UserError(f"data.path: {path} has no readable {_index(Path(path)).name}; prepare the images again")
         return index
@@ -67,15 +67,15 @@ class PreparedSource(Source):
     def open(self, number: int, size: tuple[int, int]) -> bytes | Image.Image:
         del size
         position = int(self.index.columns["position"][number])
-        value = lmdb_store.get(lmdb_store.reader(Path(self.path), _KIND), lmdb_store.key(position))
+        value = lmdb_store.get(lmdb_store.open_reader(Path(self.path), _KIND), lmdb_store.encode_key(position))
         if not value:
-            raise Unreadable(self.describe(number), "its record is missing")
+            raise UnreadableImageError(self.describe(number), "its record is missing")
         return _unpack(value) if value[:4] == _RAW else value
 
 
 def read_header(path: Path) -> PreparedHeader:
     """What the prepared images at `path` say of themselves; UserError where they are something else."""
-    found = lmdb_store.get(lmdb_store.reader(path, _KIND), _HEADER)
+    found = lmdb_store.get(lmdb_store.open_reader(path, _KIND), _HEADER)
     data = json.loads(found) if found else {}
     if data.get("kind") != "images":
         what = "a code store" if "autoencoder" in data else "an LMDB of something else"
@@ -100,20 +100,22 @@ class PreparedWriter:
                 raise UserError(
                     f"{path}: holds images of another source, size or format; delete the folder or name another"
                 )
-        self.environment = lmdb_store.writer(path)
+        self.environment = lmdb_store.open_writer(path)
         if lmdb_store.get(self.environment, _HEADER) is None:
             lmdb_store.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
 
-    def done(self) -> int:
+    def num_written(self) -> int:
         """How many images are written: the first so many, since they are written in order."""
         with self.environment.begin() as transaction:
             return transaction.stat()["entries"] - 1
 
     def write(self, first: int, images: Sequence[bytes]) -> None:
         """Write images from position `first`; an empty one is unreadable."""
-        lmdb_store.put(self.environment, ((lmdb_store.key(first + at), image) for at, image in enumerate(images)))
+        lmdb_store.put(
+            self.environment, ((lmdb_store.encode_key(first + at), image) for at, image in enumerate(images))
+        )
 
-    def unreadable(self) -> list[int]:
+    def unreadable_records(self) -> list[int]:
         """Positions of the unreadable among what is written."""
         with self.environment.begin(buffers=True) as transaction:
             return [
@@ -122,9 +124,9 @@ class PreparedWriter:
                 if len(key) == lmdb_store.KEY_BYTES and not len(value)
             ]
 
-    def finish(self, index: Index) -> PreparedHeader:
+    def finish(self, index: ImageIndex) -> PreparedHeader:
         """Write the index of the readable ones, mark the folder complete, close and seal it."""
-        left_out = self.unreadable()
+        left_out = self.unreadable_records()
         kept = np.setdiff1d(np.arange(self.header.count), left_out)
         index.take(kept, {"position": kept}).save(_index(self.path))
         names = tuple(index.names[position] for position in left_out)

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from vqvae2.data import scenes
-from vqvae2.data.index import Index, StringTable
+from vqvae2.data.index import ImageIndex, StringTable
 from vqvae2.data.sources.base import Source
 
 _PREFIX = "scenes:"
@@ -17,7 +17,7 @@ class SceneSource(Source):
 
     keeps_index = False
 
-    def __init__(self, path: str, index: Index) -> None:
+    def __init__(self, path: str, index: ImageIndex) -> None:
         super().__init__(path, index)
         self._drawn: dict[tuple[int, tuple[int, int]], Image.Image] = {}
 
@@ -26,13 +26,13 @@ class SceneSource(Source):
         return path.startswith(_PREFIX)
 
     @classmethod
-    def scan(cls, path: str) -> Index:
+    def scan(cls, path: str) -> ImageIndex:
         count = int(path.removeprefix(_PREFIX))
         labels = np.array([scenes.label(number) for number in range(count)], np.int32)
         names = [f"{scenes.CLASSES[label]}/{number:06d}" for number, label in enumerate(labels)]
         hashed = (hashlib.sha256(f"scene {number}".encode()).digest()[:8] for number in range(count))
         hashes = np.fromiter(map(int.from_bytes, hashed), np.uint64, count)
-        return Index(StringTable.of(names), labels, hashes, scenes.CLASSES)
+        return ImageIndex(StringTable.from_strings(names), labels, hashes, scenes.CLASSES)
 
     def open(self, number: int, size: tuple[int, int]) -> Image.Image:
         key = number, size

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vqvae2.data.image_io import Unreadable
-from vqvae2.data.index import Index
+from vqvae2.data.image_io import UnreadableImageError
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.archive import ReadAt, open_archive, state
 from vqvae2.data.sources.base import Source, is_image, require
 from vqvae2.errors import UserError
@@ -28,7 +28,7 @@ class TarSource(Source):
     beside `NAME.jpg` gives its class (WebDataset's convention); without one the class is the first folder.
     """
 
-    def __init__(self, path: str, index: Index) -> None:
+    def __init__(self, path: str, index: ImageIndex) -> None:
         super().__init__(path, index)
         self._read = [ReadAt(shard) for shard in expand(path)]
 
@@ -37,7 +37,7 @@ class TarSource(Source):
         return path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
 
     @classmethod
-    def scan(cls, path: str) -> Index:
+    def scan(cls, path: str) -> ImageIndex:
         if not path.lower().endswith(".tar"):
             raise UserError(f"data.path: {path} is compressed, so no image in it has an offset; unpack it to a .tar")
         shards = expand(path)
@@ -55,7 +55,7 @@ class TarSource(Source):
                     for column, value in zip(columns.values(), (number, offset, length), strict=True):
                         column.append(value)
         require(names, path)
-        return Index.build(names, classes, columns, stamp, _in_order(classes))
+        return ImageIndex.build(names, classes, columns, stamp, _in_order(classes))
 
     @classmethod
     def unchanged(cls, path: str, stamp: dict[str, Any]) -> bool:
@@ -66,7 +66,7 @@ class TarSource(Source):
         shard, offset, length = (int(self.index.columns[name][number]) for name in ("shard", "offset", "length"))
         data = self._read[shard](offset, length)
         if len(data) < length:
-            raise Unreadable(self.describe(number), "the archive ends within it")
+            raise UnreadableImageError(self.describe(number), "the archive ends within it")
         return data
 
 

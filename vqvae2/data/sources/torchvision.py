@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from vqvae2.data.index import Index
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.named import NamedSource
 from vqvae2.errors import UserError
 
@@ -22,19 +22,19 @@ class TorchvisionSource(NamedSource):
         return _open(path)
 
     @classmethod
-    def scan(cls, path: str) -> Index:
+    def scan(cls, path: str) -> ImageIndex:
         images = _open(path)
         labels = next(
             (getattr(images, name) for name in ("targets", "labels", "_labels") if hasattr(images, name)), None
         )
         numbers = [f"{number:08d}" for number in range(len(images))]
         if labels is None:
-            return Index.build(numbers)
+            return ImageIndex.build(numbers)
         values = [int(label) for label in labels]
         known = [str(name) for name in getattr(images, "classes", None) or range(max(values) + 1)]
         classes = tuple(name.replace("/", "-") for name in known)
         names = [classes[value] for value in values]
-        return Index.build([f"{c}/{n}" for c, n in zip(names, numbers, strict=True)], names, classes=classes)
+        return ImageIndex.build([f"{c}/{n}" for c, n in zip(names, numbers, strict=True)], names, classes=classes)
 
     def open(self, number: int, size: tuple[int, int]) -> Image.Image:
         del size

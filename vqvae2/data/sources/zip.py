@@ -5,8 +5,8 @@ import zipfile
 import zlib
 from typing import Any
 
-from vqvae2.data.image_io import Unreadable
-from vqvae2.data.index import Index
+from vqvae2.data.image_io import UnreadableImageError
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.archive import ReadAt, open_archive, state
 from vqvae2.data.sources.base import Source, is_image, require
 from vqvae2.errors import UserError
@@ -17,7 +17,7 @@ _LOCAL_HEADER = 30  # bytes before a member's name; the lengths of name and extr
 class ZipSource(Source):
     """The images in a .zip archive, stored or deflated, named by their paths in it."""
 
-    def __init__(self, path: str, index: Index) -> None:
+    def __init__(self, path: str, index: ImageIndex) -> None:
         super().__init__(path, index)
         self._read = ReadAt(path)
 
@@ -26,7 +26,7 @@ class ZipSource(Source):
         return path.lower().endswith(".zip")
 
     @classmethod
-    def scan(cls, path: str) -> Index:
+    def scan(cls, path: str) -> ImageIndex:
         stamp = state([path])
         try:
             with open_archive(path) as file, zipfile.ZipFile(file) as archive:
@@ -45,7 +45,7 @@ class ZipSource(Source):
             "method": [entry.compress_type for entry in found],
             "crc": [entry.CRC for entry in found],
         }
-        return Index.build(list(members), columns=columns, stamp=stamp)
+        return ImageIndex.build(list(members), columns=columns, stamp=stamp)
 
     @classmethod
     def unchanged(cls, path: str, stamp: dict[str, Any]) -> bool:
@@ -61,9 +61,9 @@ class ZipSource(Source):
             if method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompressobj(-15).decompress(data, full)
         except (struct.error, zlib.error) as error:
-            raise Unreadable(self.describe(number), error) from None
+            raise UnreadableImageError(self.describe(number), error) from None
         if zlib.crc32(data) != crc:
-            raise Unreadable(self.describe(number), "its checksum is wrong")
+            raise UnreadableImageError(self.describe(number), "its checksum is wrong")
         return data
 
 
