@@ -69,7 +69,7 @@ class Edit:
             "variants": self.variants,
             "seed": self.seed,
             "labels": list(self.labels),
-            "choice": self.choices.record(pipeline.levels),
+            "sampling_params": self.choices.record(pipeline.levels),
             "autoencoder": pipeline.autoencoder.digest,
             "priors": [prior.digest for prior in pipeline.priors],
             "torch": torch.__version__,

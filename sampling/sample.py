@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from sampling.evaluation.rejection import Rejection
+from sampling.evaluation.rejection import ClassifierRejection
 from sampling.output_folder import check_folder, free_folder, image_path, write_grids
 from sampling.params import SamplingParams, add_options
 from sampling.pipeline import VQVAE2Pipeline
@@ -103,7 +103,7 @@ def _manifest(pipeline: VQVAE2Pipeline, config: SamplingConfig) -> dict[str, Any
     return {
         "seed": config.seed,
         "count": config.count,
-        "choice": config.choice.record(pipeline.levels),
+        "sampling_params": config.choice.record(pipeline.levels),
         "labels": None if labels is None else labels.tolist(),
         "class_names": list(pipeline.classes),
         "autoencoder": pipeline.autoencoder.digest,
@@ -130,12 +130,12 @@ def main(arguments: list[str]) -> None:
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     run, out = given.pop("run"), given.pop("out", None)
     config = SamplingConfig.load(RunFolder.existing(run).config, "sampling")
-    rejection = Rejection.plan(run, given.pop("keep_fraction", None), given.pop("classifier", None))
+    rejection = ClassifierRejection.from_options(run, given.pop("keep_fraction", None), given.pop("classifier", None))
     choice = {name: given.pop(name) for name in SamplingParams.model_fields if name in given}
     settings = config.plain() | given | {"choice": config.choice.plain() | choice}
     config = SamplingConfig.parse(settings, "vqvae2 sample")
     if rejection:
-        config = config.model_copy(update=rejection.enlarge(config.count, config.classes))
+        config = config.model_copy(update=rejection.candidate_settings(config.count, config.classes))
     folder = sample_run(run, config, out)
     if rejection:
         folder = rejection.keep_best(folder, config.batch_size)

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from sampling.evaluation.diagnose import diagnose_run
-from sampling.evaluation.evaluate import describe, evaluate_run
+from sampling.evaluation.evaluate import evaluate_run
+from sampling.evaluation.format_metrics import format_metrics
 from sampling.processes import processes
 from sampling.report.report import write_report
 from sampling.sample import sample_run
@@ -26,7 +27,7 @@ def run_all(run: Run) -> None:
     metrics = evaluate_run(folder.path, run.experiment.evaluation, samples)
     if processes().is_main_process:
         report = write_report(folder.path, samples)
-        print_main(f"\n{describe(metrics)}\nseconds          {_seconds(run, samples)}\n\nPictures to open:")
+        print_main(f"\n{format_metrics(metrics)}\nseconds          {_seconds(run, samples)}\n\nPictures to open:")
         print_main(
             "\n".join(f"  {path}" for path in [report, *_pictures(run, samples, diagnosis)] if path and path.is_file())
         )

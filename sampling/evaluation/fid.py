@@ -1,4 +1,4 @@
-"""`vqvae2 fid A B`: the Fréchet Inception distance between two sets, as the pytorch-fid command gives it."""
+"""The command `vqvae2 fid A B`: the Fréchet Inception distance between two image sets, compatible with pytorch-fid."""
 
 import argparse
 import os
@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from sampling.evaluation.features import holds_statistics, summarize
-from sampling.evaluation.image_sets import open_images
+from sampling.evaluation.features import is_statistics_file, summarize_features
+from sampling.evaluation.image_sets import open_image_set
 from vqvae2 import distributed
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
 from vqvae2.metrics.inception import DIMS, FeatureExtractor, load_inception
 
-COMPARABLE = 2048  # images; with fewer the covariance of 2048 features is singular, and FID grows as N falls
+# With fewer images the covariance of 2048 features is singular, and the bias of FID grows quickly.
+MIN_COMPARABLE_IMAGES = 2048
 
 
 def main(arguments: list[str]) -> None:
@@ -27,8 +28,8 @@ def main(arguments: list[str]) -> None:
         _save_statistics(first, second, options)
         return
     # Cheap checks of both sides come before the network is loaded.
-    ready = [GaussianStatistics.load(path) if holds_statistics(path) else None for path in (first, second)]
-    images = [None if found else open_images(path) for path, found in zip((first, second), ready, strict=True)]
+    ready = [GaussianStatistics.load(path) if is_statistics_file(path) else None for path in (first, second)]
+    images = [None if found else open_image_set(path) for path, found in zip((first, second), ready, strict=True)]
     for path, statistics in zip((first, second), ready, strict=True):
         if statistics and statistics.dims != options.dims:
             raise UserError(f"{path}: statistics of {statistics.dims} dimensions, but --dims {options.dims}")
@@ -41,8 +42,8 @@ def main(arguments: list[str]) -> None:
     if distributed.rank() == 0:
         print("FID: ", distance)
         counts = [side.count for side in sides if side.count is not None]
-        if counts and min(counts) < COMPARABLE:
-            print(f"too few images for a comparable FID: {min(counts)}, fewer than {COMPARABLE}")
+        if counts and min(counts) < MIN_COMPARABLE_IMAGES:
+            print(f"too few images for a comparable FID: {min(counts)}, fewer than {MIN_COMPARABLE_IMAGES}")
         if extractor is not None and not extractor.is_standard:
             print(f"not the standard Inception weights: SHA-256 {extractor.weights_digest}")
 
@@ -50,8 +51,8 @@ def main(arguments: list[str]) -> None:
 def _save_statistics(source: Path, target: Path, options: argparse.Namespace) -> None:
     target = target if target.suffix == ".npz" else target.with_name(f"{target.name}.npz")
     if target.exists():
-        raise UserError(f"{target}: exists already; name another file or remove it")
-    open_images(source)
+        raise UserError(f"{target}: file already exists. Choose another name or delete it.")
+    open_image_set(source)
     extractor = _extractor(options)
     if distributed.rank() == 0:
         print(f"Saving statistics for {source}")
@@ -62,10 +63,10 @@ def _save_statistics(source: Path, target: Path, options: argparse.Namespace) ->
 
 def _measure(path: Path, extractor: FeatureExtractor | None, options: argparse.Namespace) -> GaussianStatistics:
     assert extractor is not None
-    images = open_images(path)
+    images = open_image_set(path)
     workers = min(8, _cpus()) if options.num_workers is None else options.num_workers
     batches = images.batches(options.batch_size, workers)
-    return summarize(batches, len(images), extractor, progress=path.name).statistics
+    return summarize_features(batches, len(images), extractor, progress=path.name).statistics
 
 
 def _extractor(options: argparse.Namespace) -> FeatureExtractor:
@@ -73,17 +74,17 @@ def _extractor(options: argparse.Namespace) -> FeatureExtractor:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: no device of torch; give cuda, cuda:0 or cpu") from None
+        raise UserError(f"--device {name}: not a torch device. Use cuda, cuda:0 or cpu.") from None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = PartialState(cpu=device.type == "cpu").device or device
     try:
         return load_inception(options.inception_weights, options.dims, device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device}: cannot be used here ({error})") from None
+        raise UserError(f"--device {device}: not available on this machine ({error})") from None
 
 
 def _cpus() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
