@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.interleaved import take_turns
+from benchmarks.interleaved import run_interleaved
 from train.stages.autoencoder import AutoencoderObjective
 from vqvae2.data.images import ImageSample
 from vqvae2.models import Autoencoder, AutoencoderConfig
@@ -110,7 +110,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
     options = parser.parse_args()
-    taken = take_turns(serve, {name: (name == "plain", options) for name in ("ours", "plain")}, options.steps, warm=2)
+    taken = run_interleaved(
+        serve, {name: (name == "plain", options) for name in ("ours", "plain")}, options.steps, warm=2
+    )
     for name, each in taken.items():
         print(f"{name}: {each}, {options.batch / each.median:.1f} images/s")
     ours, plain = taken["ours"], taken["plain"]

@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 
-class Taken(NamedTuple):
+class Measurement(NamedTuple):
     """What one way took."""
 
     seconds: list[float]  # of each measured round
@@ -23,9 +23,9 @@ class Taken(NamedTuple):
         return f"{self.median:.2f} s (from {least:.2f} to {most:.2f}), peak memory {self.memory / 2**20:.0f} MiB"
 
 
-def take_turns(
+def run_interleaved(
     serve: Callable[..., None], ways: dict[str, tuple[Any, ...]], rounds: int, warm: int
-) -> dict[str, Taken]:
+) -> dict[str, Measurement]:
     """Run `serve(pipe, *arguments)` once for each way and ask it for `warm` unmeasured and `rounds` measured rounds.
 
     To each True it gets, `serve` answers with the seconds of one round; to False with its peak memory in bytes.
@@ -44,5 +44,5 @@ def take_turns(
     taken = {}
     for name, pipe in pipes.items():
         pipe.send(False)
-        taken[name] = Taken(times[name][warm:], pipe.recv())
+        taken[name] = Measurement(times[name][warm:], pipe.recv())
     return taken

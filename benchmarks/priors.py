@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.interleaved import take_turns
+from benchmarks.interleaved import run_interleaved
 from benchmarks.sampling import BOTTOM, TOP, build
 from vqvae2.priors.layers import coordinate_map
 
@@ -164,7 +164,9 @@ def main() -> None:
     options = parser.parse_args()
     sums = {"ours": 0.0, "plain": 0.0}
     for level in options.levels:
-        taken = take_turns(serve, {name: (name == "plain", level, options) for name in sums}, options.steps, warm=1)
+        taken = run_interleaved(
+            serve, {name: (name == "plain", level, options) for name in sums}, options.steps, warm=1
+        )
         for name, each in taken.items():
             sums[name] += each.median
             print(f"{level}, {name}: {each}")

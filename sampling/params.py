@@ -113,7 +113,7 @@ class SamplingParams(Config):
         return self
 
     @property
-    def params(self) -> SamplingParams:
+    def params(self) -> "SamplingParams":
         """The sampling parameters alone, without the settings that a subclass adds."""
         return SamplingParams(**{name: getattr(self, name) for name in SamplingParams.model_fields})
 

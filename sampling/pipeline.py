@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
 from sampling.labels import labels_of
@@ -18,11 +17,9 @@ from vqvae2 import files
 from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.data.code_store import CodeStore
-from vqvae2.data.images import to_uint8
 from vqvae2.errors import UserError
 from vqvae2.hub import pipeline_folder
 from vqvae2.models import Autoencoder
-from vqvae2.pictures import to_picture
 from vqvae2.priors import Prior, load_prior, save_prior
 from vqvae2.run_folder import RunFolder, level_names
 
@@ -107,10 +104,6 @@ class VQVAE2Pipeline:
         """Device of the networks."""
         return next(self.autoencoder.parameters()).device
 
-    @overload
-    def __call__(self, num_images: int = 1, *, output_type: Literal["pil"], **kwargs: object) -> list[Image.Image]: ...
-    @overload
-    def __call__(self, num_images: int = 1, **kwargs: object) -> Tensor: ...
     def __call__(
         self,
         num_images: int = 1,
@@ -120,14 +113,12 @@ class VQVAE2Pipeline:
         top_k: int | Mapping[str, int] = 0,
         top_p: float | Mapping[str, float] = 1.0,
         guidance_scale: float | Mapping[str, float] = 1.0,
-        output_type: Literal["pt", "pil"] = "pt",
-    ) -> Float[Tensor, "b c h w"] | list[Image.Image]:
-        """Sample images. Image k depends on the seed and k only.
+    ) -> Float[Tensor, "b c h w"]:
+        """Sample images in [-1, 1]. Image k depends on the seed and k only.
 
         Args:
             class_labels: Labels to cycle through; all classes if not given.
             temperature, top_k, top_p, guidance_scale: One value, or values per level: `{"top": 1.0, "bottom": 0.9}`.
-            output_type: "pt" for a float32 tensor (B, C, H, W) in [-1, 1], "pil" for Pillow images.
 
         Raises:
             UserError: If an argument is out of range or does not fit the model.
@@ -140,8 +131,7 @@ class VQVAE2Pipeline:
             numbers = range(start, min(start + size, num_images))
             codes = self.sample_codes(numbers, self.labels_of(numbers, class_labels), seed, params)
             batches.append(self.autoencoder.decode(codes))
-        images = torch.cat(batches)
-        return [to_picture(image) for image in to_uint8(images)] if output_type == "pil" else images
+        return torch.cat(batches)
 
     def sample_codes(
         self,

@@ -1,14 +1,19 @@
 """RunConfig: everything that one YAML file says about a run."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
 from pydantic import Field, model_validator
 
 from sampling.evaluation.evaluation_config import EvaluationConfig
 from sampling.params import SamplingConfig
+from vqvae2.command_line import Options, parse
 from vqvae2.config import Config
 from vqvae2.data.images import DataConfig
 from vqvae2.models import AutoencoderConfig
 from vqvae2.priors import PriorConfig
-from vqvae2.run_folder import level_names
+from vqvae2.run_folder import RunFolder, level_names
 from vqvae2.training_config import (
     AutoencoderLossConfig,
     AutoencoderTrainingConfig,
@@ -73,3 +78,17 @@ class RunConfig(Config):
     def levels(self) -> tuple[str, ...]:
         """Names of the levels, finest first."""
         return level_names(len(self.autoencoder.model.levels))
+
+
+_Options = TypeVar("_Options", bound=Options)
+
+
+def parse_with_run_defaults(cls: type[_Options], section: str, arguments: Sequence[str], prog: str) -> _Options:
+    """Return a command's options; defaults come from a section of the config of the run folder that `run` names."""
+    options = parse(cls, arguments, prog)
+    run: Path = options.run  # pyright: ignore[reportAttributeAccessIssue]
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        return options
+    defaults = dict(getattr(RunConfig.load_resolved(folder.config), section))
+    return parse(cls, arguments, prog, default=cls.parse({"run": run, **defaults}, str(folder.config), section))

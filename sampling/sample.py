@@ -13,14 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from sampling.evaluation.rejection import Rejection
+from sampling.evaluation.rejection import ClassifierRejection
 from sampling.output_folder import check_folder, image_path, next_free_folder, write_grids
 from sampling.params import SamplingConfig
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
-from sampling.run_config import RunConfig
+from sampling.run_config import parse_with_run_defaults
 from vqvae2 import files
-from vqvae2.command_line import Options, parse
+from vqvae2.command_line import Options
 from vqvae2.data.images import to_uint8
 from vqvae2.pictures import save_png
 from vqvae2.run_folder import RunFolder
@@ -40,12 +40,7 @@ class SampleOptions(Options, SamplingConfig):
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        run = parse(cls, arguments, prog).run
-        folder = RunFolder(run)
-        if not folder.config.is_file():
-            return parse(cls, arguments, prog)
-        sampling = RunConfig.load_resolved(folder.config).sampling
-        return parse(cls, arguments, prog, default=cls(run=run, **dict(sampling)))
+        return parse_with_run_defaults(cls, "sampling", arguments, prog)
 
     @property
     def config(self) -> SamplingConfig:
@@ -137,9 +132,9 @@ def main(options: SampleOptions) -> None:
     """Run the command `vqvae2 sample`."""
     RunFolder.existing(options.run)
     config = options.config
-    rejection = Rejection.plan(options.run, options.keep_fraction, options.classifier)
+    rejection = ClassifierRejection.from_options(options.run, options.keep_fraction, options.classifier)
     if rejection:
-        config = config.model_copy(update=rejection.enlarge(config.count, config.classes))
+        config = config.model_copy(update=rejection.candidate_settings(config.count, config.classes))
     folder = sample_run(options.run, config, options.out)
     if rejection:
         folder = rejection.keep_best(folder, config.batch_size)

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from sampling.evaluation.cas import Augmented, CasConfig, accuracy, describe, rgb, train
-from sampling.evaluation.classifier import ClassifierSpec, as_classifier, load_classifier
+from sampling.evaluation.cas import AugmentedDataset, CasConfig, top_k_accuracy, train_classifier
+from sampling.evaluation.classifier import Classifier, ClassifierConfig, load_classifier
+from sampling.evaluation.format_metrics import format_cas
+from sampling.evaluation.image_sets import to_rgb
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
-from vqvae2.data.images import ImageSample
+from vqvae2.data.images import Item
 from vqvae2.data.scenes import CLASSES
 
 COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40], [40, 200, 200], [200, 40, 200]])
-SPEC = ClassifierSpec(architecture="resnet18", classes=tuple("abcdef"), size=(8, 8))
+SPEC = ClassifierConfig(architecture="resnet18", classes=tuple("abcdef"), size=(8, 8))
 TRAINING = CasConfig(steps=30, batch_size=16)
 
 
@@ -33,47 +35,47 @@ class Coloured:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> ImageSample:
-        return ImageSample(torch.from_numpy(self.pixels[index]), int(self.labels[index]))
+    def __getitem__(self, index: int) -> Item:
+        return Item(torch.from_numpy(self.pixels[index]), int(self.labels[index]))
 
 
 def test_it_learns_the_label_from_the_colour_and_again_the_same() -> None:
-    network = train(Coloured(96, seed=0), SPEC, TRAINING)
-    found = accuracy(as_classifier(network, SPEC, ""), Coloured(120, seed=1), batch_size=50)
+    network = train_classifier(Coloured(96, seed=0), SPEC, TRAINING)
+    found = top_k_accuracy(Classifier.from_network(network, SPEC, ""), Coloured(120, seed=1), batch_size=50)
     assert found["top1"] > 0.9
     assert found["top5"] >= found["top1"]
     assert not network.training
     short = TRAINING.model_copy(update={"steps": 2})
     state = torch.random.get_rng_state()
-    first, again = (train(Coloured(96, seed=0), SPEC, short).state_dict() for _ in range(2))
+    first, again = (train_classifier(Coloured(96, seed=0), SPEC, short).state_dict() for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    other = train(Coloured(96, seed=0), SPEC, short.model_copy(update={"seed": 1})).state_dict()
+    other = train_classifier(Coloured(96, seed=0), SPEC, short.model_copy(update={"seed": 1})).state_dict()
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
 
 
 def test_it_learns_nothing_from_shuffled_labels() -> None:
-    network = train(Coloured(96, seed=0, shuffled=True), SPEC, TRAINING)
+    network = train_classifier(Coloured(96, seed=0, shuffled=True), SPEC, TRAINING)
     held_out = Coloured(120, seed=1, shuffled=True)
-    assert accuracy(as_classifier(network, SPEC, ""), held_out, batch_size=50)["top1"] < 0.3
+    assert top_k_accuracy(Classifier.from_network(network, SPEC, ""), held_out, batch_size=50)["top1"] < 0.3
 
 
 def test_accuracy_is_recomputed_by_hand() -> None:
-    classifier = as_classifier(SPEC.build(), SPEC, "")
+    classifier = Classifier.from_network(SPEC.build(), SPEC, "")
     images = Coloured(20, seed=0)
-    order = classifier.log_probabilities(torch.from_numpy(images.pixels)).argsort(1, descending=True).numpy()
-    found = accuracy(classifier, images, batch_size=7)
+    order = classifier.log_probs(torch.from_numpy(images.pixels)).argsort(1, descending=True).numpy()
+    found = top_k_accuracy(classifier, images, batch_size=7)
     assert found == {
         "top1": float(np.mean(order[:, 0] == images.labels)),
         "top5": float(np.mean((order[:, :5] == images.labels[:, None]).any(1))),
     }
-    five = ClassifierSpec(architecture="resnet18", classes=tuple("abcde"), size=(8, 8))
-    assert set(accuracy(as_classifier(five.build(), five, ""), images, batch_size=7)) == {"top1"}
+    five = ClassifierConfig(architecture="resnet18", classes=tuple("abcde"), size=(8, 8))
+    assert set(top_k_accuracy(Classifier.from_network(five.build(), five, ""), images, batch_size=7)) == {"top1"}
 
 
 def test_augmentation_moves_and_mirrors_and_depends_on_the_draw_alone() -> None:
     picture = torch.arange(3 * 16 * 16, dtype=torch.int64).view(3, 16, 16).remainder(251).to(torch.uint8)
-    augmented = Augmented([ImageSample(picture, 4)])  # pyright: ignore[reportArgumentType]
+    augmented = AugmentedDataset([Item(picture, 4)])  # pyright: ignore[reportArgumentType]
     found = [augmented[0, draw] for draw in range(40)]
     assert all(item.label == 4 and item.image.shape == picture.shape for item in found)
     assert torch.equal(found[7].image, augmented[0, 7].image)
@@ -91,8 +93,8 @@ def test_augmentation_moves_and_mirrors_and_depends_on_the_draw_alone() -> None:
 
 
 def test_grey_and_transparent_images_become_rgb() -> None:
-    assert rgb(torch.full((2, 1, 4, 4), 9, dtype=torch.uint8)).shape == (2, 3, 4, 4)
-    assert rgb(torch.zeros(2, 4, 4, 4, dtype=torch.uint8)).shape == (2, 3, 4, 4)
+    assert to_rgb(torch.full((2, 1, 4, 4), 9, dtype=torch.uint8)).shape == (2, 3, 4, 4)
+    assert to_rgb(torch.zeros(2, 4, 4, 4, dtype=torch.uint8)).shape == (2, 3, 4, 4)
 
 
 def test_the_command_reports_the_score_and_keeps_the_classifiers(
@@ -115,17 +117,19 @@ def test_the_command_reports_the_score_and_keeps_the_classifiers(
     assert (found["model"], found["steps"], found["batch_size"], found["seed"]) == ("resnet18", 2, 4, 0)
     assert found["warning"] == "too few samples for a comparable score: 5 (0 a class)"
     assert found["warning"] in printed
-    assert [line for line in printed.splitlines() if line.startswith("CAS")] == describe(found)
-    assert len(describe(found)) == 2
+    assert [line for line in printed.splitlines() if line.startswith("CAS")] == format_cas(found)
+    assert len(format_cas(found)) == 2
     classifier = load_classifier(str(run / "evaluation" / "classifier-real.safetensors"))
-    assert classifier.columns(CLASSES) == list(range(10))
+    assert classifier.class_indices(CLASSES) == list(range(10))
 
     def everything() -> dict[str, object]:
         files: dict[str, object] = dict(contents(run))
         return files | {"evaluation/metrics.json": json.loads((run / "evaluation" / "metrics.json").read_text())}
 
     before = everything()
-    monkeypatch.setattr("sampling.evaluation.cas.train", None)  # a classifier that is there is not trained again
+    monkeypatch.setattr(
+        "sampling.evaluation.cas.train_classifier", None
+    )  # a classifier that is there is not trained again
     assert main(command) == 0
     assert main(["evaluate", str(run)]) == 0  # and the score stays in the table
     assert "CAS" in capsys.readouterr().out

@@ -11,9 +11,8 @@ import torchvision
 
 from sampling.evaluation.classifier import (
     Classifier,
-    ClassifierSpec,
-    LabelledSamples,
-    as_classifier,
+    ClassifierConfig,
+    LabeledSamples,
     load_classifier,
     save_classifier,
 )
@@ -37,14 +36,14 @@ def test_a_torchvision_classifier_gives_what_torchvision_gives(tmp_path: Path, m
     peer = torchvision.models.get_model(NAME, weights=None).eval()
     torch.save(peer.state_dict(), cached_weights(tmp_path))
     classifier = load_classifier(NAME)
-    found = classifier.log_probabilities(IMAGES)
+    found = classifier.log_probs(IMAGES)
     transform = WEIGHTS.transforms()
     with torch.inference_mode():
         expected = torch.cat([peer(transform(image)[None]) for image in IMAGES]).log_softmax(1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert classifier.columns([f"n{index:08d}" for index in range(1000)]) == list(range(1000))
+    assert classifier.class_indices([f"n{index:08d}" for index in range(1000)]) == list(range(1000))
     with pytest.raises(UserError, match=rf"--classifier {NAME}: tells 1000 classes, the run has 10"):
-        classifier.columns(["a"] * 10)
+        classifier.class_indices(["a"] * 10)
 
 
 def test_without_weights_the_message_says_which_and_the_way_out(
@@ -78,28 +77,28 @@ def test_weights_that_are_a_program_are_not_run(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("size", [(16, 24), (72, 72)])
 def test_a_classifier_survives_its_file(tmp_path: Path, size: tuple[int, int]) -> None:
-    spec = ClassifierSpec(architecture="resnet18", classes=("cat", "dog", "owl"), size=size)
+    spec = ClassifierConfig(architecture="resnet18", classes=("cat", "dog", "owl"), size=size)
     network = spec.build()
     path = tmp_path / "classifier.safetensors"
     save_classifier(path, network, spec, {"samples": "…"})
     loaded = load_classifier(str(path))
-    expected = as_classifier(network, spec, "").log_probabilities(IMAGES)
-    assert torch.equal(loaded.log_probabilities(IMAGES), expected)
+    expected = Classifier.from_network(network, spec, "").log_probs(IMAGES)
+    assert torch.equal(loaded.log_probs(IMAGES), expected)
     torch.testing.assert_close(expected.exp().sum(1), torch.ones(3))
-    assert loaded.columns(["owl", "cat"]) == [2, 0]
+    assert loaded.class_indices(["owl", "cat"]) == [2, 0]
     with pytest.raises(UserError, match="does not know the run's class 'emu'"):
-        loaded.columns(["cat", "emu"])
+        loaded.class_indices(["cat", "emu"])
 
 
 def test_small_images_keep_their_size_in_the_first_layer() -> None:
     for side, kept in ((64, 64), (65, 17)):
-        network = ClassifierSpec(architecture="resnet18", classes=("a", "b"), size=(side, side)).build()
+        network = ClassifierConfig(architecture="resnet18", classes=("a", "b"), size=(side, side)).build()
         stem = torch.nn.Sequential(*list(network.children())[:4])
         assert stem(torch.zeros(1, 3, side, side)).shape == (1, 64, kept, kept)
 
 
 def test_damaged_files_are_one_line(tmp_path: Path) -> None:
-    spec = ClassifierSpec(architecture="resnet18", classes=("a", "b"), size=(16, 16))
+    spec = ClassifierConfig(architecture="resnet18", classes=("a", "b"), size=(16, 16))
     path = tmp_path / "classifier.safetensors"
     save_classifier(path, spec.build(), spec.model_copy(update={"classes": ("a", "b", "c")}), {})
     with pytest.raises(UserError, match=r"fc.weight. has shape \(2, 512\)"):
@@ -117,19 +116,19 @@ def test_preprocessing_is_per_image() -> None:
         return images.float().mean((2, 3))
 
     classifier = Classifier(torch.nn.Linear(3, 5).eval(), preprocess, tuple("abcde"), "test", "")
-    whole = classifier.log_probabilities(IMAGES)
-    torch.testing.assert_close(whole[1:2], classifier.log_probabilities(IMAGES[1:2]))
+    whole = classifier.log_probs(IMAGES)
+    torch.testing.assert_close(whole[1:2], classifier.log_probs(IMAGES[1:2]))
 
 
 def test_samples_come_with_the_labels_of_their_manifest(finished_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished_run / "samples", tmp_path / "samples")
-    samples = LabelledSamples(folder)
+    samples = LabeledSamples(folder)
     assert [samples[number].label for number in range(5)] == samples.labels == [0, 1, 2, 3, 4]
     assert samples[2].image.shape == (3, 32, 32)
     (folder / "images" / "000003.png").unlink()
     with pytest.raises(UserError, match=r"1 of 5 images are missing, 000003.png the first"):
-        LabelledSamples(folder)
+        LabeledSamples(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"labels": None}))
     with pytest.raises(UserError, match="samples without labels"):
-        LabelledSamples(folder)
+        LabeledSamples(folder)

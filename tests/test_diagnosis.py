@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.evaluation.diagnose import diagnose_run, rows
+from sampling.evaluation.diagnose import diagnose_run, diagnostic_rows
 from sampling.evaluation.training_checks import codebook_warnings, prior_warnings
 from sampling.params import SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
@@ -61,7 +61,7 @@ def test_a_prior_that_overfits_or_has_nothing_to_learn_is_named() -> None:
 def test_each_row_samples_one_level_more(finished_run: Path) -> None:
     pipeline = VQVAE2Pipeline.load(finished_run)
     batch = CodeStore.open(finished_run / "codes" / "val").read(range(4, 7))
-    found = rows(pipeline, batch.codes, batch.label, seed=3, first=4)
+    found = diagnostic_rows(pipeline, batch.codes, batch.label, seed=3, first=4)
     assert list(found) == ["reconstruction", "true-top", "sampled"]
 
     def image(codes: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_three_levels_have_a_row_for_each_number_of_true_ones() -> None:
     assert top.spec.level == spec
     pipeline = VQVAE2Pipeline(autoencoder, (*priors, top))
     codes = tuple(torch.randint(11, (2, *size)) for size in sizes)
-    assert list(rows(pipeline, codes, None, 0)) == ["reconstruction", "true-middle", "true-top", "sampled"]
+    assert list(diagnostic_rows(pipeline, codes, None, 0)) == ["reconstruction", "true-middle", "true-top", "sampled"]
 
 
 def test_the_command_writes_the_pictures_once_and_the_report_shows_them(

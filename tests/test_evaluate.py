@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.evaluation.evaluate import EvaluationConfig, describe, evaluate_run
-from sampling.evaluation.features import summarize
+from sampling.evaluation.evaluate import EvaluationConfig, evaluate_run
+from sampling.evaluation.features import summarize_features
+from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageFolder
 from tests.inception_fixture import extractor, fill, two_processes
 from vqvae2 import files
@@ -36,7 +37,7 @@ def test_the_validation_split_is_the_reference_as_the_networks_saw_it(run: Path,
     reference = GaussianStatistics(2048)
     reference.update(extractor()(torch.stack([held_out[index].image for index in range(len(held_out))])).features)
     folder = ImageFolder(run / "samples" / "images")
-    ours = summarize(folder.batches(50), len(folder), extractor()).statistics
+    ours = summarize_features(folder.batches(50), len(folder), extractor()).statistics
     assert metrics["fid"]["value"] == pytest.approx(ours.distance(reference), rel=1e-5)
     assert metrics["rfid"]["value"] > 0
     assert metrics["protocol"]["reference"] == {
@@ -55,7 +56,7 @@ def test_metrics_json_carries_the_protocol(run: Path, inception_weights: Path) -
     protocol = metrics["protocol"]
     assert protocol["samples"]["count"] == 5
     assert protocol["samples"]["seed"] == 0
-    assert protocol["samples"]["choice"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert protocol["samples"]["sampling_params"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     assert protocol["inception_weights"] == files.digest(inception_weights)
     assert protocol["standard_weights"] is False
     assert {"torch", "torchvision", "pytorch-fid", "scipy", "pillow"} == protocol["versions"].keys()
@@ -65,7 +66,7 @@ def test_metrics_json_carries_the_protocol(run: Path, inception_weights: Path) -
     bits = 64 * levels["bottom"]["nll"] / np.log(2) + 16 * levels["top"]["nll"] / np.log(2)
     assert metrics["bits_per_image"] == pytest.approx(bits)
     assert metrics["bits_per_dimension"] == pytest.approx(bits / (3 * 32 * 32))
-    text = describe(metrics)
+    text = format_metrics(metrics)
     assert "too few images for a comparable FID" in text
     assert text.index("KID") < text.index("FID  "), "the unbiased measure comes first with few images"
     assert "NOT the standard Inception weights" in text
@@ -80,7 +81,7 @@ def test_a_folder_and_its_statistics_give_one_number_and_the_folder_is_measured_
     assert len(cached) == 1
     images = ImageFolder(folder)
     statistics = tmp_path / "reference.npz"
-    summarize(images.batches(50), len(images), extractor()).statistics.save(statistics)
+    summarize_features(images.batches(50), len(images), extractor()).statistics.save(statistics)
     second = evaluate(run, inception_weights, reference=str(statistics))
     assert second["fid"]["value"] == pytest.approx(first["fid"]["value"], rel=1e-6)
     assert "kid" in first
@@ -103,7 +104,7 @@ def test_sizes_and_formats_that_differ_are_warned_of(run: Path, inception_weight
     size, kind = metrics["warnings"]
     assert "samples are 32×32 and the reference is 40×48 pixels" in size
     assert "samples are png and the reference is jpg" in kind
-    assert describe(metrics).count("warning ") == 2
+    assert format_metrics(metrics).count("warning ") == 2
 
 
 def test_an_interrupted_evaluation_leaves_nothing_half_written(

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from sampling.evaluation import fid
-from sampling.evaluation.features import FeatureSummary, KeepOptions, summarize, summarize_cached
-from sampling.evaluation.image_sets import Batch, ImageFolder, open_images
+from sampling.evaluation.features import FeatureSummary, KeepOptions, summarize_features, summarize_features_cached
+from sampling.evaluation.image_sets import ImageBatch, ImageFolder, open_image_set
 from tests.inception_fixture import extractor, fill, pytorch_fid_command, two_processes, weights
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
@@ -81,7 +81,7 @@ def test_images_in_an_array_are_those_of_the_folder(sets: tuple[Path, Path], tmp
     np.savez(tmp_path / "plain.npz", pixels)
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=pixels, arr_1=np.arange(N))
     for file in ("plain.npz", "compressed.npz"):
-        images = open_images(tmp_path / file)
+        images = open_image_set(tmp_path / file)
         assert len(images) == N
         assert images.formats == {"npz": N}
         batches = list(images.batches(4))
@@ -103,33 +103,33 @@ def test_features_and_score_are_kept_in_the_same_pass(sets: tuple[Path, Path]) -
     (batch,) = folder.batches()
     features, logits = extractor(64)(batch.images, logits=True)
     assert logits is not None
-    whole = summarize(folder.batches(4), N, extractor(64), KeepOptions(features=100, splits=3))
+    whole = summarize_features(folder.batches(4), N, extractor(64), KeepOptions(features=100, splits=3))
     torch.testing.assert_close(whole.features, features, rtol=1e-4, atol=1e-5)
     assert whole.score == pytest.approx(inception_score(logits, 3), rel=1e-4)
     assert whole.size == (32, 40)
     np.testing.assert_allclose(
         whole.statistics.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-3, atol=1e-5
     )
-    some = summarize(folder.batches(2), N, extractor(64), KeepOptions(features=4))
+    some = summarize_features(folder.batches(2), N, extractor(64), KeepOptions(features=4))
     assert some.features is not None
     assert some.features.shape == (4, 64)
     chosen = np.sort(np.random.RandomState(2020).permutation(N)[:4])
     torch.testing.assert_close(some.features, features[chosen], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="10 images were announced and 9 came"):
-        summarize(folder.batches(4), 10, extractor(64))
+        summarize_features(folder.batches(4), 10, extractor(64))
 
 
 def shared(folder: Path, cache: Path) -> tuple[FeatureSummary, float]:
-    summary = summarize(ImageFolder(folder).batches(2), N, extractor(64), KeepOptions(features=5, splits=3))
-    again = summarize_cached(ImageFolder(folder), extractor(64), cache, KeepOptions(features=5, splits=3), 2)
+    summary = summarize_features(ImageFolder(folder).batches(2), N, extractor(64), KeepOptions(features=5, splits=3))
+    again = summarize_features_cached(ImageFolder(folder), extractor(64), cache, KeepOptions(features=5, splits=3), 2)
     return summary, again.statistics.distance(summary.statistics)
 
 
 def test_two_processes_give_the_value_of_one(sets: tuple[Path, Path], tmp_path: Path) -> None:
-    one = summarize(
+    one = summarize_features(
         ImageFolder(sets[0]).batches(2), N, extractor(64), KeepOptions(features=5, splits=3)
     )  # makes the weights
-    other = summarize(ImageFolder(sets[1]).batches(), N + 1, extractor(64)).statistics
+    other = summarize_features(ImageFolder(sets[1]).batches(), N + 1, extractor(64)).statistics
     for two, again in two_processes(shared, sets[0], tmp_path):
         assert two.statistics.count == N
         assert two.statistics.distance(other) == pytest.approx(one.statistics.distance(other), rel=1e-6)
@@ -148,12 +148,12 @@ def test_the_command_is_shared_by_launched_processes(sets: tuple[Path, Path]) ->
 
 def test_a_measured_folder_is_not_measured_again_until_it_changes(tmp_path: Path) -> None:
     folder, cache = fill(tmp_path / "images", 3), tmp_path / "cache"
-    summarize_cached(ImageFolder(folder), extractor(64), cache)
+    summarize_features_cached(ImageFolder(folder), extractor(64), cache)
     (file,) = cache.iterdir()
     first = file.stat().st_mtime_ns
 
     def files() -> int:
-        summarize_cached(ImageFolder(folder), extractor(64), cache)
+        summarize_features_cached(ImageFolder(folder), extractor(64), cache)
         return len(list(cache.iterdir()))
 
     assert files() == 1
@@ -165,13 +165,13 @@ def test_a_measured_folder_is_not_measured_again_until_it_changes(tmp_path: Path
     assert files() == 2
     (folder / "001.png").rename(folder / "009.png")
     assert files() == 3
-    summarize_cached(ImageFolder(folder), extractor(64), cache, KeepOptions(features=2))
-    summarize_cached(ImageFolder(folder), extractor(192), cache)
+    summarize_features_cached(ImageFolder(folder), extractor(64), cache, KeepOptions(features=2))
+    summarize_features_cached(ImageFolder(folder), extractor(192), cache)
     assert len(list(cache.iterdir())) == 5
 
 
 def test_a_summary_round_trips_and_plain_statistics_are_one(sets: tuple[Path, Path], tmp_path: Path) -> None:
-    summary = summarize(ImageFolder(sets[0]).batches(), N, extractor(64), KeepOptions(features=5, splits=2))
+    summary = summarize_features(ImageFolder(sets[0]).batches(), N, extractor(64), KeepOptions(features=5, splits=2))
     summary.save(tmp_path / "s.npz")
     loaded = FeatureSummary.load(tmp_path / "s.npz")
     assert torch.equal(loaded.features, summary.features)
@@ -188,11 +188,11 @@ def test_an_interrupted_pass_leaves_no_file(tmp_path: Path) -> None:
 
     class Interrupted(ImageFolder):
         def batches(self, batch_size: int = 50, num_workers: int = 0):
-            yield Batch(torch.tensor([0]), folder[0][1][None])
+            yield ImageBatch(torch.tensor([0]), folder[0][1][None])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        summarize_cached(Interrupted(folder.folder), extractor(64), tmp_path / "cache")
+        summarize_features_cached(Interrupted(folder.folder), extractor(64), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from sampling.params import SamplingParams, by_level
 from sampling.pipeline import VQVAE2Pipeline
-from sampling.report.page import spell
+from sampling.report.report import format_value
 from sampling.sample import SamplingConfig
 from sampling.sample_level import ClassifierFreeGuidance, LevelSamplingParams, Noise, sample_level
 from tests.test_commands import contents, fails
@@ -168,6 +168,6 @@ def test_the_command_takes_values_by_level(
         str(out),
     ]
     assert main(command) == 0
-    choice = json.loads((out / "manifest.json").read_text())["choice"]
+    choice = json.loads((out / "manifest.json").read_text())["sampling_params"]
     assert choice == {"temperature": {"top": 1.0, "bottom": 0.5}, "top_k": 0, "top_p": 1.0, "guidance_scale": 2.0}
-    assert spell(choice).startswith("temperature (top 1.0, bottom 0.5), top-k 0")
+    assert format_value(choice).startswith("temperature (top 1.0, bottom 0.5), top-k 0")

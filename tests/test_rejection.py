@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sampling.evaluation.classifier import ClassifierSpec, load_classifier, save_classifier
-from sampling.evaluation.rejection import candidates, select
+from sampling.evaluation.classifier import ClassifierConfig, load_classifier, save_classifier
+from sampling.evaluation.rejection import num_candidates, select_best
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
 from vqvae2.data.images import read_image
@@ -28,7 +28,7 @@ FRACTIONS = st.integers(1, 100).map(lambda percent: percent / 100)
 )
 def test_each_label_keeps_its_best_fraction(scored: list[tuple[float, int]], fraction: float) -> None:
     scores, labels = [score for score, _ in scored], [label for _, label in scored]
-    kept = select(scores, labels, fraction)
+    kept = select_best(scores, labels, fraction)
     exact = Fraction(str(fraction))
     assert kept == sorted(set(kept))
     assert len(kept) == (max(1, math.floor(len(labels) * exact)) if labels else 0)
@@ -43,25 +43,25 @@ def test_each_label_keeps_its_best_fraction(scored: list[tuple[float, int]], fra
 @given(st.integers(1, 60), st.integers(1, 12), FRACTIONS)
 def test_there_are_candidates_for_every_image_and_every_label(count: int, classes: int, fraction: float) -> None:
     used = min(count, classes)
-    number = candidates(count, fraction)
+    number = num_candidates(count, fraction)
     labels = [index % used for index in range(number)]
-    kept = select([0.0] * number, labels, fraction)
+    kept = select_best([0.0] * number, labels, fraction)
     assert len(kept) == count
     assert {labels[index] for index in kept} == set(range(used))
     assert number == count or (number - 1) * Fraction(str(fraction)) < count
 
 
 def test_a_fraction_is_the_decimal_that_was_typed() -> None:
-    assert candidates(3, 0.1) == 30
-    assert candidates(7, 0.07) == 100
-    assert len(select([0.0] * 100, [0] * 100, 0.29)) == 29  # 100 · 0.29 is 28.999… in floating point
-    assert select([0.1, 0.9, 0.5, 0.5], [0, 0, 0, 0], 0.5) == [1, 2]
+    assert num_candidates(3, 0.1) == 30
+    assert num_candidates(7, 0.07) == 100
+    assert len(select_best([0.0] * 100, [0] * 100, 0.29)) == 29  # 100 · 0.29 is 28.999… in floating point
+    assert select_best([0.1, 0.9, 0.5, 0.5], [0, 0, 0, 0], 0.5) == [1, 2]
 
 
 @pytest.fixture
 def judge(tmp_path: Path) -> Path:
     """A classifier of the built-in scenes with random weights, in a file."""
-    spec = ClassifierSpec(architecture="resnet18", classes=CLASSES[::-1], size=(16, 16))
+    spec = ClassifierConfig(architecture="resnet18", classes=CLASSES[::-1], size=(16, 16))
     torch.manual_seed(0)
     path = tmp_path / "judge.safetensors"
     save_classifier(path, spec.build(), spec, {})
@@ -96,7 +96,7 @@ def test_the_command_keeps_the_likeliest_and_goes_on_where_it_was_stopped(
     assert sorted(manifest["labels"]) == [3, 3, 7, 7]
     classifier = load_classifier(str(judge))
     images = [torch.from_numpy(read_image(folder / "images" / f"{n:06d}.png", (32, 32))) for n in range(8)]
-    sure = classifier.log_probabilities(torch.stack(images).permute(0, 3, 1, 2)).exp()
+    sure = classifier.log_probs(torch.stack(images).permute(0, 3, 1, 2)).exp()
     for label in (3, 7):
         own = {n: float(sure[n, len(CLASSES) - 1 - label]) for n in range(8) if (3, 7)[n % 2] == label}
         chosen = {entry["candidate"]: entry["probability"] for entry in record["chosen"] if entry["label"] == label}
@@ -126,7 +126,7 @@ def test_the_same_candidates_judged_otherwise_leave_the_first_choice_alone(
         f"images/{n:06d}.png" for n in range(5)
     }
     other = load_classifier(str(judge))
-    save_classifier(judge, other.network, ClassifierSpec(architecture="resnet18", classes=CLASSES, size=(16, 16)), {})
+    save_classifier(judge, other.network, ClassifierConfig(architecture="resnet18", classes=CLASSES, size=(16, 16)), {})
     assert main([*command, "--keep-fraction", "1"]) == 0
     assert contents(run / "samples" / "accepted") == first
     assert (run / "samples" / "accepted-2" / "rejection.json").is_file()
@@ -149,7 +149,7 @@ def test_bad_requests_are_one_line_and_sample_nothing(
     fails(capsys, [*both, str(foreign)], "weights.pth", "only weights in safetensors")
     autoencoder = finished_run / "autoencoder" / "model.safetensors"
     fails(capsys, [*both, str(autoencoder)], "model.safetensors", "(autoencoder), not of a classifier")
-    spec = ClassifierSpec(architecture="resnet18", classes=CLASSES[1:], size=(16, 16))
+    spec = ClassifierConfig(architecture="resnet18", classes=CLASSES[1:], size=(16, 16))
     save_classifier(judge, spec.build(), spec, {})
     fails(capsys, [*both, str(judge)], "does not know the run's class", CLASSES[0])
     assert contents(finished_run) == before

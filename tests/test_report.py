@@ -89,7 +89,7 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
         "rfid": {"value": 65.4, "text": f"65.40 (20 images; {few})", "comparable": False},
         "kid": {"mean": 0.0123, "std": 0.004},
         "inception_score": {"mean": 2.5, "std": 0.25},
-        "manifold": {"precision": 0.125, "recall": 0.25, "density": 1.5, "coverage": 0.75},
+        "precision_recall": {"precision": 0.125, "recall": 0.25, "density": 1.5, "coverage": 0.75},
         "warnings": [],
         "protocol": {
             "samples": {"count": 5, "size": [32, 32], "formats": {"png": 5}, "seed": 0, "autoencoder": "a" * 64},

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from sampling.evaluation.format_metrics import format_metrics
-
 from sampling.evaluation.diagnose import diagnose_run
 from sampling.evaluation.evaluate import evaluate_run
+from sampling.evaluation.format_metrics import format_metrics
 from sampling.processes import processes
 from sampling.report.report import write_report
 from sampling.sample import sample_run

@@ -64,7 +64,8 @@ def parse(cls: type[_Config], arguments: Sequence[str], prog: str, default: _Con
 
     with tyro_errors.on_parse_error(raise_user_error):
         try:
-            return tyro.cli(cls, default=default, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+            defaults: dict[str, Any] = {} if default is None else {"default": default}
+            return tyro.cli(cls, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,), **defaults)
         except ValidationError as error:
             raise UserError(_describe_validation(error, arguments)) from None
         except SystemExit as exit_:

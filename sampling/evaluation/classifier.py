@@ -1,6 +1,6 @@
-"""Image classifiers as judges of samples: torchvision's, by name, or one trained for the classification accuracy score.
+"""Image classifiers that score samples: torchvision models by name, or classifiers trained by this project.
 
-Beside them the samples that they judge or learn from: what `vqvae2 sample` wrote, with the label of each image.
+`LabeledSamples` reads the images that such a classifier scores or is trained on, with the labels of the manifest.
 """
 
 import difflib
@@ -25,24 +25,24 @@ from vqvae2.config import Config
 from vqvae2.data.images import ImageSample, read_image, to_float
 from vqvae2.errors import UserError
 
-SMALL = 64  # images up to this side keep their size in the first layer
+SMALL_IMAGE_SIZE = 64  # pixels; up to this height and width the first layer does not downsample
 Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 _TIMEOUT_S = 10
-_OWN = "a .safetensors file that `vqvae2 evaluate RUN --cas --cas-real` made"
+_OWN_CLASSIFIER = "a .safetensors file written by `vqvae2 evaluate RUN --cas --cas-real`"
 
 
-class ClassifierSpec(Config):
-    """What a classifier of this project is built from; its file keeps it."""
+class ClassifierConfig(Config):
+    """Architecture of a classifier trained by this project; stored in its weights file."""
 
     architecture: Architecture
     classes: tuple[str, ...] = Field(min_length=2)
-    size: tuple[int, int] = Field(description="height and width of the images it sees, in pixels")
+    size: tuple[int, int] = Field(description="height and width of the input images in pixels")
 
     def build(self) -> nn.Module:
-        """torchvision's network; for small images its first layer is 3×3 of stride 1, and no pooling follows."""
+        """Build torchvision's network; for small images the first layer is a 3×3 convolution without pooling."""
         network: Any = torchvision.models.get_model(self.architecture, weights=None, num_classes=len(self.classes))
-        if max(self.size) <= SMALL:
+        if max(self.size) <= SMALL_IMAGE_SIZE:
             network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
             network.maxpool = nn.Identity()
@@ -52,40 +52,60 @@ class ClassifierSpec(Config):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network with its preprocessing and its classes; in evaluation mode."""
+    """A network in evaluation mode, with its preprocessing and its class names."""
 
     network: nn.Module
-    preprocess: Callable[[Tensor], Tensor]  # uint8 (N, 3, H, W), 0 … 255, to what the network takes
+    preprocess: Callable[[Tensor], Tensor]  # from uint8 (N, 3, H, W) in [0, 255] to the input of the network
     classes: tuple[str, ...]
-    source: str
-    digest: str  # SHA-256 of its weights file
-    by_place: bool = False  # whether its classes are told by place and not by name
+    source: str  # torchvision name or path of the weights file
+    digest: str  # SHA-256 of the weights file
+    matches_by_index: bool = False  # whether a run's classes are matched to `classes` by index instead of by name
+
+    @classmethod
+    def from_network(cls, network: nn.Module, config: ClassifierConfig, source: str, digest: str = "") -> "Classifier":
+        """Wrap a network built by `config` with the preprocessing used in its training."""
+
+        def preprocess(images: Tensor) -> Tensor:
+            pixels = to_float(images)
+            if pixels.shape[2:] == config.size:
+                return pixels
+            return F.interpolate(pixels, config.size, mode="bilinear", antialias=True, align_corners=False)
+
+        return cls(network.eval(), preprocess, config.classes, source, digest)
 
     @torch.inference_mode()
-    def log_probabilities(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n k"]:
-        """Natural logarithms of the probability of each class."""
+    def log_probs(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n k"]:
+        """Return the natural logarithm of the probability of each class."""
         device = next(self.network.parameters()).device
         return self.network(self.preprocess(images.to(device))).float().log_softmax(1)
 
-    def columns(self, classes: Sequence[str]) -> list[int]:
-        """Where each of a run's classes is among this classifier's; UserError where it knows too few."""
-        where = f"--classifier {self.source}"
-        if self.by_place:
-            # ImageNet's folders are named by WordNet ids, whose sorted order is the order of these classes.
+    def class_indices(self, classes: Sequence[str]) -> list[int]:
+        """Return the index in the classifier's output of each class of a run.
+
+        Raises:
+            UserError: If the classifier lacks a class, or, for a torchvision model, has another number of classes.
+        """
+        option = f"--classifier {self.source}"
+        if self.matches_by_index:
+            # ImageNet folders are named by WordNet IDs, and torchvision's classes are in the order of these IDs.
             if len(classes) != len(self.classes):
-                raise UserError(f"{where}: tells {len(self.classes)} classes, the run has {len(classes)}; give {_OWN}")
+                raise UserError(
+                    f"{option}: this model has {len(self.classes)} classes, but the run has {len(classes)}. "
+                    f"Use {_OWN_CLASSIFIER}."
+                )
             return list(range(len(classes)))
-        places = {name: place for place, name in enumerate(self.classes)}
+        indices = {name: index for index, name in enumerate(self.classes)}
         for name in classes:
-            if name not in places:
-                raise UserError(f"{where}: does not know the run's class {name!r}; train one on this run's images")
-        return [places[name] for name in classes]
+            if name not in indices:
+                raise UserError(f"{option}: the run's class {name!r} is missing. Train a classifier on this run.")
+        return [indices[name] for name in classes]
 
 
 def load_classifier(source: str, device: torch.device | str = "cpu") -> Classifier:
-    """A torchvision classifier by name, with its default weights, or one from a file that `save_classifier` wrote.
+    """Load a torchvision classifier with its default weights by name, or a file written by `save_classifier`.
 
-    Raises UserError where there is neither, where the weights can neither be found nor downloaded, or are damaged.
+    Raises:
+        UserError: If `source` is neither, if the weights cannot be downloaded, or if the file is damaged.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if source in names:
@@ -94,95 +114,85 @@ def load_classifier(source: str, device: torch.device | str = "cpu") -> Classifi
     if path.is_file():
         return _from_file(path, torch.device(device))
     close = difflib.get_close_matches(source, names, 1) or ["resnet50"]
-    what = "a folder" if path.is_dir() else "neither a file nor a classifier of torchvision"
-    raise UserError(f"--classifier {source}: {what}; give {_OWN}, or a name such as {close[0]}")
+    problem = "is a folder" if path.is_dir() else "neither a file nor a torchvision classifier"
+    raise UserError(f"--classifier {source}: {problem}. Use {_OWN_CLASSIFIER}, or a name such as {close[0]}.")
 
 
-def save_classifier(path: Path, network: nn.Module, spec: ClassifierSpec, made_from: dict[str, Any]) -> None:
-    """Write weights, what builds the network, and what it was trained on, to one safetensors file."""
-    metadata = {"network": "classifier", "config": spec.plain(), "made_from": made_from}
+def save_classifier(path: Path, network: nn.Module, config: ClassifierConfig, made_from: dict[str, Any]) -> None:
+    """Write weights, config and a record of the training data to one safetensors file."""
+    metadata = {"network": "classifier", "config": config.plain(), "made_from": made_from}
     checkpoint.save(path, network.state_dict(), metadata)
-
-
-def as_classifier(network: nn.Module, spec: ClassifierSpec, source: str, digest: str = "") -> Classifier:
-    """A network that `spec` built, with the preprocessing that it is trained with."""
-
-    def preprocess(images: Tensor) -> Tensor:
-        pixels = to_float(images)
-        if pixels.shape[2:] == spec.size:
-            return pixels
-        return F.interpolate(pixels, spec.size, mode="bilinear", antialias=True, align_corners=False)
-
-    return Classifier(network.eval(), preprocess, spec.classes, source, digest)
 
 
 def _from_file(path: Path, device: torch.device) -> Classifier:
     if path.suffix != ".safetensors":
-        raise UserError(f"--classifier {path}: only weights in safetensors are read; give {_OWN}")
+        raise UserError(f"--classifier {path}: only safetensors files are supported. Use {_OWN_CLASSIFIER}.")
     tensors, metadata = checkpoint.load(path)
     if metadata.get("network") != "classifier":
         raise UserError(
-            f"{path}: weights of another kind ({metadata.get('network')}), not of a classifier; give {_OWN}"
+            f"{path}: expected the weights of a classifier, found {metadata.get('network')}. Use {_OWN_CLASSIFIER}."
         )
-    spec = ClassifierSpec.parse(metadata.get("config"), str(path))
+    config = ClassifierConfig.parse(metadata.get("config"), str(path))
     with torch.device("meta"):
-        network = spec.build()
+        network = config.build()
     network = network.to_empty(device="cpu")
     checkpoint.load_state_dict(network, tensors, path)
-    return as_classifier(network.to(device).requires_grad_(False), spec, str(path), files.digest(path))
+    network = network.to(device).requires_grad_(False)
+    return Classifier.from_network(network, config, str(path), files.digest(path))
 
 
 def _from_torchvision(name: str, device: torch.device) -> Classifier:
     weights: Any = torchvision.models.get_model_weights(name)
     weights = weights.DEFAULT
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT_S)  # torch.hub offers no other way to bound the wait for a connection
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT_S)  # torch.hub has no parameter for the connection timeout
     try:
-        # Downloads, and proves that the file is data alone: what builds the network would unpickle anything.
+        # Download with weights_only=True first: `get_model` would unpickle arbitrary objects.
         weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         network = torchvision.models.get_model(name, weights=weights, progress=False)
     except (OSError, RuntimeError, EOFError, http.client.HTTPException, UnpicklingError) as error:
         raise UserError(
-            f"--classifier {name}: cannot get its weights ({str(error).splitlines()[0]}): put {weights.url} "
-            f"at {path}, or give {_OWN}"
+            f"--classifier {name}: cannot load the weights ({str(error).splitlines()[0]}). Download {weights.url} "
+            f"to {path}, or use {_OWN_CLASSIFIER}."
         ) from None
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)
     network = network.to(device).eval().requires_grad_(False)
     categories = tuple(weights.meta["categories"])
-    return Classifier(network, weights.transforms(), categories, name, files.digest(path), by_place=True)
+    return Classifier(network, weights.transforms(), categories, name, files.digest(path), matches_by_index=True)
 
 
-class LabelledSamples(Dataset[ImageSample]):
-    """The images of a folder that `vqvae2 sample` wrote, as RGB, each with the label it was sampled for.
+class LabeledSamples(Dataset[ImageSample]):
+    """The RGB images in a folder written by `vqvae2 sample`, with the labels they were sampled for.
 
-    Raises UserError where the folder has no manifest, no labels, or not all of its images.
+    Raises:
+        UserError: If the folder has no manifest or no labels, or images are missing.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: dict[str, Any] = files.read_json(folder / "manifest.json")
         if not self.manifest.get("labels"):
-            raise UserError(f"{folder}: samples without labels; this needs a run trained with `data.labels: folder`")
+            raise UserError(f"{folder}: samples have no labels. This requires a run with `data.labels: folder`.")
         self.labels: list[int] = self.manifest["labels"]
         self.classes: tuple[str, ...] = tuple(self.manifest["class_names"])
         height, width = self.manifest["image_size"]
         self.size: tuple[int, int] = (height, width)
-        missing = [number for number in range(len(self.labels)) if not self.path(number).is_file()]
+        missing = [index for index in range(len(self.labels)) if not self.path(index).is_file()]
         if missing:
             raise UserError(
-                f"{folder}: {len(missing)} of {len(self.labels)} images are missing, "
-                f"{self.path(missing[0]).name} the first; run the `vqvae2 sample` command that made it again"
+                f"{folder}: {len(missing)} of {len(self.labels)} images are missing, the first is "
+                f"{self.path(missing[0]).name}. Rerun the `vqvae2 sample` command that created the folder."
             )
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, number: int) -> ImageSample:
-        pixels = read_image(self.path(number), self.size)
-        return ImageSample(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.labels[number])
+    def __getitem__(self, index: int) -> ImageSample:
+        pixels = read_image(self.path(index), self.size)
+        return ImageSample(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.labels[index])
 
-    def path(self, number: int) -> Path:
-        """The PNG of an image."""
-        return self.folder / "images" / f"{number:06d}.png"
+    def path(self, index: int) -> Path:
+        """Return the path of an image's PNG."""
+        return self.folder / "images" / f"{index:06d}.png"

@@ -1,16 +1,17 @@
-"""The command `vqvae2 diagnose`: which part of a run makes its samples worse than its data.
+"""The command `vqvae2 diagnose`: show whether the autoencoder or a prior causes the artifacts in a run's samples.
 
-Held-out images with all their codes true, with only the coarsest levels true, and with every level sampled: what first
-looks wrong was made by the part that this row adds.
+It decodes held-out images with all levels taken from the encoder, with only the coarsest levels taken from it, and with
+every level sampled. The first row with artifacts identifies the network that causes them.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
+from pydantic import Field
 from torch import Tensor
+from tyro.conf import Positional
 
 from sampling.masks import keep_coarsest
 from sampling.params import SamplingParams
@@ -19,6 +20,7 @@ from sampling.processes import processes
 from sampling.report.run_status import read_run
 from vqvae2 import files
 from vqvae2.code_maps import CodeMaps
+from vqvae2.command_line import Options
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import to_uint8
 from vqvae2.errors import UserError
@@ -28,12 +30,23 @@ from vqvae2.run_folder import RunFolder
 _COLUMNS = 8
 
 
-def diagnose_run(run: Path, count: int = 16, seed: int = 0) -> Path:
-    """Write the diagnostic pictures of the first `count` held-out images into RUN/diagnosis; that folder.
+class DiagnoseOptions(Options):
+    """Show whether the autoencoder or one of the priors limits the quality of the samples."""
 
-    It holds a grid for each row of `rows`, `diagnosis.png` with the rows under each other, and `diagnosis.json`, which
-    names them. It is written at once or not at all; pictures of other settings or weights are replaced, those of these
-    kept. On several processes the first one does the work.
+    run: Positional[Path] = Field(description="run folder")
+    count: int = Field(default=16, ge=1, description="number of held-out images")
+    seed: int = Field(default=0, ge=0, description="seed of the sampled codes")
+
+
+def diagnose_run(run: Path, count: int = 16, seed: int = 0) -> Path:
+    """Write diagnostic images of the first `count` held-out images to RUN/diagnosis, and return that folder.
+
+    It holds one grid per row of `diagnostic_rows`, `diagnosis.png` with all rows, and `diagnosis.json` with their
+    names. The folder is written atomically, and is replaced if it was made with other settings or weights. Only the
+    main process does the work.
+
+    Raises:
+        UserError: If `count` or `seed` is out of range, or a network or the code store is missing.
     """
     process = processes()
     folder = RunFolder.existing(run)
@@ -44,26 +57,28 @@ def diagnose_run(run: Path, count: int = 16, seed: int = 0) -> Path:
     return out
 
 
-def rows(
+def diagnostic_rows(
     pipeline: VQVAE2Pipeline, codes: CodeMaps, labels: Int[Tensor, " b"] | None, seed: int, first: int = 0
 ) -> dict[str, Tensor]:
-    """The codes' images (B, C, H, W), uint8, by name: `reconstruction` with all levels true, `true-LEVEL` with that
-    level and the coarser ones true and the finer ones sampled, and `sampled` with no level true.
+    """Decode images with more and more of their levels sampled.
 
-    `first` is the number of the first image, on which its noise depends.
+    Returns uint8 images (B, C, H, W) by name: `reconstruction` uses the given codes on all levels, `true-LEVEL` uses
+    them on that level and the coarser ones and samples the finer ones, and `sampled` samples every level. `first` is
+    the index of the first image, which determines the sampling noise.
     """
     images = range(first, first + len(codes[0]))
-    found = {"reconstruction": codes}
+    codes_of_row = {"reconstruction": codes}
     for kept in reversed(range(len(codes))):
         name = f"true-{pipeline.levels[-kept]}" if kept else "sampled"
-        found[name] = pipeline.sample_codes(images, labels, seed, SamplingParams(), keep_coarsest(codes, kept))
-    return {name: to_uint8(pipeline.autoencoder.decode(maps)).cpu() for name, maps in found.items()}
+        known = keep_coarsest(codes, kept)
+        codes_of_row[name] = pipeline.sample_codes(images, labels, seed, SamplingParams(), known)
+    return {name: to_uint8(pipeline.autoencoder.decode(maps)).cpu() for name, maps in codes_of_row.items()}
 
 
 def _diagnose(folder: RunFolder, out: Path, count: int, seed: int, device: torch.device | str) -> None:
     if count < 1 or seed < 0:
-        raise UserError(f"--count {count}, --seed {seed}: expected at least one image and a seed of at least 0")
-    pipeline = VQVAE2Pipeline.load(folder.path, device)
+        raise UserError(f"--count {count}, --seed {seed}: the count must be at least 1 and the seed at least 0")
+    pipeline = VQVAE2Pipeline.from_pretrained(folder.path, device)
     store = CodeStore.open(folder.code_store("val"))
     store.header.check_autoencoder(pipeline.autoencoder.digest, store.path)
     count = min(count, len(store))
@@ -75,33 +90,26 @@ def _diagnose(folder: RunFolder, out: Path, count: int, seed: int, device: torch
         "priors": [prior.digest for prior in pipeline.priors],
         "torch": torch.__version__,
     }
-    found = files.read_json(out / "diagnosis.json") if (out / "diagnosis.json").is_file() else {}
-    if found | {"rows": []} == record:
+    previous = files.read_json(out / "diagnosis.json") if (out / "diagnosis.json").is_file() else {}
+    if previous | {"rows": []} == record:
         return
-    parts: dict[str, list[Tensor]] = {}
+    batches: dict[str, list[Tensor]] = {}
     for start in range(0, count, pipeline.batch_size):
         batch = store.read(range(start, min(start + pipeline.batch_size, count)))
         codes = tuple(level.to(device) for level in batch.codes)
-        labels = batch.label.to(device) if pipeline.classes else None
-        for name, images in rows(pipeline, codes, labels, seed, start).items():
-            parts.setdefault(name, []).append(images)
-    pictures = {name: torch.cat(images) for name, images in parts.items()}
+        labels = batch.label.to(device) if pipeline.class_names else None
+        for name, images in diagnostic_rows(pipeline, codes, labels, seed, start).items():
+            batches.setdefault(name, []).append(images)
+    rows = {name: torch.cat(images) for name, images in batches.items()}
     with files.atomic_write(out) as partial:
-        for name, images in pictures.items():
+        for name, images in rows.items():
             save_grid(partial / f"{name}.png", images, columns=min(_COLUMNS, count))
-        save_grid(partial / "diagnosis.png", *interleave_rows(*pictures.values(), columns=_COLUMNS))
-        files.write_json(partial / "diagnosis.json", record | {"rows": list(pictures)})
+        save_grid(partial / "diagnosis.png", *interleave_rows(*rows.values(), columns=_COLUMNS))
+        files.write_json(partial / "diagnosis.json", record | {"rows": list(rows)})
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 diagnose`."""
-    parser = argparse.ArgumentParser(
-        prog="vqvae2 diagnose", description="Show whether the autoencoder or which prior makes samples look wrong."
-    )
-    parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument("--count", type=int, default=16, help="how many held-out images")
-    parser.add_argument("--seed", type=int, default=0, help="of what is sampled")
-    options = parser.parse_args(arguments)
+def main(options: DiagnoseOptions) -> None:
+    """Run the command `vqvae2 diagnose`."""
     out = diagnose_run(options.run, options.count, options.seed)
     if processes().is_main_process:
         print(f"{out / 'diagnosis.png'}\nrows: {', '.join(files.read_json(out / 'diagnosis.json')['rows'])}")

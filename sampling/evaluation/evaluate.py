@@ -1,24 +1,32 @@
-"""The command `vqvae2 evaluate`: FID of a run's samples and all else that was measured on it, with its protocol."""
+"""The command `vqvae2 evaluate`: the FID of a run's samples and its other metrics, with the protocol of measurement."""
 
-import argparse
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field
+from tyro.conf import Positional
 
 from sampling.evaluation import cas
-from sampling.evaluation.features import FeatureSummary, KeepOptions, holds_statistics, summarize, summarize_cached
-from sampling.evaluation.fid import COMPARABLE
-from sampling.evaluation.image_sets import Batch, ImageFolder
-from sampling.evaluation.image_sets import open_images as open_image_set
+from sampling.evaluation.evaluation_config import EvaluationConfig
+from sampling.evaluation.features import (
+    FeatureSummary,
+    KeepOptions,
+    is_statistics_file,
+    summarize_features,
+    summarize_features_cached,
+)
+from sampling.evaluation.fid import MIN_COMPARABLE_IMAGES
+from sampling.evaluation.format_metrics import format_metrics
+from sampling.evaluation.image_sets import ImageBatch, ImageFolder, open_image_set, to_rgb
 from sampling.processes import processes
+from sampling.run_config import RunConfig, parse_with_run_defaults
 from vqvae2 import distributed, files
-from vqvae2.config import Config
-from vqvae2.data.images import DataConfig, ImageDataset, open_datasets, to_float, to_uint8
+from vqvae2.command_line import Options
+from vqvae2.data.images import ImageDataset, open_datasets, to_float, to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailableError, load_inception
@@ -27,27 +35,39 @@ from vqvae2.metrics.precision_recall import precision_recall
 from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder, level_names
 
-_KEEP = KeepOptions(features=10_000, splits=10)
-_NEIGHBOURS = 5  # that density and coverage look for; with no more images there is nothing to say
+_MAX_FEATURES = 10_000
+_INCEPTION_SCORE_SPLITS = 10
+_DENSITY_NEIGHBORS = 5  # precision and recall need more images than this on both sides
 
 
-class EvaluationConfig(Config):
-    """What samples are compared with."""
+class EvaluateOptions(Options, EvaluationConfig):
+    """Measure a run and its samples. Defaults come from the `evaluation` section of the run's config."""
 
-    reference: str = Field(
-        default="validation", description="`validation`, the run's held-out images, or a folder of images, or an .npz"
+    run: Positional[Path] = Field(description="run folder")
+    samples: Path | None = Field(
+        default=None, description="folder that `vqvae2 sample` wrote; RUN/samples if not given"
     )
-    inception_weights: str | None = Field(
-        default=None, description="weights file of the Inception network; else downloaded"
-    )
-    batch_size: int = Field(default=50, ge=1)
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
+        return parse_with_run_defaults(cls, "evaluation", arguments, prog)
+
+    @property
+    def config(self) -> EvaluationConfig:
+        """The settings that are also in the run's config."""
+        return EvaluationConfig(**{name: getattr(self, name) for name in EvaluationConfig.model_fields})
 
 
 def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str, Any]:
-    """Everything measured on a run, also written to evaluation/metrics.json: what training has validated, and how far
-    the images in `samples`, and the reconstructions of held-out images, are from the reference.
+    """Measure a run and its samples, and write the result to RUN/evaluation/metrics.json.
 
-    Without Inception weights the rest is reported, and `fid` says what is missing.
+    The result holds the validation metrics of all training stages, and the distances from the reference of the images
+    in `samples` and of reconstructions of held-out images. If the same evaluation is already stored, it is returned
+    without measuring again. Without Inception weights only the training metrics are reported, and `fid` holds the
+    reason.
+
+    Raises:
+        UserError: If the samples, the run or the reference are missing or damaged.
     """
     folder = RunFolder.existing(run)
     made_from = _made_from(folder, config, samples)
@@ -55,7 +75,11 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
         metrics = files.read_json(folder.metrics)
         if metrics["made_from"] == made_from and metrics["fid"]["value"] is not None:
             return metrics
-    metrics = {"made_from": made_from, **_from_training(folder), **cas.kept(folder.metrics, made_from["samples"])}
+    metrics = {
+        "made_from": made_from,
+        **_training_metrics(folder),
+        **cas.previous_score(folder.metrics, made_from["samples"]),
+    }
     process = processes()
     try:
         weights = Path(config.inception_weights) if config.inception_weights else None
@@ -63,7 +87,10 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
     except WeightsUnavailableError as error:
         metrics["fid"] = {"value": None, "text": f"not measured: {error}"}
     else:
-        metrics |= _from_images(folder, config, samples, extractor)
+        metrics |= _image_metrics(folder, config, samples, extractor)
+    if config.cas.enabled and process.is_main_process:
+        score = cas.ClassificationAccuracyScore.open(folder, samples, config.cas)
+        metrics["cas"] = score.measure(process.device or "cpu")
     if process.is_main_process:
         files.write_json(folder.metrics, metrics)
     return metrics
@@ -71,7 +98,7 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
 
 def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, str | None]:
     if not (samples / "manifest.json").is_file():
-        raise UserError(f"{samples}: no samples; make them with `vqvae2 sample {folder.path}`")
+        raise UserError(f"{samples}: no samples found. Create them with `vqvae2 sample {folder.path}`.")
     reference = Path(config.reference)
     return {
         "samples": files.digest(samples / "manifest.json"),
@@ -82,70 +109,77 @@ def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> di
     }
 
 
-def _from_training(folder: RunFolder) -> dict[str, Any]:
-    """What the stages measured on the whole validation split."""
+def _training_metrics(folder: RunFolder) -> dict[str, Any]:
+    """Return the metrics that the training stages computed on the whole validation split."""
     autoencoder = Autoencoder.load(folder.autoencoder_weights)
     levels = level_names(len(autoencoder.map_specs))
-    likelihood = {level: files.read_json(folder.prior(level) / "summary.json")["validation"] for level in levels}
+    likelihood = {level: files.read_json(folder.prior(level).summary)["validation"] for level in levels}
     bits = sum(
         likelihood[level]["bits"] * spec.num_codes for level, spec in zip(levels, autoencoder.map_specs, strict=True)
     )
     height, width = autoencoder.size
-    found = files.read_json(folder.autoencoder / "summary.json")["validation"]
+    validation = files.read_json(folder.autoencoder.summary)["validation"]
     return {
-        "reconstruction": {name: found[name] for name in ("mse", "psnr", "ssim")},
-        "codes": {level: {name: found[f"{name}_{level}"] for name in ("usage", "perplexity")} for level in levels},
+        "reconstruction": {name: validation[name] for name in ("mse", "psnr", "ssim")},
+        "codes": {level: {name: validation[f"{name}_{level}"] for name in ("usage", "perplexity")} for level in levels},
         "likelihood": likelihood,
-        # Of the codes of all levels; a dimension is one channel of one pixel.
+        # Both count the codes of all levels. A dimension is one channel of one pixel.
         "bits_per_image": bits,
         "bits_per_dimension": bits / (autoencoder.image_channels * height * width),
     }
 
 
-def _from_images(
+@dataclass(frozen=True)
+class _Reference:
+    """Features of the images that samples are compared with."""
+
+    name: str
+    features: FeatureSummary
+    formats: dict[str, int]  # number of images by file format; empty for precomputed statistics
+    is_validation: bool = False
+
+    def protocol(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "split": "validation" if self.is_validation else None,
+            "count": self.features.statistics.count,
+            "size": self.features.image_size,
+            "formats": self.formats,
+        }
+
+
+def _image_metrics(
     folder: RunFolder, config: EvaluationConfig, samples: Path, extractor: FeatureExtractor
 ) -> dict[str, Any]:
-    data = DataConfig.load(folder.config, "data")
-    _, held_out = open_datasets(data, folder.data_index)
-    batch = config.batch_size
+    """Return every metric that compares Inception features, with the protocol and its warnings."""
+    _, held_out = open_datasets(RunConfig.load_resolved(folder.config).data, folder.data_index)
     generated = ImageFolder(samples / "images")
-    ours = summarize(generated.batches(batch), len(generated), extractor, _keep(len(generated)), "features of samples")
-    originals: FeatureSummary | None = None
-    if config.reference == "validation":
-        reference = originals = _held_out(held_out, batch, extractor)
-        formats = {"png": len(held_out)}  # pixels as they are after the transform, never compressed again
-    elif holds_statistics(Path(config.reference)):
-        reference, formats = FeatureSummary.load(Path(config.reference)), {}
-    else:
-        images = open_image_set(Path(config.reference))
-        formats = images.formats
-        reference = summarize_cached(images, extractor, folder.evaluation, _keep(len(images)), batch, data.num_workers)
-    originals = originals or _held_out(held_out, batch, extractor)
+    features = summarize_features(
+        generated.batches(config.batch_size), len(generated), extractor, _keep(len(generated)), "features of samples"
+    )
+    reference = _measure_reference(folder, config, held_out, extractor)
+    originals = reference.features
+    if not reference.is_validation:
+        originals = _measure_held_out(held_out, config.batch_size, extractor)
     autoencoder = Autoencoder.load(folder.autoencoder_weights, extractor.device)
-    reconstructions = _held_out(held_out, batch, extractor, autoencoder)
-    counts = {"samples": len(generated), "reference": reference.statistics.count}
+    reconstructions = _measure_held_out(held_out, config.batch_size, extractor, autoencoder)
+    counts = {"samples": len(generated), "reference": reference.features.statistics.count}
     manifest = files.read_json(samples / "manifest.json")
     return {
-        "fid": _fid(ours.statistics.distance(reference.statistics), counts),
+        "fid": _fid(features.statistics.distance(reference.features.statistics), counts),
         "rfid": _fid(reconstructions.statistics.distance(originals.statistics), {"images": len(held_out)}),
-        **_from_features(ours, reference),
-        "warnings": _warnings(ours, reference, generated.formats, formats),
+        **_feature_metrics(features, reference.features),
+        "warnings": _warnings(features, generated.formats, reference),
         "protocol": {
             "samples": {
                 "count": len(generated),
-                "size": ours.size,
+                "size": features.image_size,
                 "formats": generated.formats,
-                **{key: manifest[key] for key in ("seed", "choice", "autoencoder", "priors")},
+                **{key: manifest[key] for key in ("seed", "sampling_params", "autoencoder", "priors")},
             },
-            "reference": {
-                "name": config.reference,
-                "split": "validation" if reference is originals else None,
-                "count": reference.statistics.count,
-                "size": reference.size,
-                "formats": formats,
-            },
-            "resize": "bicubic, antialiased" if reference is originals else "none",
-            "crop": "center" if reference is originals else "none",
+            "reference": reference.protocol(),
+            "resize": "bicubic, antialiased" if reference.is_validation else "none",
+            "crop": "center" if reference.is_validation else "none",
             "inception_weights": extractor.weights_digest,
             "standard_weights": extractor.is_standard,
             "versions": {name: version(name) for name in ("torch", "torchvision", "pytorch-fid", "scipy", "pillow")},
@@ -153,129 +187,85 @@ def _from_images(
     }
 
 
-def _warnings(
-    ours: FeatureSummary, reference: FeatureSummary, our_formats: dict[str, int], formats: dict[str, int]
-) -> list[str]:
-    """Settings that differ between the two sides, and so move the numbers."""
-    found = []
-    if ours.size and reference.size and ours.size != reference.size:
-        sizes = [f"{height}×{width}" for height, width in (ours.size, reference.size)]
-        found.append(f"samples are {sizes[0]} and the reference is {sizes[1]} pixels: resize the reference alike")
-    if formats and set(formats) != set(our_formats):
-        found.append(
-            f"samples are {'/'.join(our_formats)} and the reference is {'/'.join(formats)}: lossy compression moves FID"
-        )
-    return found
+def _measure_reference(
+    folder: RunFolder, config: EvaluationConfig, held_out: ImageDataset, extractor: FeatureExtractor
+) -> _Reference:
+    path, name = Path(config.reference), config.reference
+    if name == "validation":
+        features = _measure_held_out(held_out, config.batch_size, extractor)
+        # The transform's output is measured directly, without a lossy file in between.
+        return _Reference(name, features, {"png": len(held_out)}, is_validation=True)
+    if is_statistics_file(path):
+        return _Reference(name, FeatureSummary.load(path), {})
+    images = open_image_set(path)
+    keep, num_workers = _keep(len(images)), held_out.config.num_workers
+    features = summarize_features_cached(images, extractor, folder.evaluation, keep, config.batch_size, num_workers)
+    return _Reference(name, features, images.formats)
 
 
-def _from_features(ours: FeatureSummary, reference: FeatureSummary) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    if ours.score:
-        values["inception_score"] = ours.score._asdict()
-    if ours.features is not None and reference.features is not None:
-        kid = kernel_inception_distance(ours.features, reference.features)
-        values["kid"] = {"mean": kid.mean, "std": kid.std}
-        if min(len(ours.features), len(reference.features)) > _NEIGHBOURS:
-            values["manifold"] = vars(precision_recall(ours.features, reference.features))
-    return values
-
-
-def _keep(count: int) -> KeepOptions:
-    return KeepOptions(_KEEP.features, min(_KEEP.splits, count))
-
-
-def _fid(value: float, counts: dict[str, int | None]) -> dict[str, Any]:
-    known = [count for count in counts.values() if count is not None]
-    few = bool(known) and min(known) < COMPARABLE
-    shown = ", ".join(f"{count} {name}" for name, count in counts.items() if count is not None)
-    text = f"{value:.2f} ({shown}{'; too few images for a comparable FID' if few else ''})"
-    return {"value": value, "text": text, "comparable": not few}
-
-
-def _held_out(
+def _measure_held_out(
     images: ImageDataset, batch_size: int, extractor: FeatureExtractor, autoencoder: Autoencoder | None = None
 ) -> FeatureSummary:
-    """Features of held-out images, or of their reconstructions."""
+    """Return the features of held-out images, or of their reconstructions if an autoencoder is given."""
     label = "features of reconstructions" if autoencoder else "features of held-out images"
-    batches = _batches(images, batch_size, autoencoder)
-    return summarize(batches, len(images), extractor, _keep(len(images)), label)
+    batches = _held_out_batches(images, batch_size, autoencoder)
+    return summarize_features(batches, len(images), extractor, _keep(len(images)), label)
 
 
 @torch.inference_mode()
-def _batches(images: ImageDataset, batch_size: int, autoencoder: Autoencoder | None) -> Iterator[Batch]:
+def _held_out_batches(images: ImageDataset, batch_size: int, autoencoder: Autoencoder | None) -> Iterator[ImageBatch]:
     order = SequentialBatchSampler(len(images), batch_size, distributed.get_rank(), distributed.get_world_size())
     for indices, (pixels, _) in zip(order, load_batches(images, order, images.config.num_workers), strict=True):
         if autoencoder:
             device = next(autoencoder.parameters()).device
             pixels = to_uint8(autoencoder.reconstruct(to_float(pixels.to(device))))
-        yield Batch(torch.tensor(indices), pixels[:, :3].expand(-1, 3, -1, -1))
+        yield ImageBatch(torch.tensor(indices), to_rgb(pixels))
 
 
-def main(arguments: list[str]) -> None:
-    """The command `vqvae2 evaluate`."""
-    parser = argparse.ArgumentParser(prog="vqvae2 evaluate", description="Measure a run and its samples.")
-    parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument("--samples", type=Path, help="folder that `vqvae2 sample` wrote; RUN/samples by default")
-    parser.add_argument("--reference", help="`validation`, a folder of images, or an .npz with mu and sigma")
-    parser.add_argument("--inception-weights", help="weights file of the Inception network")
-    parser.add_argument("--batch-size", type=int, help="images in one pass of the Inception network")
-    cas.add_options(parser)
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    cas_config = cas.take_options(given)
-    folder = RunFolder.existing(given.pop("run"))
-    samples = given.pop("samples", folder.samples)
-    config = EvaluationConfig.load(folder.config, "evaluation")
-    config = EvaluationConfig.parse(config.plain() | given, "vqvae2 evaluate")
-    experiment = cas.Experiment.open(folder, samples, cas_config) if cas_config else None
-    metrics = evaluate_run(folder.path, config, samples)
-    if processes().is_main_process:
-        if experiment:
-            metrics["cas"] = experiment.measure(processes().device or "cpu")
-            files.write_json(folder.metrics, metrics)
-        print(f"{describe(metrics)}\n{folder.metrics}", file=sys.stdout)
+def _keep(count: int) -> KeepOptions:
+    return KeepOptions(_MAX_FEATURES, min(_INCEPTION_SCORE_SPLITS, count))
 
 
-def describe(metrics: dict[str, Any]) -> str:
-    """The metrics as a table, a line each."""
-    found = metrics["reconstruction"]
-    lines = [f"reconstruction   PSNR {found['psnr']:.2f} dB   SSIM {found['ssim']:.3f}"]
-    for level, codes in metrics["codes"].items():
-        lines.append(f"codes {level:<10} {codes['usage']:.0%} in use, perplexity {codes['perplexity']:.1f}")
-    for level, found in metrics["likelihood"].items():
-        lines.append(
-            f"prior {level:<10} NLL {found['nll']:.3f} nats per code; uniform {found['uniform']:.3f}, "
-            f"unigram {found['unigram']:.3f} ({1 - found['nll'] / found['unigram']:.0%} below)"
+def _fid(value: float, counts: dict[str, int | None]) -> dict[str, Any]:
+    known = {name: count for name, count in counts.items() if count is not None}
+    comparable = not known or min(known.values()) >= MIN_COMPARABLE_IMAGES
+    sizes = ", ".join(f"{count} {name}" for name, count in known.items())
+    text = f"{value:.2f} ({sizes}{'' if comparable else '; too few images for a comparable FID'})"
+    return {"value": value, "text": text, "comparable": comparable}
+
+
+def _feature_metrics(features: FeatureSummary, reference: FeatureSummary) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    if features.inception_score:
+        metrics["inception_score"] = features.inception_score._asdict()
+    if features.features is not None and reference.features is not None:
+        kid = kernel_inception_distance(features.features, reference.features)
+        metrics["kid"] = {"mean": kid.mean, "std": kid.std}
+        if min(len(features.features), len(reference.features)) > _DENSITY_NEIGHBORS:
+            metrics["precision_recall"] = vars(precision_recall(features.features, reference.features))
+    return metrics
+
+
+def _warnings(features: FeatureSummary, formats: dict[str, int], reference: _Reference) -> list[str]:
+    """Return the differences between samples and reference that bias the metrics."""
+    warnings = []
+    sizes = (features.image_size, reference.features.image_size)
+    if all(sizes) and sizes[0] != sizes[1]:
+        ours, theirs = ("×".join(map(str, size or ())) for size in sizes)
+        warnings.append(
+            f"samples are {ours} pixels and the reference is {theirs}; resize the reference to the size of the samples"
         )
-    lines.append(
-        f"codes of an image {metrics['bits_per_image']:,.0f} bits, "
-        f"{metrics['bits_per_dimension']:.4f} bits per dimension"
-    )
-    distances = [f"FID              {metrics['fid']['text']}"]
-    if "kid" in metrics:
-        kid = f"KID              {metrics['kid']['mean']:.5f} ± {metrics['kid']['std']:.5f}"
-        distances.insert(1 if metrics["fid"]["comparable"] else 0, kid)  # unbiased at any number of images
-    if "rfid" in metrics:
-        distances.append(f"FID of reconstr. {metrics['rfid']['text']}")
-    lines += distances
-    if "inception_score" in metrics:
-        score = metrics["inception_score"]
-        lines.append(f"Inception score  {score['mean']:.2f} ± {score['std']:.2f}")
-    if "manifold" in metrics:
-        lines.append("                 " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["manifold"].items()))
-    lines += cas.describe(metrics["cas"]) if "cas" in metrics else []
-    if "protocol" in metrics:
-        lines.append(_describe_protocol(metrics["protocol"]))
-    lines += [f"warning          {warning}" for warning in metrics.get("warnings", [])]
-    return "\n".join(lines)
+    if reference.formats and set(reference.formats) != set(formats):
+        warnings.append(
+            f"samples are {'/'.join(formats)} and the reference is {'/'.join(reference.formats)}; lossy compression "
+            "changes FID"
+        )
+    return warnings
 
 
-def _describe_protocol(protocol: dict[str, Any]) -> str:
-    ours, reference = protocol["samples"], protocol["reference"]
-    size = "×".join(map(str, ours["size"] or ()))
-    weights = "standard" if protocol["standard_weights"] else "NOT the standard"
-    return (
-        f"protocol         {ours['count']} samples of {size} pixels, seed {ours['seed']}, against "
-        f"{reference['count'] or 'unknown'} of {reference['name']}; resize {protocol['resize']}, "
-        f"crop {protocol['crop']}; "
-        f"{weights} Inception weights {protocol['inception_weights'][:8]}"
-    )
+def main(options: EvaluateOptions) -> None:
+    """Run the command `vqvae2 evaluate`."""
+    folder = RunFolder.existing(options.run)
+    metrics = evaluate_run(folder.path, options.config, options.samples or folder.samples)
+    if processes().is_main_process:
+        print(f"{format_metrics(metrics)}\n{folder.metrics}")

@@ -2,11 +2,30 @@
 
 from pydantic import Field
 
+from sampling.evaluation.classifier import SMALL_IMAGE_SIZE, Architecture, ClassifierConfig
 from vqvae2.config import Config
 
 
+class CasConfig(Config):
+    """Classification accuracy score: whether to measure it, and how its classifier is trained."""
+
+    enabled: bool = Field(default=False, description="train a ResNet on the samples and test it on held-out images")
+    real: bool = Field(default=False, description="also train a classifier on the same number of real images")
+    model: Architecture | None = Field(default=None, description="resnet18 up to 64 px, else resnet50, if not given")
+    steps: int = Field(default=2000, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=128, ge=2, description="batch size")
+    learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(default=0.05, ge=0, description="weight decay of AdamW")
+    seed: int = Field(default=0, ge=0, description="seed of the weights, the data order and the augmentation")
+
+    def classifier(self, classes: tuple[str, ...], size: tuple[int, int]) -> ClassifierConfig:
+        """Return the config of a classifier for images of (height, width) `size`."""
+        architecture = self.model or ("resnet18" if max(size) <= SMALL_IMAGE_SIZE else "resnet50")
+        return ClassifierConfig(architecture=architecture, classes=classes, size=size)
+
+
 class EvaluationConfig(Config):
-    """What samples are compared with."""
+    """What samples are compared with, and by which network."""
 
     reference: str = Field(
         default="validation", description="`validation` for the run's held-out images, a folder of images, or an .npz"
@@ -15,3 +34,4 @@ class EvaluationConfig(Config):
         default=None, description="weights file of the Inception network; downloaded if not given"
     )
     batch_size: int = Field(default=50, ge=1, description="images per pass of the Inception network")
+    cas: CasConfig = CasConfig()

@@ -1,10 +1,12 @@
-"""Sets of images → Inception features, and what evaluation keeps of them: one pass, in memory free of their number.
+"""Inception features of image sets: Gaussian statistics, retained features and the Inception score in one pass.
 
-A source yields batches of this process's share of its images; `summarize` consumes them on every process alike:
+Each process passes its share of the images to `summarize_features`; all of them return the same summary:
 
     folder = ImageFolder(Path("runs/ffhq256/samples/images"))
-    summary = summarize(folder.batches(50), len(folder), extractor)
+    summary = summarize_features(folder.batches(50), len(folder), extractor)
     summary.statistics.distance(reference.statistics)
+
+Memory does not grow with the number of images, except for the features that `KeepOptions` retains.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from tqdm import tqdm
 
-from sampling.evaluation.image_sets import Batch, ImageFolder, Images
+from sampling.evaluation.image_sets import ImageBatch, ImageFolder, ImageSet
 from vqvae2 import distributed
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics, load_npz, save_npz
@@ -29,10 +31,11 @@ from vqvae2.metrics.inception_score import InceptionScore, InceptionScoreResult
 
 @dataclass(frozen=True)
 class KeepOptions:
-    """What to keep beside the Gaussian statistics. The defaults keep nothing more.
+    """What to compute and retain in addition to the Gaussian statistics; nothing by default.
 
-    `features`: how many feature vectors at most (KID, precision and recall), drawn by `seed`. `splits`: of the
-    Inception score; 0 leaves it, and the last layers of the network below 2048 dimensions, out.
+    `features` is the maximum number of feature vectors to retain (for KID, precision and recall), a random subset
+    determined by `seed`. `splits` is the number of splits of the Inception score. With 0 splits the score is not
+    computed, and below 2048 dimensions the last layers of the network are skipped.
     """
 
     features: int = 0
@@ -42,34 +45,41 @@ class KeepOptions:
 
 @dataclass(frozen=True)
 class FeatureSummary:
-    """What one pass over a set of images leaves, equal on every process."""
+    """The result of one pass over a set of images, identical on every process."""
 
     statistics: GaussianStatistics
-    features: Float32[Tensor, "k d"] | None = None  # on the CPU, in the order of the images
-    score: InceptionScoreResult | None = None
-    size: tuple[int, int] | None = None  # (height, width) in pixels
+    features: Float32[Tensor, "k d"] | None = None  # on the CPU, in image order
+    inception_score: InceptionScoreResult | None = None
+    image_size: tuple[int, int] | None = None  # (height, width) in pixels
 
     def save(self, path: Path) -> None:
-        """Write an .npz, complete or not at all, that pytorch-fid reads as statistics."""
+        """Write the summary atomically to an .npz that pytorch-fid can read as statistics."""
         arrays: dict[str, Any] = self.statistics.arrays()
         if self.features is not None:
             arrays["features"] = self.features.numpy()
-        if self.score is not None:
-            arrays["score"] = np.array(self.score)
-        if self.size is not None:
-            arrays["size"] = np.array(self.size)
+        if self.inception_score is not None:
+            arrays["score"] = np.array(self.inception_score)
+        if self.image_size is not None:
+            arrays["size"] = np.array(self.image_size)
         save_npz(path, arrays)
 
     @classmethod
     def load(cls, path: Path) -> "FeatureSummary":
-        """Read what `save` wrote, or an .npz of `mu` and `sigma` alone; UserError where it holds anything else."""
+        """Load a file written by `save`, or any .npz with arrays `mu` and `sigma`.
+
+        Raises:
+            UserError: If the file is missing or damaged, or its arrays have other shapes or types.
+        """
         arrays = load_npz(path, ("mu", "sigma", "n", "features", "score", "size"))
         statistics = GaussianStatistics.from_arrays(arrays, path)
         features, score, size = (arrays.get(key) for key in ("features", "score", "size"))
         if features is not None and (features.dtype != np.float32 or features.shape[1:] != (statistics.dims,)):
-            raise UserError(f"{path}: `features` {features.dtype} {features.shape}; expected (K, {statistics.dims})")
+            raise UserError(
+                f"{path}: `features` is {features.dtype} {features.shape}; expected float32 (K, {statistics.dims}). "
+                "Delete the file to compute it again."
+            )
         if any(pair is not None and pair.shape != (2,) for pair in (score, size)):
-            raise UserError(f"{path}: `score` or `size` is no pair of numbers; make the file again")
+            raise UserError(f"{path}: `score` or `size` is not a pair of numbers. Delete the file to compute it again.")
         return cls(
             statistics,
             None if features is None else torch.from_numpy(features),
@@ -78,103 +88,118 @@ class FeatureSummary:
         )
 
 
-def holds_statistics(path: Path) -> bool:
-    """Whether `path` is an .npz with `mu` or `sigma` in it; UserError where an .npz is missing or damaged."""
+def is_statistics_file(path: Path) -> bool:
+    """Return whether `path` is an .npz that contains `mu` or `sigma`.
+
+    Raises:
+        UserError: If `path` ends in .npz and is missing or damaged.
+    """
     return path.suffix == ".npz" and not path.is_dir() and bool(load_npz(path, ("mu", "sigma")))
 
 
-def summarize(
-    batches: Iterable[Batch],
+def summarize_features(
+    batches: Iterable[ImageBatch],
     count: int,
     extractor: FeatureExtractor,
     keep: KeepOptions | None = None,
     progress: str | None = None,
 ) -> FeatureSummary:
-    """One pass over a set of `count` images, of which `batches` are this process's share; every process calls it.
+    """Extract features from a set of `count` images and return their summary.
 
-    `progress` labels a bar on standard error, where that is a terminal. The result does not depend on the number of
-    processes or the batch size, but for rounding.
+    This is a collective operation: every process calls it, with `batches` yielding its share of the images. Apart from
+    rounding, the result depends neither on the number of processes nor on the batch size. `progress` is the label of
+    the progress bar, which is only shown on a terminal.
+
+    Raises:
+        UserError: If the number of images differs from `count`, or their sizes differ between processes.
     """
     keep = keep or KeepOptions()
     device = extractor.device
     statistics = GaussianStatistics(extractor.dims, device)
     score = InceptionScore(count, keep.splits, keep.seed, NUM_CLASSES, device) if keep.splits else None
-    row_of = _rows(count, keep)
-    # Every process fills its own rows, so the sum of the tables is the table.
-    kept = torch.zeros(int((row_of >= 0).sum()), extractor.dims, device=device)
+    row_of = _retained_rows(count, keep)
+    # Every process fills in only its own rows, so the sum over processes is the full table.
+    retained = torch.zeros(int((row_of >= 0).sum()), extractor.dims, device=device)
     size = torch.zeros(2, dtype=torch.int64, device=device)
-    label, hidden = progress or "", None if progress and distributed.get_rank() == 0 else True
-    with tqdm(total=count, desc=label, unit="image", disable=hidden, leave=False) as bar:
+    disable = None if progress and distributed.get_rank() == 0 else True
+    with tqdm(total=count, desc=progress or "", unit="image", disable=disable, leave=False) as bar:
         for indices, images in batches:
             output = extractor(images, logits=score is not None)
             statistics.update(output.features)
             if score is not None and output.logits is not None:
                 score.update(output.logits, indices)
             rows = row_of[indices]
-            kept[rows[rows >= 0].to(device)] = output.features[(rows >= 0).to(device)]
+            retained[rows[rows >= 0].to(device)] = output.features[(rows >= 0).to(device)]
             size = torch.tensor(images.shape[2:], device=device)
             bar.update(len(images) * distributed.get_world_size())
     statistics.all_reduce()
     if statistics.count != count:
-        raise UserError(f"{count} images were announced and {statistics.count} came")
+        raise UserError(f"expected {count} images, but received {statistics.count}")
     if score is not None:
         score.all_reduce()
     return FeatureSummary(
         statistics,
-        distributed.all_reduce_sum(kept).cpu() if keep.features else None,
+        distributed.all_reduce_sum(retained).cpu() if keep.features else None,
         score.compute() if score is not None else None,
         _common_size(size),
     )
 
 
-def summarize_cached(
-    images: Images,
+def summarize_features_cached(
+    images: ImageSet,
     extractor: FeatureExtractor,
     cache: Path,
     keep: KeepOptions | None = None,
     batch_size: int = 50,
     num_workers: int = 0,
 ) -> FeatureSummary:
-    """`summarize` a folder or array once: the result is kept in the folder `cache` and reused while nothing changes.
+    """Return the summary of an image set from the folder `cache`, or compute it and store it there.
 
-    The file is named by a digest of the images, the weights, the dimensions and what is kept. A damaged file is made
-    anew.
+    The cache key is a digest of the images, the Inception weights, the feature dimension and `keep`. A damaged cache
+    file is recomputed.
     """
     keep = keep or KeepOptions()
     key = f"{images.digest()} {extractor.weights_digest} {extractor.dims} {keep}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    found = _load_if_sound(path)
-    # All processes or none, also where one machine does not see another's cache: the pass is a joint one.
-    hits = distributed.all_reduce_sum(torch.tensor(int(found is not None), device=extractor.device))
-    if found is not None and int(hits) == distributed.get_world_size():
-        return found
-    name = images.folder if isinstance(images, ImageFolder) else images.path
-    summary = summarize(images.batches(batch_size, num_workers), len(images), extractor, keep, name.name)
+    cached = _load_if_valid(path)
+    # Computing is a collective operation: if the cache is missing on one machine, all processes have to compute.
+    hits = distributed.all_reduce_sum(torch.tensor(int(cached is not None), device=extractor.device))
+    if cached is not None and int(hits) == distributed.get_world_size():
+        return cached
+    source = images.folder if isinstance(images, ImageFolder) else images.path
+    summary = summarize_features(images.batches(batch_size, num_workers), len(images), extractor, keep, source.name)
     if distributed.get_rank() == 0:
         summary.save(path)
     return summary
 
 
-def _load_if_sound(path: Path) -> FeatureSummary | None:
+def _load_if_valid(path: Path) -> FeatureSummary | None:
     try:
         return FeatureSummary.load(path) if path.is_file() else None
     except UserError:
         return None
 
 
-def _rows(count: int, keep: KeepOptions) -> Tensor:
-    """Row of the table of kept features for each image, −1 for those that are not kept."""
-    chosen = np.sort(np.random.RandomState(keep.seed).permutation(count)[: keep.features])
+def _retained_rows(count: int, keep: KeepOptions) -> Tensor:
+    """Return each image's row in the table of retained features, int64 (count,), or −1 if it is not retained."""
+    retained = np.sort(np.random.RandomState(keep.seed).permutation(count)[: keep.features])
     rows = np.full(count, -1)
-    rows[chosen] = np.arange(len(chosen))
+    rows[retained] = np.arange(len(retained))
     return torch.from_numpy(rows)
 
 
 def _common_size(size: Tensor) -> tuple[int, int] | None:
-    """The size on any process that saw an image; UserError where processes saw different ones."""
+    """Return the (height, width) that all processes agree on; a process that saw no image passes zeros.
+
+    Raises:
+        UserError: If the sizes differ between processes.
+    """
     seen = distributed.all_reduce_sum((size > 0).long())[0].clamp(min=1)
     total = distributed.all_reduce_sum(size.clone())
     if (size > 0).all() and (total != size * seen).any():
-        raise UserError(f"images of {size[0]}×{size[1]} and of other sizes in one set; all must be of one size")
+        raise UserError(
+            f"image sizes differ: some images are {size[0]}×{size[1]} pixels (height × width), others are not. "
+            "Resize all images of the set to one size."
+        )
     height, width = (total // seen).tolist()
     return (height, width) if height else None

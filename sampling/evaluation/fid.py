@@ -1,34 +1,53 @@
-"""`vqvae2 fid A B`: the Fréchet Inception distance between two sets, as the pytorch-fid command gives it."""
+"""The command `vqvae2 fid A B`: the Fréchet Inception distance between two image sets, compatible with pytorch-fid."""
 
-import argparse
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
+from pydantic import Field
+from tyro.conf import Positional
 
-from sampling.evaluation.features import holds_statistics, summarize
-from sampling.evaluation.image_sets import open_images
+from sampling.evaluation.features import is_statistics_file, summarize_features
+from sampling.evaluation.image_sets import open_image_set
 from vqvae2 import distributed
+from vqvae2.command_line import Options
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
-from vqvae2.metrics.inception import FEATURE_DIMS, FeatureExtractor, load_inception
+from vqvae2.metrics.inception import FeatureExtractor, load_inception
 
-COMPARABLE = 2048  # images; with fewer the covariance of 2048 features is singular, and FID grows as N falls
+# With fewer images the covariance of 2048 features is singular, and the bias of FID grows quickly.
+MIN_COMPARABLE_IMAGES = 2048
 
 
-def main(arguments: list[str]) -> None:
-    """Print the FID between two folders or .npz files, or save statistics of one; UserError for what cannot work."""
-    options = _parser().parse_args(arguments)
-    if options.batch_size < 1 or (options.num_workers or 0) < 0:
-        raise UserError("--batch-size must be at least 1 and --num-workers at least 0")
-    first, second = (Path(path) for path in options.path)
+class FidOptions(Options):
+    """Compute the FID of two sets of images as pytorch-fid does, or save the statistics of one."""
+
+    paths: Positional[tuple[Path, Path]] = Field(
+        description="folders of images, or .npz files of statistics (mu, sigma) or images (arr_0)"
+    )
+    batch_size: int = Field(default=50, ge=1, description="images per pass of the network")
+    num_workers: int | None = Field(
+        default=None, ge=0, description="processes that decode images; up to 8 if not given"
+    )
+    device: str | None = Field(default=None, description="cuda, cuda:0, cpu; cuda if available, if not given")
+    dims: Literal[64, 192, 768, 2048] = Field(default=2048, description="number of features")
+    save_stats: bool = Field(default=False, description="write the statistics of the first path to the second")
+    inception_weights: Path | None = Field(
+        default=None, description="weights file; from torch's cache or downloaded if not given"
+    )
+
+
+def main(options: FidOptions) -> None:
+    """Run the command `vqvae2 fid`."""
+    first, second = options.paths
     if options.save_stats:
         _save_statistics(first, second, options)
         return
     # Cheap checks of both sides come before the network is loaded.
-    ready = [GaussianStatistics.load(path) if holds_statistics(path) else None for path in (first, second)]
-    images = [None if found else open_images(path) for path, found in zip((first, second), ready, strict=True)]
+    ready = [GaussianStatistics.load(path) if is_statistics_file(path) else None for path in (first, second)]
+    images = [None if found else open_image_set(path) for path, found in zip((first, second), ready, strict=True)]
     for path, statistics in zip((first, second), ready, strict=True):
         if statistics and statistics.dims != options.dims:
             raise UserError(f"{path}: statistics of {statistics.dims} dimensions, but --dims {options.dims}")
@@ -41,17 +60,17 @@ def main(arguments: list[str]) -> None:
     if distributed.get_rank() == 0:
         print("FID: ", distance)
         counts = [side.count for side in sides if side.count is not None]
-        if counts and min(counts) < COMPARABLE:
-            print(f"too few images for a comparable FID: {min(counts)}, fewer than {COMPARABLE}")
+        if counts and min(counts) < MIN_COMPARABLE_IMAGES:
+            print(f"too few images for a comparable FID: {min(counts)}, fewer than {MIN_COMPARABLE_IMAGES}")
         if extractor is not None and not extractor.is_standard:
             print(f"not the standard Inception weights: SHA-256 {extractor.weights_digest}")
 
 
-def _save_statistics(source: Path, target: Path, options: argparse.Namespace) -> None:
+def _save_statistics(source: Path, target: Path, options: FidOptions) -> None:
     target = target if target.suffix == ".npz" else target.with_name(f"{target.name}.npz")
     if target.exists():
-        raise UserError(f"{target}: exists already; name another file or remove it")
-    open_images(source)
+        raise UserError(f"{target}: file already exists. Choose another name or delete it.")
+    open_image_set(source)
     extractor = _extractor(options)
     if distributed.get_rank() == 0:
         print(f"Saving statistics for {source}")
@@ -60,42 +79,28 @@ def _save_statistics(source: Path, target: Path, options: argparse.Namespace) ->
         statistics.save(target)
 
 
-def _measure(path: Path, extractor: FeatureExtractor | None, options: argparse.Namespace) -> GaussianStatistics:
+def _measure(path: Path, extractor: FeatureExtractor | None, options: FidOptions) -> GaussianStatistics:
     assert extractor is not None
-    images = open_images(path)
+    images = open_image_set(path)
     workers = min(8, _cpus()) if options.num_workers is None else options.num_workers
     batches = images.batches(options.batch_size, workers)
-    return summarize(batches, len(images), extractor, progress=path.name).statistics
+    return summarize_features(batches, len(images), extractor, progress=path.name).statistics
 
 
-def _extractor(options: argparse.Namespace) -> FeatureExtractor:
+def _extractor(options: FidOptions) -> FeatureExtractor:
     name: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: no device of torch; give cuda, cuda:0 or cpu") from None
+        raise UserError(f"--device {name}: not a torch device. Use cuda, cuda:0 or cpu.") from None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = PartialState(cpu=device.type == "cpu").device or device
     try:
         return load_inception(options.inception_weights, options.dims, device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device}: cannot be used here ({error})") from None
+        raise UserError(f"--device {device}: not available on this machine ({error})") from None
 
 
 def _cpus() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vqvae2 fid", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("path", nargs=2, help="folder of images, or .npz of statistics (mu, sigma) or images (arr_0)")
-    parser.add_argument("--batch-size", type=int, default=50, help="images in one pass of the network")
-    parser.add_argument("--num-workers", type=int, help="processes that decode images; by default up to 8")
-    parser.add_argument("--device", help="cuda, cuda:0, cpu; by default cuda where there is one")
-    parser.add_argument("--dims", type=int, default=2048, choices=FEATURE_DIMS, help="dimensions of the features")
-    parser.add_argument("--save-stats", action="store_true", help="write statistics of the first path to the second")
-    parser.add_argument("--inception-weights", type=Path, help="file of weights; by default torch's cache or download")
-    return parser

@@ -1,4 +1,4 @@
-"""Sets of images as streams of uint8 batches: a folder, or an .npz with `arr_0`; each process gets its share."""
+"""Image sets for evaluation: a folder, or an .npz with `arr_0`, read as uint8 batches and sharded over processes."""
 
 import hashlib
 import struct
@@ -21,69 +21,79 @@ from vqvae2 import distributed
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 
-# Those that pytorch-fid's command takes, from the folder itself and in lower case, so that numbers agree.
+# Like pytorch-fid, search only the folder itself and match lower-case extensions, so that the results agree.
 EXTENSIONS = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 
 
-class Batch(NamedTuple):
-    """Images with their numbers, 0 … count − 1, in the whole set."""
+class ImageBatch(NamedTuple):
+    """ImageDataset and their indices in the whole set, from 0 to count − 1."""
 
     indices: Int64[Tensor, "n"]
     images: UInt8[Tensor, "n 3 h w"]
 
 
 Shape = tuple[int, int, int, int]
-Item = tuple[int, Tensor]  # (number in the set, uint8 (3, H, W))
+IndexedImage = tuple[int, Tensor]  # (index in the set, uint8 (3, H, W))
 
 
-class ImageFolder(Dataset[Item]):
-    """The images that lie directly in a folder, sorted by name, converted to RGB as pytorch-fid does.
+class ImageFolder(Dataset[IndexedImage]):
+    """The images directly in a folder, sorted by name and converted to RGB as in pytorch-fid.
 
-    Raises UserError where there are none, or one; reading raises it for an unreadable or 16-bit image.
+    Raises:
+        UserError: If the folder is missing or holds fewer than two images. On reading, if an image is unreadable or
+            has more than 8 bits per channel.
     """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise UserError(f"{folder}: {'not a folder or .npz' if folder.exists() else 'no such folder or .npz file'}")
+            problem = "not a folder or .npz file" if folder.exists() else "no such folder or .npz file"
+            raise UserError(f"{folder}: {problem}. Check the path.")
         self.folder = folder
         self.files = sorted(file for file in folder.iterdir() if _is_image(file))
         if len(self.files) < 2:
-            few = "holds one image; a distance needs at least two" if self.files else "holds no images"
-            raise UserError(f"{folder}: {few} ({', '.join(EXTENSIONS)}){_hint(folder)}")
+            problem = "found one image, but FID needs at least two" if self.files else "no images found"
+            raise UserError(f"{folder}: {problem} ({', '.join(EXTENSIONS)}).{_hint(folder)}")
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> IndexedImage:
         return index, _read(self.files[index])
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        """A batch, refused where its images are not of one size: the first two that differ are named."""
+    def __getitems__(self, indices: Sequence[int]) -> list[IndexedImage]:
+        """Return several images.
+
+        Raises:
+            UserError: If their sizes differ. The message names the first two files that differ.
+        """
         items = [self[index] for index in indices]
         for item in items:
             self._check_size(items[0], item)
         return items
 
-    def batches(self, batch_size: int = 50, num_workers: int = 0) -> Iterator[Batch]:
-        """This process's share, decoded by `num_workers` processes; UserError where two images differ in size."""
+    def batches(self, batch_size: int = 50, num_workers: int = 0) -> Iterator[ImageBatch]:
+        """Yield this process's share of the images, decoded by `num_workers` worker processes.
+
+        Raises:
+            UserError: If two images differ in size, or an image is unreadable.
+        """
         order = SequentialBatchSampler(len(self), batch_size, distributed.get_rank(), distributed.get_world_size())
-        first: Batch | None = None
+        first: ImageBatch | None = None
         for indices, images in load_batches(self, order, num_workers):
-            first = first or Batch(indices, images)
+            first = first or ImageBatch(indices, images)
             self._check_size((int(first.indices[0]), first.images[0]), (int(indices[0]), images[0]))
-            yield Batch(indices, images)
+            yield ImageBatch(indices, images)
 
     @property
     def formats(self) -> dict[str, int]:
-        """How many files have which extension."""
+        """Number of files by extension."""
         return dict(sorted(Counter(file.suffix[1:] for file in self.files).items()))
 
     def digest(self) -> str:
-        """SHA-256 of the names, sizes and times of modification of the files, in hexadecimal.
+        """Return the SHA-256 of the names, sizes and modification times of the files, in hexadecimal.
 
-        StringTable what a cache holds. Reading a million images to hash their bytes would cost as much as decoding them, so
-        this trusts what make and rsync trust; a file that is touched is measured anew, and one replaced by another of
-        equal size keeps its time only where someone sets it on purpose.
+        This is a cache key. Hashing the contents would cost as much as decoding the images, so the key relies on
+        modification times, like make and rsync.
         """
         sha = hashlib.sha256()
         for file in self.files:
@@ -91,16 +101,20 @@ class ImageFolder(Dataset[Item]):
             sha.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
 
-    def _check_size(self, a: Item, b: Item) -> None:
+    def _check_size(self, a: IndexedImage, b: IndexedImage) -> None:
         if a[1].shape != b[1].shape:
             sizes = [
                 f"{self.files[index].name} has {image.shape[2]}×{image.shape[1]} pixels" for index, image in (a, b)
             ]
-            raise UserError(f"{self.folder}: {sizes[0]}, {sizes[1]}; all must be of one size")
+            raise UserError(f"{self.folder}: image sizes differ: {', '.join(sizes)}. Resize all images to one size.")
 
 
 class ImageArray:
-    """The uint8 images (N, H, W, 3) stored as `arr_0` in an .npz, as samples are often exchanged; read as a stream."""
+    """The uint8 images (N, H, W, 3) stored as `arr_0` in an .npz, a common exchange format; read as a stream.
+
+    Raises:
+        UserError: If the file is missing or damaged, or does not hold such an array of at least two images.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,8 +124,12 @@ class ImageArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, batch_size: int = 50, num_workers: int = 0) -> Iterator[Batch]:
-        """This process's share; there is nothing for `num_workers` to decode."""
+    def batches(self, batch_size: int = 50, num_workers: int = 0) -> Iterator[ImageBatch]:
+        """Yield this process's share of the images. `num_workers` is ignored, since no image has to be decoded.
+
+        Raises:
+            UserError: If the array is truncated.
+        """
         del num_workers
         count, height, width, channels = self.shape
         size = height * width * channels
@@ -120,25 +138,25 @@ class ImageArray:
                 stop = min(start + batch_size, count)
                 pixels = bytearray(file.read((stop - start) * size))
                 if len(pixels) < (stop - start) * size:
-                    raise UserError(f"{self.path}: `arr_0` ends early; make it again")
+                    raise UserError(f"{self.path}: `arr_0` is truncated. Create the file again.")
                 if number % distributed.get_world_size() == distributed.get_rank():
                     images = torch.frombuffer(pixels, dtype=torch.uint8).view(stop - start, height, width, channels)
-                    yield Batch(torch.arange(start, stop), images.permute(0, 3, 1, 2).contiguous())
+                    yield ImageBatch(torch.arange(start, stop), images.permute(0, 3, 1, 2).contiguous())
 
     @property
     def formats(self) -> dict[str, int]:
-        """How many images have which format."""
+        """Number of images by format."""
         return {"npz": len(self)}
 
     def digest(self) -> str:
-        """SHA-256 of the file's name, size and time of modification; see `ImageFolder.digest`."""
+        """Return the SHA-256 of the file's name, size and modification time; see `ImageFolder.digest`."""
         status = self.path.stat()
         return hashlib.sha256(f"{self.path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
 
 
 @contextmanager
 def _open_array(path: Path) -> Iterator[tuple[IO[bytes], Shape]]:
-    """`arr_0` of an .npz, open for reading behind its header, and its shape."""
+    """Open `arr_0` of an .npz, and yield the file, positioned behind the array's header, and the array's shape."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             version = np.lib.format.read_magic(file)
@@ -147,39 +165,48 @@ def _open_array(path: Path) -> Iterator[tuple[IO[bytes], Shape]]:
             if len(shape) != 4 or shape[3] != 3 or min(shape[1:]) < 1 or dtype != np.uint8 or fortran:
                 raise UserError(f"{path}: `arr_0` is {dtype} {shape}; expected uint8 images (N, H, W, 3)")
             if shape[0] < 2:
-                raise UserError(f"{path}: holds {shape[0]} images; a distance needs at least two")
+                raise UserError(f"{path}: found {shape[0]} images, but FID needs at least two")
             yield file, shape
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file. Check the path.") from None
     except KeyError:
-        raise UserError(f"{path}: no `mu` and `sigma`, and no images `arr_0`; expected one or the other") from None
+        raise UserError(f"{path}: expected arrays `mu` and `sigma` (statistics), or `arr_0` (images)") from None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a readable .npz ({error}); make it again") from None
+        raise UserError(f"{path}: not a readable .npz ({error}). Create the file again.") from None
 
 
-Images = ImageFolder | ImageArray
+ImageSet = ImageFolder | ImageArray
 
 
-def open_images(path: Path) -> Images:
-    """Images of a folder, or of an .npz that stores them as `arr_0`."""
+def open_image_set(path: Path) -> ImageSet:
+    """Return the images of a folder, or of an .npz with `arr_0`.
+
+    Raises:
+        UserError: If `path` is neither, or holds fewer than two images.
+    """
     return ImageArray(path) if path.suffix == ".npz" else ImageFolder(path)
+
+
+def to_rgb(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n 3 h w"]:
+    """Convert gray or RGBA images to RGB; the alpha channel is dropped."""
+    return images[:, :3].expand(-1, 3, -1, -1)
 
 
 def _read(path: Path) -> UInt8[Tensor, "3 h w"]:
     try:
         with Image.open(path) as image:
-            # Pillow clips 16-bit grey to 255 on its way to RGB: a white picture, and a wrong number.
+            # Pillow clips 16-bit gray to 255 when it converts to RGB, which would silently falsify the metric.
             if image.mode.startswith("I") or image.mode == "F":
                 raise UserError(
-                    f"{path}: pixels of more than 8 bits (mode {image.mode}); convert it to 8 bits a channel"
+                    f"{path}: more than 8 bits per channel (mode {image.mode}). Convert the image to 8 bits."
                 )
             pixels = np.array(image.convert("RGB"))
     except UserError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from None
+        raise UserError(f"{path}: not a readable image ({error}). Replace or remove it.") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -188,10 +215,10 @@ def _is_image(file: Path) -> bool:
 
 
 def _hint(folder: Path) -> str:
-    """Where images are that were not taken, for the error message."""
+    """Return a hint for the error message if images are in subfolders or have upper-case extensions."""
     for inner in sorted(child for child in folder.iterdir() if child.is_dir()):
         if any(_is_image(file) for file in inner.rglob("*")):
-            return f"; there are some in sub-folders, as {inner.name}/, which are not searched: name one of them"
+            return f" Subfolders are not searched, but {inner.name}/ contains images: pass that folder instead."
     if any(file.suffix[1:].lower() in EXTENSIONS for file in folder.iterdir() if not _is_image(file)):
-        return "; extensions in capitals are not taken, as pytorch-fid does not: rename the files"
+        return " Upper-case extensions are ignored, as in pytorch-fid: rename the files."
     return ""

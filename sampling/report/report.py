@@ -110,7 +110,7 @@ def _diagnosis(view: RunStatus) -> str:
 
 
 def _about_samples(manifest: dict[str, Any]) -> str:
-    about = f"{manifest['count']:,} images in all; seed {manifest['seed']}, {page.spell(manifest['choice'])}."
+    about = f"{manifest['count']:,} images in all; seed {manifest['seed']}, {page.spell(manifest['sampling_params'])}."
     labels: list[int] = manifest["labels"] or []
     used = list(dict.fromkeys(labels))
     if not used:
@@ -217,7 +217,7 @@ def _measures(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     for key, name, digits in (("kid", "KID", 5), ("inception_score", "Inception score", 2)):
         if found := metrics.get(key):
             rows.append((name, f"{found['mean']:.{digits}f} ± {found['std']:.{digits}f}", _NOTES[name]))
-    for name, value in metrics.get("manifold", {}).items():
+    for name, value in metrics.get("precision_recall", {}).items():
         rows.append((name.capitalize(), f"{value:.3f}", _NOTES[name.capitalize()]))
     if not metrics["fid"].get("comparable"):
         rows.sort(key=lambda row: row[0] != "KID")

@@ -71,7 +71,7 @@ def prepare(config: DataConfig, out: Path, encoding: str, quality: int | None) -
     if encoding == "jpeg" and config.channels == 4:
         raise UserError("--format: jpeg has no transparency; choose webp, png or raw for --channels 4")
     source = open_source(config.source)
-    images = Images(config, source, np.arange(len(source.index)))
+    images = ImageDataset(config, source, np.arange(len(source.index)))
     header = PreparedHeader.parse(
         {
             "source": config.path,
