@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.run import Experiment, Run
+from sampling.run_config import RunConfig
+from train.run import Run
 from train.stages.autoencoder import train_autoencoder
 from vqvae2.run_folder import RunFolder
 
@@ -28,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -> Experiment:
+def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -> RunConfig:
     """The experiment of one variant; its priors are never trained."""
     training = {
         "steps": steps,
@@ -51,7 +52,7 @@ def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -
         },
         "priors": {"top": prior, "bottom": prior},
     }
-    return Experiment.parse(plain, "benchmarks.codebooks")
+    return RunConfig.parse(plain, "benchmarks.codebooks")
 
 
 def main() -> None:

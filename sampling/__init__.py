@@ -1,8 +1,8 @@
 """From codes to images, and measurements of them.
 
-    from sampling import VQVAE2Pipeline
-    pipeline = VQVAE2Pipeline.from_pretrained("runs/demo")
-    images = pipeline(num_images=16, seed=0, temperature=0.9)   # float32 (16, 3, H, W) in [-1, 1]
+from sampling import VQVAE2Pipeline
+pipeline = VQVAE2Pipeline.from_pretrained("runs/demo")
+images = pipeline(num_images=16, seed=0, temperature=0.9)   # float32 (16, 3, H, W) in [-1, 1]
 """
 
 from sampling.editing import inpaint, variations

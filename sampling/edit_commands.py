@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from sampling.editing import keep_levels_of, sample_variants
+from sampling.editing import sample_variants
 from sampling.labels import require_labels
-from sampling.masks import HALVES, keep_masked, read_mask
+from sampling.masks import HALVES, keep_coarsest, keep_masked, read_mask
 from sampling.output_folder import check_folder, check_new, next_free_folder, read_manifest
 from sampling.params import ClassLabels, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
@@ -122,7 +122,7 @@ def variations(options: VariationsOptions) -> None:
         return
     pipeline, images = _load(options)
     codes = _encode(pipeline, images)
-    partial = keep_levels_of(pipeline, codes, options.keep_levels)
+    partial = keep_coarsest(codes, options.keep_levels)
     reconstructions = to_uint8(pipeline.decode(codes)).cpu()
     edit = Edit("variations", images, reconstructions, partial, options.keep_levels, options)
     _write(pipeline, edit, "original, reconstruction, variants")

@@ -60,22 +60,9 @@ def variations(
 
     The other arguments and the result are those of `inpaint`.
     """
-    partial = keep_levels_of(pipeline, pipeline.autoencoder.encode(images), keep_levels)
+    partial = keep_coarsest(pipeline.autoencoder.encode(images), keep_levels)
     codes = sample_variants(pipeline, partial, class_labels, variants, seed, params)
     return pipeline.decode(codes).unflatten(0, (len(images), variants))
-
-
-def keep_levels_of(pipeline: VQVAE2Pipeline, codes: CodeMaps, count: int) -> tuple[PartialCodes, ...]:
-    """Mark the `count` coarsest levels of codes as kept.
-
-    Raises:
-        UserError: If no level or every level would be kept.
-    """
-    if len(pipeline.priors) == 1:
-        raise UserError("keep_levels: this model has one level, so nothing would be left to sample")
-    if not 1 <= count < len(pipeline.priors):
-        raise UserError(f"keep_levels: must be between 1 and {len(pipeline.priors) - 1}, not {count}")
-    return keep_coarsest(codes, count)
 
 
 def sample_variants(

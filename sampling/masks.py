@@ -61,7 +61,15 @@ def keep_masked(codes: CodeMaps, mask: Bool[Tensor, "..."], maps: Sequence[MapSp
 
 
 def keep_coarsest(codes: CodeMaps, count: int) -> tuple[PartialCodes, ...]:
-    """Keep all codes of the `count` coarsest levels, and none of the finer levels."""
+    """Keep all codes of the `count` coarsest levels, and none of the finer levels; 0 keeps none.
+
+    Raises:
+        UserError: If no level would be left to sample.
+    """
+    if len(codes) == 1 and count:
+        raise UserError("keep_levels: this model has one level, so nothing would be left to sample")
+    if not 0 <= count < len(codes):
+        raise UserError(f"keep_levels: must be between 1 and {len(codes) - 1}, not {count}")
     finer = len(codes) - count
     return tuple(
         PartialCodes(level, torch.full_like(level, index >= finer).bool()) for index, level in enumerate(codes)

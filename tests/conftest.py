@@ -19,12 +19,13 @@ PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data"
 TINY = """
 data: {size: 32, labels: folder, val_fraction: 0.1, num_scenes: 200, num_workers: 0}
 autoencoder:
-  channels: 16
-  residual_channels: 8
-  residual_layers: 1
-  levels:
-    - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 8}}
-    - {stride: 2, quantizer: {kind: gradient, codebook_size: 12, code_dim: 8}}
+  model:
+    channels: 16
+    residual_channels: 8
+    residual_layers: 1
+    levels:
+      - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 8}}
+      - {stride: 2, quantizer: {kind: gradient, codebook_size: 12, code_dim: 8}}
   training: {steps: 6, batch_size: 8, log_every: 2, validate_every: 3, preview_every: 3, checkpoint_every: 2}
 priors:
   top:

@@ -14,10 +14,11 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sampling.run_config import RunConfig
 from tests.conftest import TINY
 from tests.inception_fixture import two_processes
 from train.loop import train
-from train.run import Experiment, Run
+from train.run import Run
 from train.stages.autoencoder import AutoencoderStage
 from vqvae2.__main__ import main
 from vqvae2.errors import Stopped
@@ -33,7 +34,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "squeezenet.pth")
     experiment = yaml.safe_load(TINY)
-    for level in experiment["autoencoder"]["levels"]:
+    for level in experiment["autoencoder"]["model"]["levels"]:
         level["quantizer"] |= {"kmeans_init": False, "dead_code_threshold": 0}
     experiment["data"]["num_scenes"] = 60
     experiment["autoencoder"]["training"] |= {"validate_every": 6, "preview_every": 6, "checkpoint_every": 3}
@@ -48,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(config: Path, folder: Path, *settings: str, stop_at: int | None = None) -> dict[str, Tensor]:
     """The newest checkpoint of the stage, with its discriminator, after training in `folder`."""
-    run = Run(Experiment.load(config).override(settings), RunFolder(folder))
+    run = Run(parse(RunConfig, settings, "test", RunConfig.load(config)), RunFolder(folder))
     stage = AutoencoderStage(run)
     update, updates = stage.after_update, []
 
@@ -59,7 +60,7 @@ def trained(config: Path, folder: Path, *settings: str, stop_at: int | None = No
             os.kill(os.getpid(), signal.SIGTERM)
 
     stage.after_update = stop
-    train(stage, run.experiment.autoencoder.training, run.folder.autoencoder, num_workers=0)
+    train(stage, run.config.autoencoder.training, run.folder.autoencoder, num_workers=0)
     newest = max((run.folder.autoencoder / "checkpoints").iterdir())
     return {name: tensor.clone() for name, tensor in load_file(newest / "state.safetensors").items()}
 

@@ -14,7 +14,7 @@ from sampling.evaluation.format_metrics import format_cas
 from sampling.evaluation.image_sets import to_rgb
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
-from vqvae2.data.images import Item
+from vqvae2.data.images import ImageSample
 from vqvae2.data.scenes import CLASSES
 
 COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40], [40, 200, 200], [200, 40, 200]])
@@ -35,8 +35,8 @@ class Coloured:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Item:
-        return Item(torch.from_numpy(self.pixels[index]), int(self.labels[index]))
+    def __getitem__(self, index: int) -> ImageSample:
+        return ImageSample(torch.from_numpy(self.pixels[index]), int(self.labels[index]))
 
 
 def test_it_learns_the_label_from_the_colour_and_again_the_same() -> None:
@@ -75,7 +75,7 @@ def test_accuracy_is_recomputed_by_hand() -> None:
 
 def test_augmentation_moves_and_mirrors_and_depends_on_the_draw_alone() -> None:
     picture = torch.arange(3 * 16 * 16, dtype=torch.int64).view(3, 16, 16).remainder(251).to(torch.uint8)
-    augmented = AugmentedDataset([Item(picture, 4)])  # pyright: ignore[reportArgumentType]
+    augmented = AugmentedDataset([ImageSample(picture, 4)])  # pyright: ignore[reportArgumentType]
     found = [augmented[0, draw] for draw in range(40)]
     assert all(item.label == 4 and item.image.shape == picture.shape for item in found)
     assert torch.equal(found[7].image, augmented[0, 7].image)

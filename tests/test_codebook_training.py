@@ -8,16 +8,16 @@ import torch
 
 from tests.conftest import TINY
 from tests.inception_fixture import two_processes
-from train.losses import TrainingUsage
+from train.losses import CodebookUsageTracker
 from train.run import open_run
-from train.stages.autoencoder import AutoencoderObjective, AutoencoderStage, forget
+from train.stages.autoencoder import AutoencoderObjective, AutoencoderStage, reset_moments
 from vqvae2.data.images import ImageSample
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig, QuantizerOutput
 
 
 def window(*steps: list[int]) -> dict[str, float]:
-    usage = TrainingUsage({"top": 8})
+    usage = CodebookUsageTracker({"top": 8})
     for codes in steps:
         zero = torch.zeros(())
         usage.update([QuantizerOutput(torch.zeros(1, 1, len(codes)), torch.tensor([codes]), zero, {})])
@@ -68,7 +68,7 @@ def test_the_moments_of_restarted_codes_are_forgotten() -> None:
         quantizer.update()
         rows = quantizer.restarted
         assert rows is not None
-        forget(optimizer, quantizer.embedding, rows)
+        reset_moments(optimizer, quantizer.embedding, rows)
         for name in ("exp_avg", "exp_avg_sq"):
             moment = optimizer.state[quantizer.embedding][name]
             torch.testing.assert_close(moment, torch.where(rows[:, None], 0.0, before[name]))
@@ -90,7 +90,9 @@ def test_the_first_steps_pass_features_through_and_the_codebooks_start_from_what
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY.replace("steps: 6,", "steps: 20,"))
     run, _ = open_run("train-autoencoder", [str(config), "--run", str(tmp_path / "run")], "")
-    assert run.experiment.autoencoder.quantized_from == 2, "a tenth of the steps, where that is fewer than 100"
+    assert run.config.autoencoder.training.first_quantized_step == 2, (
+        "a tenth of the steps, where that is fewer than 100"
+    )
     stage = AutoencoderStage(run)
     batch = ImageSample(torch.stack([stage.training_data[index].image for index in range(8)]), torch.zeros(8))
     stage.before_update(1)

@@ -199,8 +199,8 @@ def test_a_run_of_a_different_config_is_refused_and_stays_as_it_was(
     tiny_config: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(finished_run)
-    command = ["run", str(tiny_config), "--run", str(finished_run), "--autoencoder.channels", "24"]
-    fails(capsys, command, str(finished_run), "autoencoder.channels = 16, not 24", "--run")
+    command = ["run", str(tiny_config), "--run", str(finished_run), "--autoencoder.model.channels", "24"]
+    fails(capsys, command, str(finished_run), "autoencoder.model.channels = 16, not 24", "--run")
     assert contents(finished_run) == before
 
 

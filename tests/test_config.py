@@ -4,54 +4,58 @@ from pathlib import Path
 
 import pytest
 
-from train.run import Experiment
+from sampling.run_config import RunConfig
+from vqvae2.command_line import parse
 from vqvae2.config import differences
 from vqvae2.errors import UserError
 
 
-def load(path: Path, old: str = "", new: str = "") -> Experiment:
+def load(path: Path, old: str = "", new: str = "") -> RunConfig:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    return Experiment.load(path)
+    return RunConfig.load(path)
 
 
 def test_yaml_round_trip_gives_the_same_experiment(tiny_config: Path, tmp_path: Path) -> None:
-    experiment = Experiment.load(tiny_config)
+    experiment = RunConfig.load(tiny_config)
     copy = tmp_path / "copy.yaml"
     copy.write_text(experiment.yaml())
-    assert Experiment.load(copy) == experiment
+    assert RunConfig.load(copy) == experiment
 
 
 def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path) -> None:
-    changed = Experiment.load(tiny_config).override(
+    changed = parse(
+        RunConfig,
         [
             "--data.path=/somewhere",
             "--data.size",
             "48",
             "64",
-            "--autoencoder.levels.1.quantizer.codebook_size",
+            "--autoencoder.model.levels.1.quantizer.codebook_size",
             "7",
             "--priors.top.training.learning-rate",
             "3e-4",
-        ]
+        ],
+        "vqvae2 run",
+        RunConfig.load(tiny_config),
     )
     assert changed.data.path == "/somewhere"
     assert changed.data.shape == (48, 64)
-    assert changed.autoencoder.levels[1].quantizer.codebook_size == 7
+    assert changed.autoencoder.model.levels[1].quantizer.codebook_size == 7
     assert changed.priors["top"].training.learning_rate == 3e-4
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("stride: 4", "strid: 4", ["autoencoder.levels.0.strid", "unknown key"]),
+        ("stride: 4", "strid: 4", ["autoencoder.model.levels.0.strid", "unknown key"]),
         (
             "codebook_size: 12",
             "codebook_size: -3",
-            ["autoencoder.levels.1.quantizer.codebook_size", "greater than or equal to 1", "-3"],
+            ["autoencoder.model.levels.1.quantizer.codebook_size", "greater than or equal to 1", "-3"],
         ),
-        ("kind: gradient", "kind: gradiant", ["autoencoder.levels.1.quantizer", "gradiant", "'ema'"]),
+        ("kind: gradient", "kind: gradiant", ["autoencoder.model.levels.1.quantizer", "gradiant", "'ema'"]),
         ("steps: 6, ", "", ["autoencoder.training.steps", "missing"]),
         ("kernel: 3", "kernel: 4", ["priors.top.model", "kernel must be odd"]),
         ("  bottom:\n", "  bottem:\n", ["priors", "bottom", "bottem"]),
@@ -74,10 +78,10 @@ def test_a_wrong_key_or_value_is_one_line_with_its_path(
 
 def test_a_misspelt_override_says_what_was_meant(tiny_config: Path) -> None:
     with pytest.raises(UserError, match=r"--data\.pth.*--data\.path") as error:
-        Experiment.load(tiny_config).override(["--data.pth", "x"])
+        parse(RunConfig, ["--data.pth", "x"], "vqvae2 run", RunConfig.load(tiny_config))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"data\.labels"):
-        Experiment.load(tiny_config).override(["--data.labels", "x"])
+        parse(RunConfig, ["--data.labels", "x"], "vqvae2 run", RunConfig.load(tiny_config))
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", ".", "binary.yaml", "list.yaml"])
@@ -85,7 +89,7 @@ def test_what_is_no_config_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     with pytest.raises(UserError, match=str(tmp_path)):
-        Experiment.load(tmp_path / name)
+        RunConfig.load(tmp_path / name)
 
 
 def test_differences_name_the_full_path_of_each_value_that_differs() -> None:

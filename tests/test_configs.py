@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.run import Experiment
+from sampling.run_config import RunConfig
 from vqvae2.models import Autoencoder
 from vqvae2.priors import Prior, PriorSpec
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def build(name: str) -> tuple[Experiment, Autoencoder, dict[str, Prior]]:
-    experiment = Experiment.load(CONFIGS / f"{name}.yaml")
+def build(name: str) -> tuple[RunConfig, Autoencoder, dict[str, Prior]]:
+    experiment = RunConfig.load(CONFIGS / f"{name}.yaml")
     with torch.device("meta"):
-        autoencoder = experiment.autoencoder.network.build(experiment.data.shape, experiment.data.channels)
+        autoencoder = experiment.autoencoder.model.build(experiment.data.shape, experiment.data.channels)
         classes = 10 if experiment.data.labels == "folder" else 0
         priors = {
             level: experiment.priors[level].model.build(
@@ -35,7 +35,7 @@ def test_every_config_builds_and_is_written_back_the_same(name: str, tmp_path: P
     experiment, _, priors = build(name)
     copy = tmp_path / "copy.yaml"
     copy.write_text(experiment.yaml())
-    assert Experiment.load(copy) == experiment
+    assert RunConfig.load(copy) == experiment
     assert set(priors) == set(experiment.levels)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sampling.evaluation.diagnose import diagnose_run, diagnostic_rows
 from sampling.evaluation.training_checks import codebook_warnings, prior_warnings
+from sampling.masks import keep_coarsest
 from sampling.params import SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.report.report import write_report
@@ -59,7 +60,7 @@ def test_a_prior_that_overfits_or_has_nothing_to_learn_is_named() -> None:
 
 
 def test_each_row_samples_one_level_more(finished_run: Path) -> None:
-    pipeline = VQVAE2Pipeline.load(finished_run)
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
     batch = CodeStore.open(finished_run / "codes" / "val").read(range(4, 7))
     found = diagnostic_rows(pipeline, batch.codes, batch.label, seed=3, first=4)
     assert list(found) == ["reconstruction", "true-top", "sampled"]
@@ -68,7 +69,7 @@ def test_each_row_samples_one_level_more(finished_run: Path) -> None:
         return to_uint8(pipeline.autoencoder.decode(codes))
 
     sampled = pipeline.sample_codes(range(4, 7), batch.label, 3, SamplingParams())
-    known = pipeline.keep_levels(batch.codes, 1)
+    known = keep_coarsest(batch.codes, 1)
     true_top = pipeline.sample_codes(range(4, 7), batch.label, 3, SamplingParams(), known)
     assert torch.equal(true_top[1], batch.codes[1])
     assert not torch.equal(true_top[0], batch.codes[0])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from sampling.editing import inpaint, sample_variants, variations
 from sampling.masks import HALVES, keep_masked, read_mask
-from sampling.params import SamplingParams
+from sampling.params import LevelSamplingParams, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
-from sampling.sample_level import LevelSamplingParams, Noise, PartialCodes, sample_level
+from sampling.sample_level import Noise, PartialCodes, sample_level
 from tests.test_commands import contents, fails
 from tests.test_commands import images as image_files
 from tests.test_priors import build, inputs
@@ -26,7 +27,7 @@ KINDS = ["pixelsnail", "pixelcnn", "transformer"]
 
 @pytest.fixture(scope="module")
 def pipeline(finished_run: Path) -> VQVAE2Pipeline:
-    return VQVAE2Pipeline.load(finished_run, batch_size=3)
+    return VQVAE2Pipeline.from_pretrained(finished_run, batch_size=3)
 
 
 def pictures(count: int = 2) -> torch.Tensor:
@@ -49,9 +50,9 @@ def test_given_codes_are_fed_and_the_others_are_a_naive_samplers(kind: str, part
         "nothing": torch.zeros(5, 6, dtype=torch.bool),
     }[part]
     done: list[int] = []
-    known = PartialCodes(given["codes"], keep)
+    partial = PartialCodes(given["codes"], keep)
     found = sample_level(
-        prior, Noise(0, range(3), 0), LevelSamplingParams(), given["coarser"], progress=done.append, known=known
+        prior, Noise(0, range(3), 0), LevelSamplingParams(), given["coarser"], progress=done.append, partial=partial
     )
     assert sum(done) == 3 * 30
     noise, codes = Noise(0, range(3), 0), torch.zeros(3, 5, 6, dtype=torch.int64)
@@ -87,8 +88,8 @@ def test_a_code_is_kept_where_all_of_its_pixels_are() -> None:
 def test_kept_codes_stay_on_every_level_and_each_variant_has_its_own_noise(pipeline: VQVAE2Pipeline) -> None:
     images, mask = pictures(), read_mask("left-half", (32, 32))
     codes = pipeline.autoencoder.encode(images)
-    known = keep_masked(codes, mask, pipeline.autoencoder.map_specs)
-    found = pipeline.resample(known, [3, 7], 4, 5, SamplingParams())
+    partial = keep_masked(codes, mask, pipeline.autoencoder.map_specs)
+    found = sample_variants(pipeline, partial, [3, 7], 4, 5, SamplingParams())
     for level, maps in enumerate(found):
         width = maps.shape[2] // 2
         kept = maps.unflatten(0, (2, 4))[..., :width]
@@ -96,23 +97,23 @@ def test_kept_codes_stay_on_every_level_and_each_variant_has_its_own_noise(pipel
     sampled = found[0][:, :, 4:].unflatten(0, (2, 4))
     assert len({variant.numpy().tobytes() for image in sampled for variant in image}) == 8
     # Of one image with fewer variants, in other batches, only what (seed, image, variant) says is the same.
-    alone = pipeline.resample([PartialCodes(c[:1], k[:1]) for c, k in known], [3], 2, 5, SamplingParams())
+    alone = sample_variants(pipeline, [PartialCodes(c[:1], k[:1]) for c, k in partial], [3], 2, 5, SamplingParams())
     for level, maps in zip(alone, found, strict=True):
         assert torch.equal(level, maps[:2])
-    other = pipeline.resample(known, [3, 7], 4, 6, SamplingParams())
+    other = sample_variants(pipeline, partial, [3, 7], 4, 6, SamplingParams())
     assert not torch.equal(other[0], found[0])
 
 
 def test_images_are_completed_and_varied_in_python(pipeline: VQVAE2Pipeline) -> None:
     images, mask = pictures(), read_mask("top-half", (32, 32))
-    completed = pipeline.inpaint(images, mask, labels=[1], variants=3, seed=2)
+    completed = inpaint(pipeline, images, mask, class_labels=[1], variants=3, seed=2)
     assert completed.shape == (2, 3, 3, 32, 32)
     assert -1 <= completed.min() < completed.max() <= 1
-    torch.testing.assert_close(pipeline.inpaint(images, mask.expand(2, -1, -1), [1], 3, 2), completed)
-    varied = pipeline.variations(images, labels=[1], variants=2)
+    torch.testing.assert_close(inpaint(pipeline, images, mask.expand(2, -1, -1), [1], 3, 2), completed)
+    varied = variations(pipeline, images, class_labels=[1], variants=2)
     codes = pipeline.autoencoder.encode(images)
-    known = pipeline.keep_levels(codes, 1)
-    bottom, top = pipeline.resample(known, [1], 2, 0, SamplingParams())
+    partial = keep_coarsest(codes, 1)
+    bottom, top = sample_variants(pipeline, partial, [1], 2, 0, SamplingParams())
     assert torch.equal(top.unflatten(0, (2, 2))[:, 1], codes[1])
     assert not torch.equal(bottom.unflatten(0, (2, 2))[:, 1], codes[0])
     torch.testing.assert_close(varied.flatten(0, 1), pipeline.autoencoder.decode((bottom, top)))
@@ -121,17 +122,17 @@ def test_images_are_completed_and_varied_in_python(pipeline: VQVAE2Pipeline) -> 
 def test_what_cannot_be_edited_is_said(pipeline: VQVAE2Pipeline) -> None:
     images = pictures()
     with pytest.raises(UserError, match=r"mask of size \(16, 32\); the images of this run are 32 × 32"):
-        pipeline.inpaint(images, torch.ones(16, 32, dtype=torch.bool), [0])
+        inpaint(pipeline, images, torch.ones(16, 32, dtype=torch.bool), [0])
     with pytest.raises(UserError, match="has class labels: say which"):
-        pipeline.inpaint(images, read_mask("top-half", (32, 32)))
+        inpaint(pipeline, images, read_mask("top-half", (32, 32)))
     with pytest.raises(UserError, match="class 10 does not exist"):
-        pipeline.variations(images, labels=[10])
+        variations(pipeline, images, class_labels=[10])
     for count in (0, 2):
         with pytest.raises(UserError, match=f"1 to 1 can be kept, not {count}"):
-            pipeline.variations(images, count, labels=[0])
+            variations(pipeline, images, count, class_labels=[0])
     one_level = VQVAE2Pipeline(pipeline.autoencoder, pipeline.priors[1:])
     with pytest.raises(UserError, match="one level"):
-        one_level.variations(images)
+        variations(one_level, images)
 
 
 def test_the_commands_write_a_grid_and_overwrite_nothing(

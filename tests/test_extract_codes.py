@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sampling.run_config import ExtractCodesConfig, RunConfig
 from tests.conftest import TINY
-from train.run import CodesConfig, Experiment, Run
+from train.run import Run
 from train.stages.extract_codes import extract_codes
 from vqvae2.config import read_yaml
 from vqvae2.data import lmdb_store
@@ -36,15 +37,15 @@ def run(tmp_path: Path, finished_run: Path) -> Run:
     folder = RunFolder(tmp_path / "run")
     folder.autoencoder.mkdir(parents=True)
     folder.autoencoder_weights.write_bytes((finished_run / "autoencoder" / "model.safetensors").read_bytes())
-    return Run(Experiment.parse(settings, "test"), folder)
+    return Run(RunConfig.parse(settings, "test"), folder)
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_every_record_can_be_traced_to_its_image(run: Run, flip: bool) -> None:
     if flip:
-        run = Run(run.experiment.model_copy(update={"codes": CodesConfig(flip=True)}), run.folder)
+        run = Run(run.config.model_copy(update={"extract_codes": ExtractCodesConfig(flip=True)}), run.folder)
     extract_codes(run)
-    training, held_out = open_datasets(run.experiment.data)
+    training, held_out = open_datasets(run.config.data)
     network = Autoencoder.load(run.folder.autoencoder_weights)
     store, other = (CodeStore.open(run.folder.code_store(split)) for split in ("train", "val"))
     copies = 2 if flip else 1
@@ -75,8 +76,8 @@ def test_a_moved_data_folder_is_gone_on_with_and_other_images_are_not(run: Run, 
     for part in ("train", "val"):
         (run.folder.code_store(part) / "data.mdb").rename(tmp_path / f"{part}.mdb")
     (tmp_path / "images").rename(tmp_path / "moved")
-    data = run.experiment.data.model_copy(update={"path": str(tmp_path / "moved")})
-    moved = Run(run.experiment.model_copy(update={"data": data}), run.folder)
+    data = run.config.data.model_copy(update={"path": str(tmp_path / "moved")})
+    moved = Run(run.config.model_copy(update={"data": data}), run.folder)
     unfinish(tmp_path / "train.mdb", run.folder.code_store("train"))
     extract_codes(moved)
     assert CodeStore.open(run.folder.code_store("train")).header.digest == digest
@@ -100,9 +101,9 @@ def unfinish(database: Path, store: Path) -> None:
 
 
 def test_too_many_unreadable_images_stop_it_and_nothing_is_finished(run: Run) -> None:
-    data = run.experiment.data.model_copy(update={"max_unreadable_fraction": 0.0})
+    data = run.config.data.model_copy(update={"max_unreadable_fraction": 0.0})
     with pytest.raises(UserError, match=r"1 of \d+ images .*070\.png"):
-        extract_codes(Run(run.experiment.model_copy(update={"data": data}), run.folder))
+        extract_codes(Run(run.config.model_copy(update={"data": data}), run.folder))
     assert not CodeStore.read_header(run.folder.code_store("train")).complete
     extract_codes(run)
     assert CodeStore.open(run.folder.code_store("train")).header.complete

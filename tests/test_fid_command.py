@@ -34,7 +34,11 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def command(*arguments: object) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        fid.main(["--inception-weights", str(weights()), "--num-workers", "0", "--device", "cpu", *map(str, arguments)])
+        run_command(
+            fid.main,
+            ["--inception-weights", str(weights()), "--num-workers", "0", "--device", "cpu", *map(str, arguments)],
+            "vqvae2 fid",
+        )
     return printed.getvalue()
 
 
@@ -63,7 +67,7 @@ def test_statistics_are_exchanged_with_pytorch_fid(sets: tuple[Path, Path], tmp_
     with pytest.raises(UserError, match="exists already"):
         command("--dims", 64, "--save-stats", second, tmp_path / "ours")
     # Two files need no network, and so no weights.
-    fid.main(["--dims", "64", str(tmp_path / "ours.npz"), str(tmp_path / "theirs.npz")])
+    run_command(fid.main, ["--dims", "64", str(tmp_path / "ours.npz"), str(tmp_path / "theirs.npz")], "vqvae2 fid")
 
 
 def test_few_images_and_other_weights_are_labelled(sets: tuple[Path, Path], tmp_path: Path) -> None:

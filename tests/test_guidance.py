@@ -1,4 +1,4 @@
-"""SamplingParams by level, and classifier-free guidance: its arithmetic, its independence of the batch, and its refusals."""
+"""Sampling parameters per level, and classifier-free guidance."""
 
 import json
 import shutil
@@ -9,14 +9,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from sampling.params import SamplingParams, by_level
+from sampling.guidance import ClassifierFreeGuidance
+from sampling.params import LevelSamplingParams, SamplingConfig, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.report.report import format_value
-from sampling.sample import SamplingConfig
-from sampling.sample_level import ClassifierFreeGuidance, LevelSamplingParams, Noise, sample_level
+from sampling.run_config import RunConfig
+from sampling.sample_level import Noise, sample_level
 from tests.test_commands import contents, fails
+from tests.test_configs import CONFIGS
 from tests.test_priors import build, inputs
 from vqvae2.__main__ import main
+from vqvae2.command_line import parse
 from vqvae2.errors import UserError
 from vqvae2.priors import Prior, load_prior, save_prior
 
@@ -29,27 +32,28 @@ def allow_guidance(pipeline: VQVAE2Pipeline) -> VQVAE2Pipeline:
     return pipeline
 
 
-def test_one_value_is_for_all_levels_and_a_mapping_for_those_it_names() -> None:
-    choices = SamplingParams(
+def test_params_are_one_value_or_values_per_level() -> None:
+    params = SamplingParams(
         temperature=0.5, top_k={"top": 7}, top_p={"bottom": 0.9, "top": 0.8}, guidance_scale={"top": 3}
     )
-    assert choices.of("top") == LevelSamplingParams(temperature=0.5, top_k=7, top_p=0.8)
-    assert choices.of("bottom") == LevelSamplingParams(temperature=0.5, top_p=0.9)
-    assert (choices.guidance_scale_of("top"), choices.guidance_scale_of("bottom")) == (3, 1)
-    assert SamplingParams().record(["top"]) == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    assert choices.record(["top"])["guidance_scale"] == {"top": 3.0}
+    assert params.for_level("top") == LevelSamplingParams(temperature=0.5, top_k=7, top_p=0.8, guidance_scale=3)
+    assert params.for_level("bottom") == LevelSamplingParams(temperature=0.5, top_p=0.9)
+    assert SamplingParams().recorded(["top"]) == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert params.recorded(["top"])["guidance_scale"] == {"top": 3.0}
 
 
-def test_a_config_says_it_either_way_and_the_command_line_too() -> None:
-    old = SamplingConfig.parse({"choice": {"temperature": 0.9, "top_k": 5}}, "file")
-    assert old.choice.of("top") == old.choice.of("bottom") == LevelSamplingParams(temperature=0.9, top_k=5)
-    new = SamplingConfig.parse({"choice": {"temperature": {"top": 0.9}}}, "file")
-    assert new.choice.of("top").temperature == 0.9
-    changed = old.override(["--choice.temperature", "top", "0.8", "bottom", "0.7", "--choice.guidance_scale", "2"])
-    assert changed.choice.temperature == {"top": 0.8, "bottom": 0.7}
-    assert changed.choice.guidance_scale == 2
-    assert by_level(float)("0.25") == 0.25
-    assert by_level(int)("top=3, bottom=4") == {"top": 3, "bottom": 4}
+def test_yaml_command_line_and_python_share_one_syntax() -> None:
+    text = SamplingConfig.parse({"temperature": "top=0.8,bottom=0.7", "top_k": "5"}, "file")
+    mapping = SamplingConfig.parse({"temperature": {"top": 0.8, "bottom": 0.7}, "top_k": 5}, "file")
+    arguments = parse(SamplingConfig, ["--temperature", "top=0.8,bottom=0.7", "--top-k", "5"], "vqvae2 sample")
+    assert text == mapping == arguments
+    assert parse(SamplingConfig, ["--top_k", "top=3, bottom=4"], "x").top_k == {"top": 3, "bottom": 4}
+    assert parse(SamplingConfig, ["--classes", "7,2"], "x").classes == (7, 2)
+    nested = parse(RunConfig, ["--sampling.temperature", "top=0.8"], "x", RunConfig.load(CONFIGS / "demo.yaml"))
+    assert nested.sampling.temperature == {"top": 0.8}
+    for bad in (["--temperature", "cold"], ["--temperature", "top=cold"], ["--top-k", "2.5"], ["--classes", "a"]):
+        with pytest.raises(UserError, match=f"{bad[0].strip('-').replace('-', '.')}.*{bad[1]}"):
+            parse(SamplingConfig, bad, "x")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def test_a_config_says_it_either_way_and_the_command_line_too() -> None:
     [
         ({"top_p": {"top": 1.5}}, r"top_p\.top: .*less than or equal to 1, not 1\.5"),
         ({"temperature": -1}, r"temperature: .*greater than or equal to 0, not -1"),
-        ({"guidance_scale": {"bottom": -2}}, "guidance_scale must not be negative, not -2"),
+        ({"guidance_scale": {"bottom": -2}}, r"guidance_scale\.bottom: .*greater than or equal to 0, not -2"),
         ({"temperature": float("nan")}, "finite"),
     ],
 )
@@ -72,7 +76,7 @@ def test_guided_codes_are_those_of_two_full_passes(kind: str, scale: float) -> N
     prior = build(size=(4, 6), coarser=((4, 3),), classes=3, kind=kind)
     given = inputs(prior, batch=3)
     coarser, labels = given["coarser"], given["labels"]
-    found = sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), coarser, labels, guidance_scale=scale)
+    found = sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(guidance_scale=scale), coarser, labels)
     noise, codes = Noise(0, range(3), 0), torch.zeros(3, 4, 6, dtype=torch.int64)
     for row in range(4):
         variates = noise.row(6, prior.spec.level.codebook_size)
@@ -85,7 +89,7 @@ def test_guided_codes_are_those_of_two_full_passes(kind: str, scale: float) -> N
     assert torch.equal(found, codes)
     for part in ([2], [1, 0]):
         some = tuple(level[part] for level in coarser)
-        alone = sample_level(prior, Noise(0, part, 0), LevelSamplingParams(), some, labels[part], guidance_scale=scale)
+        alone = sample_level(prior, Noise(0, part, 0), LevelSamplingParams(guidance_scale=scale), some, labels[part])
         assert torch.equal(alone, found[part])
 
 
@@ -109,7 +113,7 @@ def test_a_scale_of_one_is_the_model_itself_and_more_exaggerates_the_label(kind:
 
 
 def test_each_level_is_sampled_by_its_own_settings(finished_run: Path) -> None:
-    pipeline = allow_guidance(VQVAE2Pipeline.load(finished_run))
+    pipeline = allow_guidance(VQVAE2Pipeline.from_pretrained(finished_run))
     images, labels = range(2), pipeline.labels_of(range(2), None)
     bottom, top = pipeline.sample_codes(images, labels, 0, SamplingParams())
     for choices in (SamplingParams(temperature={"bottom": 0}), SamplingParams(top_k={"bottom": 1})):
@@ -121,21 +125,21 @@ def test_each_level_is_sampled_by_its_own_settings(finished_run: Path) -> None:
         assert not torch.equal(found[0], bottom)
     guided = pipeline.sample_codes(images, labels, 0, SamplingParams(guidance_scale={"top": 40}))
     assert not torch.equal(guided[1], top)
-    again = pipeline.sample(2, guidance_scale={"top": 40})
+    again = pipeline(2, guidance_scale={"top": 40})
     torch.testing.assert_close(again, pipeline.autoencoder.decode(guided))
 
 
 def test_guidance_is_refused_where_it_would_mean_nothing(finished_run: Path) -> None:
-    pipeline = VQVAE2Pipeline.load(finished_run)
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
     with pytest.raises(UserError, match="level bottom was trained without label dropout"):
-        pipeline.sample(1, guidance_scale=2)
+        pipeline(1, guidance_scale=2)
     with pytest.raises(UserError, match="guidance_scale 3: the prior of level top was trained without label dropout"):
-        pipeline.sample(1, guidance_scale={"top": 3})
+        pipeline(1, guidance_scale={"top": 3})
     priors: tuple[Prior, ...] = (build(coarser=((5, 4),)), build())
     with pytest.raises(UserError, match="guidance_scale 2: the prior of level bottom knows no class labels"):
-        VQVAE2Pipeline(pipeline.autoencoder, priors).sample(1, guidance_scale=2)
+        VQVAE2Pipeline(pipeline.autoencoder, priors)(1, guidance_scale=2)
     with pytest.raises(UserError, match="no level 'middle'; the levels are bottom, top"):
-        pipeline.sample(1, temperature={"middle": 0.5})
+        pipeline(1, temperature={"middle": 0.5})
 
 
 def test_the_command_takes_values_by_level(
@@ -147,9 +151,7 @@ def test_the_command_takes_values_by_level(
     fails(capsys, [*sample, "--guidance-scale", "2"], "guidance_scale 2", "label dropout")
     fails(capsys, [*sample, "--top-p", "top=1.5"], "top_p.top", "less than or equal to 1")
     fails(capsys, [*sample, "--top-k", "middle=3"], "no level 'middle'", "bottom, top")
-    with pytest.raises(SystemExit):
-        main([*sample, "--temperature", "top=cold"])
-    assert "numbers by level such as top=1,bottom=2" in capsys.readouterr().err
+    fails(capsys, [*sample, "--temperature", "top=cold"], "--temperature", "numbers per level such as top=1,bottom=2")
     assert contents(run) == before
     for level in ("bottom", "top"):
         path = run / f"prior-{level}" / "model.safetensors"

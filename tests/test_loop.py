@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from train.loop import Stage, TrainingConfig, train
+from train.loop import TrainingStage, train
 from vqvae2.errors import Stopped, UserError
+from vqvae2.training_config import TrainingConfig
 
 
 class Numbers:
@@ -47,7 +48,7 @@ class Regression(nn.Module):
         return error, {"error": error}
 
 
-class Line(Stage):
+class Line(TrainingStage):
     monitor = "weight"
 
     def __init__(self, stop_at: int | None = None) -> None:
@@ -57,7 +58,7 @@ class Line(Stage):
         self.stop_at, self.updates = stop_at, 0
 
     @property
-    def trained(self) -> nn.Module:
+    def network(self) -> nn.Module:
         return self.objective
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:

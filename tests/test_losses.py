@@ -13,16 +13,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from sampling.run_config import RunConfig
 from tests.conftest import TINY
-from train.losses import (
-    AdversarialConfig,
-    Adversary,
-    DiscriminatorObjective,
-    LossConfig,
-    PerceptualConfig,
-    PerceptualDistance,
-)
-from train.run import Experiment
+from train.losses import AdversarialLoss, DiscriminatorObjective, PerceptualLoss, make_perceptual_loss
 from train.stages.autoencoder import AutoencoderObjective
 from vqvae2.config import read_yaml
 from vqvae2.data.images import ImageSample
@@ -30,6 +23,7 @@ from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder, AutoencoderConfig, LevelConfig
 from vqvae2.models.discriminator import DiscriminatorConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig, QuantizerOutput
+from vqvae2.training_config import AdversarialLossConfig, AutoencoderLossConfig, PerceptualLossConfig
 
 SIZE = (32, 32)
 
@@ -44,8 +38,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def distance(backbone: Path) -> PerceptualDistance:
-    return PerceptualDistance("squeeze", backbone)
+def distance(backbone: Path) -> PerceptualLoss:
+    return PerceptualLoss("squeeze", backbone)
 
 
 def pictures(count: int = 3, channels: int = 3, seed: int = 0) -> Tensor:
@@ -80,8 +74,8 @@ def item(count: int = 3) -> ImageSample:
 
 def test_the_default_is_the_mean_squared_error_and_configs_without_the_section_still_load(tmp_path: Path) -> None:
     (tmp_path / "old.yaml").write_text(TINY)
-    experiment = Experiment.load(tmp_path / "old.yaml")
-    assert experiment.autoencoder.loss == LossConfig()
+    experiment = RunConfig.load(tmp_path / "old.yaml")
+    assert experiment.autoencoder.loss == AutoencoderLossConfig()
     assert experiment.autoencoder.loss.terms == ("reconstruction",)
     settings = {"pixel": "l1", "perceptual.weight": "0.5", "adversarial.weight": "0.1", "adversarial.start": "9"}
     changed = experiment.override(
@@ -97,7 +91,7 @@ def test_an_adversary_and_fp16_are_refused_together(tmp_path: Path) -> None:
     data["autoencoder"]["loss"] = {"adversarial": {"weight": 0.1}}
     data["autoencoder"]["training"]["mixed_precision"] = "fp16"
     with pytest.raises(UserError, match=r"autoencoder: loss.adversarial: .* use bf16"):
-        Experiment.parse(data, "config.yaml")
+        RunConfig.parse(data, "config.yaml")
 
 
 # Values
@@ -106,7 +100,7 @@ def test_an_adversary_and_fp16_are_refused_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pixel", ["mse", "l1"])
 def test_the_pixel_term_is_the_mean_over_every_value(pixel: Any) -> None:
     network = autoencoder(ema(), gradient()).eval()
-    loss, terms = AutoencoderObjective(network, LossConfig(pixel=pixel))(item())
+    loss, terms = AutoencoderObjective(network, AutoencoderLossConfig(pixel=pixel))(item())
     result = network(images())
     difference = (result.images - images()).detach().double().numpy()
     expected = np.abs(difference).mean() if pixel == "l1" else np.square(difference).mean()
@@ -134,7 +128,7 @@ def lpips_by_hand(state: dict[str, Tensor], made: Tensor, original: Tensor) -> T
     return total.mean()
 
 
-def test_the_perceptual_term_is_lpips(distance: PerceptualDistance, backbone: Path) -> None:
+def test_the_perceptual_term_is_lpips(distance: PerceptualLoss, backbone: Path) -> None:
     state = torch.load(backbone, weights_only=True)
     made, original = images(seed=1).requires_grad_(), images()
     found, expected = distance(made, original), lpips_by_hand(state, made, original)
@@ -144,14 +138,14 @@ def test_the_perceptual_term_is_lpips(distance: PerceptualDistance, backbone: Pa
     assert distance(original, original) == 0
 
 
-def test_grey_is_repeated_and_of_four_channels_three_count(distance: PerceptualDistance) -> None:
+def test_grey_is_repeated_and_of_four_channels_three_count(distance: PerceptualLoss) -> None:
     grey, other = images(channels=1), images(channels=1, seed=1)
     assert distance(grey, other) == distance(grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1))
     four, rest = images(channels=4), images(channels=4, seed=1)
     assert distance(four, rest) == distance(four[:, :3], rest[:, :3])
 
 
-def test_the_perceptual_term_stays_in_float32_under_autocast(distance: PerceptualDistance) -> None:
+def test_the_perceptual_term_stays_in_float32_under_autocast(distance: PerceptualLoss) -> None:
     plain = distance(images(), images(seed=1))
     with torch.autocast("cpu", torch.bfloat16):
         cast = distance(images(), images(seed=1))
@@ -171,7 +165,7 @@ def test_the_hinge_losses_are_those_of_the_scores() -> None:
     assert [terms["score_real"].item(), terms["score_reconstructed"].item()] == pytest.approx(
         [each.mean() for each in scores], rel=1e-4, abs=1e-5
     )
-    adversary = Adversary(AdversarialConfig(weight=1), judge)
+    adversary = AdversarialLoss(AdversarialLossConfig(weight=1), judge)
     assert adversary(real, made).item() == pytest.approx(-scores[1].mean(), rel=1e-4, abs=1e-5)
 
 
@@ -215,13 +209,13 @@ def judged(objective: AutoencoderObjective, levels: tuple[QuantizerOutput, ...],
     + ["codebook " + at for at in ("bottom", "top")],
 )
 def test_each_term_reaches_the_weights_it_should_and_no_others(
-    distance: PerceptualDistance, quantizers: Any, pixel: Any, term: Term, reached: set[str]
+    distance: PerceptualLoss, quantizers: Any, pixel: Any, term: Term, reached: set[str]
 ) -> None:
     network = autoencoder(*quantizers)
-    adversarial = AdversarialConfig(weight=0.1, discriminator=DiscriminatorConfig(channels=8, layers=1))
-    adversary = Adversary(adversarial, adversarial.discriminator.build(SIZE))
+    adversarial = AdversarialLossConfig(weight=0.1, discriminator=DiscriminatorConfig(channels=8, layers=1))
+    adversary = AdversarialLoss(adversarial, adversarial.discriminator.build(SIZE))
     adversary.active = True
-    config = LossConfig(pixel=pixel, perceptual=PerceptualConfig(weight=1), adversarial=adversarial)
+    config = AutoencoderLossConfig(pixel=pixel, perceptual=PerceptualLossConfig(weight=1), adversarial=adversarial)
     objective = AutoencoderObjective(network, config, distance, adversary)
     kept: list[tuple[QuantizerOutput, ...]] = []
     network.register_forward_hook(lambda module, inputs, output: kept.append(output.levels))
@@ -242,11 +236,13 @@ def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(f"discriminator.{name}", parameter) for name, parameter in module.named_parameters()]
 
 
-def test_the_perceptual_network_and_the_judge_are_no_part_of_the_objective(distance: PerceptualDistance) -> None:
+def test_the_perceptual_network_and_the_judge_are_no_part_of_the_objective(distance: PerceptualLoss) -> None:
     network = autoencoder(ema(), gradient())
-    adversarial = AdversarialConfig(weight=1)
-    adversary = Adversary(adversarial, adversarial.discriminator.build(SIZE))
-    whole = AutoencoderObjective(network, LossConfig(perceptual=PerceptualConfig(weight=1)), distance, adversary)
+    adversarial = AdversarialLossConfig(weight=1)
+    adversary = AdversarialLoss(adversarial, adversarial.discriminator.build(SIZE))
+    whole = AutoencoderObjective(
+        network, AutoencoderLossConfig(perceptual=PerceptualLossConfig(weight=1)), distance, adversary
+    )
     plain = AutoencoderObjective(network)
     assert whole.state_dict().keys() == plain.state_dict().keys()
     assert len(list(whole.parameters())) == len(list(plain.parameters()))
@@ -254,10 +250,10 @@ def test_the_perceptual_network_and_the_judge_are_no_part_of_the_objective(dista
 
 
 def test_before_its_start_the_adversary_says_nothing() -> None:
-    adversarial = AdversarialConfig(weight=1, start=5)
-    adversary = Adversary(adversarial, adversarial.discriminator.build(SIZE))
+    adversarial = AdversarialLossConfig(weight=1, start=5)
+    adversary = AdversarialLoss(adversarial, adversarial.discriminator.build(SIZE))
     network = autoencoder(ema(), gradient())
-    loss, terms = AutoencoderObjective(network, LossConfig(adversarial=adversarial), None, adversary)(item())
+    loss, terms = AutoencoderObjective(network, AutoencoderLossConfig(adversarial=adversarial), None, adversary)(item())
     plain, _ = AutoencoderObjective(autoencoder(ema(), gradient()))(item())
     assert "adversarial" not in terms
     assert torch.equal(loss, plain)
@@ -269,8 +265,8 @@ def test_before_its_start_the_adversary_says_nothing() -> None:
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match=r"needs the package `lpips`; pip install 'vqvae2\[perceptual\]'"):
-        PerceptualConfig(weight=1, network="squeeze", weights=str(backbone)).build(SIZE)
-    assert PerceptualConfig(weight=0).build(SIZE) is None
+        make_perceptual_loss(PerceptualLossConfig(weight=1, network="squeeze", weights=str(backbone)), SIZE)
+    assert make_perceptual_loss(PerceptualLossConfig(weight=0), SIZE) is None
 
 
 def test_weights_that_cannot_be_fetched_are_one_line_with_their_place(
@@ -284,7 +280,7 @@ def test_weights_that_cannot_be_fetched_are_one_line_with_their_place(
     with pytest.raises(
         UserError, match=r"weights of vgg16 .*no network.*; put https\S+vgg16-\S+ at \S+vgg16-"
     ) as error:
-        PerceptualConfig(weight=1).build(SIZE)
+        make_perceptual_loss(PerceptualLossConfig(weight=1), SIZE)
     assert "\n" not in str(error.value)
     assert "autoencoder.loss.perceptual.weights" in str(error.value)
 
@@ -304,10 +300,10 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, backbone: Path) -
         (foreign, r"torchvision's squeezenet1_1 \(`features.0.weight` has shape \(2, 2\), not \(64, 3, 3, 3\)\)"),
     ):
         with pytest.raises(UserError, match=rf"autoencoder\.loss\.perceptual\.weights: .*{message}"):
-            PerceptualConfig(weight=1, network="squeeze", weights=str(path)).build(SIZE)
+            make_perceptual_loss(PerceptualLossConfig(weight=1, network="squeeze", weights=str(path)), SIZE)
 
 
-def test_images_too_small_for_the_perceptual_network_are_refused(distance: PerceptualDistance, backbone: Path) -> None:
+def test_images_too_small_for_the_perceptual_network_are_refused(distance: PerceptualLoss, backbone: Path) -> None:
     assert distance(torch.zeros(1, 3, 17, 17), torch.ones(1, 3, 17, 17)).isfinite()
     with pytest.raises(UserError, match=r"squeeze needs images of 17 pixels or more, these have 32 × 16"):
-        PerceptualConfig(weight=1, network="squeeze", weights=str(backbone)).build((32, 16))
+        make_perceptual_loss(PerceptualLossConfig(weight=1, network="squeeze", weights=str(backbone)), (32, 16))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sampling import memory
-from sampling.memory import batch_that_fits, walk_bytes
+from sampling.memory import batch_that_fits, decoder_bytes
 from sampling.params import SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.sample import SamplingConfig, sample_run
@@ -38,7 +38,7 @@ def test_the_estimate_is_what_a_whole_walk_holds(kind: str, settings: dict[str, 
         finally:
             memory._finished_rows = rows
 
-    found = {batch: walk_bytes(prior, batch) for batch in (1, 2, 5)}
+    found = {batch: decoder_bytes(prior, batch) for batch in (1, 2, 5)}
     assert found[5] - found[2] == 3 * (found[2] - found[1]) > 0
     for batch in (2, 5):
         # What differs is small: a walk makes new what it only reads in the beginning.
@@ -47,11 +47,11 @@ def test_the_estimate_is_what_a_whole_walk_holds(kind: str, settings: dict[str, 
 
 def test_a_transformers_cache_is_its_keys_and_values() -> None:
     prior = build(size=(8, 6), kind="transformer")
-    each = walk_bytes(prior, 3) - walk_bytes(prior, 2)
+    each = decoder_bytes(prior, 3) - decoder_bytes(prior, 2)
     cache = 2 * 2 * 48 * 16 * 4  # layers, keys and values, positions, channels, bytes
     assert cache <= each <= cache + 1024
     noise = 6 * 11 * 4
-    gibibytes = (10.5 * (each + noise) + walk_bytes(prior, 1)) / 2**30
+    gibibytes = (10.5 * (each + noise) + decoder_bytes(prior, 1)) / 2**30
     assert batch_that_fits(prior, 100, False, gibibytes) == 10 + 1
     assert batch_that_fits(prior, 100, True, gibibytes) == 5
     assert batch_that_fits(prior, 3, False, gibibytes) == batch_that_fits(prior, 3, False, None) == 3
@@ -74,8 +74,8 @@ def test_images_are_the_same_however_small_the_memory(
     tight = sample_run(finished_run, config.model_copy(update={"memory": 1e-9}), tmp_path / "tight")
     assert batches == [5] + 5 * [1]
     assert contents(tight / "images") == whole
-    two = VQVAE2Pipeline.load(finished_run)
-    each = max(walk_bytes(prior, 2) for prior in two.priors)
+    two = VQVAE2Pipeline.from_pretrained(finished_run)
+    each = max(decoder_bytes(prior, 2) for prior in two.priors)
     assert 1 < two.batch_that_fits(1000, SamplingParams(), 20 * each / 2**30) < 100
     summary = json.loads((tight / "summary.json").read_text())
     assert summary["images"] == 5

@@ -14,11 +14,16 @@ from PIL import Image
 from sampling.report.inspect_store import main as inspect
 from tests.test_code_store import header as code_header
 from tests.test_code_store import write as write_codes
-from train.stages.prepare import main as prepare
+from train.stages.prepare import main as prepare_main
+from vqvae2.command_line import run_command
 from vqvae2.data import lmdb_store
 from vqvae2.data.images import DataConfig, open_datasets
 from vqvae2.data.sources.prepared import read_header
 from vqvae2.errors import UserError
+
+
+def prepare(arguments: list[str]) -> None:
+    run_command(prepare_main, arguments, "vqvae2 prepare")
 
 
 def fill(folder: Path, count: int = 12) -> Path:

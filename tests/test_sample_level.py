@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampling import row_sampler
-from sampling.sample_level import LevelSamplingParams, Noise, keep_top_k, keep_top_p, sample_level
+from sampling.logits import keep_top_k, keep_top_p, sample_codes
+from sampling.params import LevelSamplingParams
+from sampling.sample_level import Noise, sample_level
 from tests.test_priors import build, inputs
 
 
@@ -39,7 +41,7 @@ def test_codes_are_drawn_from_the_softmax(temperature: float) -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
     count = 40_000
     noise = Noise(0, [7], 0).row(count, 4)[:, 0]
-    codes = LevelSamplingParams(temperature=temperature)(logits.expand(count, 4), noise)
+    codes = sample_codes(logits.expand(count, 4), noise, LevelSamplingParams(temperature=temperature))
     found = np.bincount(codes.numpy(), minlength=4) / count
     expected = (logits / temperature).softmax(0).numpy()
     assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / count)
@@ -48,7 +50,7 @@ def test_codes_are_drawn_from_the_softmax(temperature: float) -> None:
 def test_temperature_zero_takes_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     for seed in range(20):
-        assert LevelSamplingParams(temperature=0)(logits, Noise(seed, [0], 0).row(1, 3)[0]) == 1
+        assert sample_codes(logits, Noise(seed, [0], 0).row(1, 3)[0], LevelSamplingParams(temperature=0)) == 1
 
 
 def test_an_image_depends_on_the_seed_and_its_number_not_on_the_batch() -> None:
@@ -65,15 +67,15 @@ def test_an_image_depends_on_the_seed_and_its_number_not_on_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "choice",
+    "params",
     [LevelSamplingParams(), LevelSamplingParams(temperature=0.7, top_k=5), LevelSamplingParams(top_p=0.8)],
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
-def test_the_incremental_sampler_gives_the_codes_of_a_naive_one(choice: LevelSamplingParams, kind: str) -> None:
+def test_the_incremental_sampler_gives_the_codes_of_a_naive_one(params: LevelSamplingParams, kind: str) -> None:
     prior = build(size=(5, 6), coarser=((5, 3),), kind=kind)
     coarser = inputs(prior, batch=3)["coarser"]
-    found = sample_level(prior, Noise(0, range(3), 0), choice, coarser)
+    found = sample_level(prior, Noise(0, range(3), 0), params, coarser)
     noise = Noise(0, range(3), 0)
     codes = torch.zeros(3, 5, 6, dtype=torch.int64)
     for row in range(5):
@@ -81,7 +83,7 @@ def test_the_incremental_sampler_gives_the_codes_of_a_naive_one(choice: LevelSam
         for column in range(6):
             with torch.no_grad():
                 logits = prior(codes, coarser)[:, :, row, column]
-            codes[:, row, column] = choice(logits, variates[column])
+            codes[:, row, column] = sample_codes(logits, variates[column], params)
     assert torch.equal(found, codes)
 
 
@@ -102,12 +104,12 @@ def test_a_position_that_is_replayed_gives_the_same_codes(
     prior = build(size=(5, width), classes=2, kind=kind)
     labels = torch.tensor([0, 1, 1])
     expected = sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), (), labels)
-    monkeypatch.setattr(row_sampler, "record", Replay)
+    monkeypatch.setattr(row_sampler, "capture", Replay)
     start = row_sampler.RowSampler.__init__
 
     def recorded(self: row_sampler.RowSampler, *arguments: Any) -> None:
         start(self, *arguments)
-        self.recorded = True
+        self.use_graph = True
 
     monkeypatch.setattr(row_sampler.RowSampler, "__init__", recorded)
     assert torch.equal(sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), (), labels), expected)

@@ -10,12 +10,12 @@ where anything else happens.
 
 import argparse
 import collections
+import importlib
 import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +27,13 @@ from vqvae2.data.code_store import CodeStore
 CONFIG = """
 data: {path: PHOTOGRAPHS, size: 32, labels: folder, val_fraction: 0.2, max_unreadable_fraction: 0.1, num_workers: 0}
 autoencoder:
-  channels: 8
-  residual_channels: 4
-  residual_layers: 1
-  levels:
-    - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 4}}
-    - {stride: 2, quantizer: {kind: ema, codebook_size: 300, code_dim: 4}}
+  model:
+    channels: 8
+    residual_channels: 4
+    residual_layers: 1
+    levels:
+      - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 4}}
+      - {stride: 2, quantizer: {kind: ema, codebook_size: 300, code_dim: 4}}
   training: {steps: 9, batch_size: 4, log_every: 2, validate_every: 3, preview_every: 9, checkpoint_every: 3}
 priors:
   top: &prior
@@ -203,8 +204,8 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads cannot be forked well
-    for point in entry_points(group="vqvae2.commands"):
-        point.load()
+    for each in COMMANDS.values():
+        importlib.import_module(each.target.partition(":")[0])
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         # Always in one place, since artefacts name the data that they were made from.

@@ -9,6 +9,7 @@ database, whose records are compared instead, and TensorBoard's logs. Exit statu
 """
 
 import argparse
+import importlib
 import os
 import random
 import re
@@ -19,7 +20,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,21 +28,23 @@ import torch
 from PIL import Image
 
 from vqvae2 import checkpoint, files
+from vqvae2.__main__ import COMMANDS
 from vqvae2.__main__ import main as command
 from vqvae2.data import scenes
 
 CONFIG = """
 data: {path: PHOTOGRAPHS, size: 32, labels: folder, val_fraction: 0.1, flip: true, num_workers: 1}
 autoencoder:
-  channels: 16
-  residual_channels: 8
-  residual_layers: 1
-  levels:
-    - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 8}}
-    - {stride: 2, quantizer: {kind: gradient, codebook_size: 12, code_dim: 8}}
+  model:
+    channels: 16
+    residual_channels: 8
+    residual_layers: 1
+    levels:
+      - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 8}}
+      - {stride: 2, quantizer: {kind: gradient, codebook_size: 12, code_dim: 8}}
   training:
     {steps: 120, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40, checkpoint_every: 10}
-codes: {flip: true}
+extract_codes: {flip: true}
 priors:
   top: &prior
     model: {kind: pixelsnail, channels: 16, residual_channels: 16, kernel: 3, blocks: 1, layers: 2, heads: 2}
@@ -218,8 +220,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=900)
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads cannot be forked well
-    for point in entry_points(group="vqvae2.commands"):
-        point.load()
+    for each in COMMANDS.values():
+        importlib.import_module(each.target.partition(":")[0])
     chance = random.Random(options.seed)
     signals = [int(getattr(signal, f"SIG{name}")) for name in options.signals]
     with tempfile.TemporaryDirectory() as folder:
