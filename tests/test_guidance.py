@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from sampling.params import SamplingParams, by_level
 from sampling.pipeline import VQVAE2Pipeline
-from sampling.report.report import format_value
+from sampling.report.formatting import format_value
 from sampling.sample import SamplingConfig
 from sampling.sample_level import ClassifierFreeGuidance, LevelSamplingParams, Noise, sample_level
 from tests.test_commands import contents, fails
