@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sampling.evaluation.cas import AugmentedDataset, CasConfig, top_k_accuracy, train_classifier
-from sampling.evaluation.classifier import ClassifierConfig, Classifier, load_classifier
+from sampling.evaluation.classifier import Classifier, ClassifierConfig, load_classifier
 from sampling.evaluation.format_metrics import format_cas
 from sampling.evaluation.image_sets import to_rgb
 from tests.test_commands import contents, fails

@@ -141,5 +141,5 @@ def test_invalid_references_give_one_line_errors(run: Path, inception_weights: P
             evaluate(run, inception_weights, reference=str(tmp_path / name))
         assert "\n" not in str(error.value)
     shutil.rmtree(run / "samples")
-    with pytest.raises(UserError, match="no samples found. Create them with `vqvae2 sample"):
+    with pytest.raises(UserError, match=r"no samples found\. Create them with `vqvae2 sample"):
         evaluate(run, inception_weights)

@@ -120,7 +120,7 @@ def _prior_previews(run: RunStatus) -> dict[str, Preview]:
 
 
 def _classes(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the names of the sampled classes, the number of further ones, and whether the images cycle through them."""
+    """Return the sampled class names, the number of further ones, and whether the images cycle through them."""
     labels: list[int] = manifest.get("labels") or []
     used = list(dict.fromkeys(labels))
     names = [manifest["class_names"][label] for label in used]
