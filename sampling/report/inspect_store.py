@@ -109,7 +109,7 @@ def _classes_line(classes: tuple[str, ...], counts: NDArray[np.int64]) -> str:
 
 
 def _plot(path: Path, levels: dict[str, NDArray[np.int64]], labels: NDArray[np.int64]) -> None:
-    """Plot the sorted frequencies of each level's codes and of the classes, with the uniform frequency as a dashed line."""
+    """Plot the sorted frequencies of codes and classes, with the uniform frequency as a dashed line."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure  # slow to import
 
