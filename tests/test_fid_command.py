@@ -128,7 +128,7 @@ def shared(folder: Path, cache: Path) -> tuple[FeatureSummary, float]:
 def test_two_processes_match_one(sets: tuple[Path, Path], tmp_path: Path) -> None:
     one = summarize_features(
         ImageFolder(sets[0]).batches(2), N, extractor(64), KeepOptions(features=5, splits=3)
-    )  # makes the weights
+    )  # also creates the weights file for both processes
     other = summarize_features(ImageFolder(sets[1]).batches(), N + 1, extractor(64)).statistics
     for two, again in two_processes(shared, sets[0], tmp_path):
         assert two.statistics.count == N
@@ -197,7 +197,8 @@ def test_interrupted_pass_writes_no_cache_file(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def refused(*arguments: object) -> str:
+def error_of(*arguments: object) -> str:
+    """Return the one-line error of the command with these arguments."""
     with pytest.raises(UserError) as caught:
         command("--dims", 64, *arguments)
     assert "\n" not in str(caught.value)
@@ -207,15 +208,15 @@ def refused(*arguments: object) -> str:
 def test_folders_with_too_few_images_raise_with_a_hint(sets: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("")
-    assert "empty: no images found (bmp, " in refused(sets[0], tmp_path / "empty")
+    assert "empty: no images found (bmp, " in error_of(sets[0], tmp_path / "empty")
     fill(tmp_path / "nested" / "class0", 2)
-    assert "Subfolders are not searched, but class0/ contains images" in refused(sets[0], tmp_path / "nested")
+    assert "Subfolders are not searched, but class0/ contains images" in error_of(sets[0], tmp_path / "nested")
     fill(tmp_path / "capitals", 1)
     (tmp_path / "capitals" / "000.png").rename(tmp_path / "capitals" / "000.PNG")
-    assert "Upper-case extensions are ignored" in refused(sets[0], tmp_path / "capitals")
-    assert "found one image, but FID needs at least two" in refused(sets[0], fill(tmp_path / "one", 1))
-    assert "no such folder" in refused(sets[0], tmp_path / "none")
-    assert "not a folder or .npz file" in refused(sets[0], sets[0] / "000.png")
+    assert "Upper-case extensions are ignored" in error_of(sets[0], tmp_path / "capitals")
+    assert "found one image, but FID needs at least two" in error_of(sets[0], fill(tmp_path / "one", 1))
+    assert "no such folder" in error_of(sets[0], tmp_path / "none")
+    assert "not a folder or .npz file" in error_of(sets[0], sets[0] / "000.png")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -270,13 +271,13 @@ def test_damaged_npz_raises(sets: tuple[Path, Path], tmp_path: Path) -> None:
         save(path, pixels)
         whole = path.read_bytes()
         path.write_bytes(whole[:-30])
-        assert "images.npz: not a readable .npz" in refused(path, sets[0])
+        assert "images.npz: not a readable .npz" in error_of(path, sets[0])
         path.write_bytes(whole[:6000] + bytes(50) + whole[6050:])
-        assert "images.npz: not a readable .npz" in refused(path, sets[0])
-    assert "missing.npz: no such file" in refused(tmp_path / "missing.npz", sets[0])
+        assert "images.npz: not a readable .npz" in error_of(path, sets[0])
+    assert "missing.npz: no such file" in error_of(tmp_path / "missing.npz", sets[0])
 
 
 def test_invalid_options_raise(sets: tuple[Path, Path], tmp_path: Path) -> None:
-    assert "--batch-size" in refused("--batch-size", 0, *sets)
-    assert "--device nonsense: not a torch device" in refused("--device", "nonsense", *sets)
-    assert "none.pth is missing" in refused("--inception-weights", tmp_path / "none.pth", *sets)
+    assert "--batch-size" in error_of("--batch-size", 0, *sets)
+    assert "--device nonsense: not a torch device" in error_of("--device", "nonsense", *sets)
+    assert "none.pth is missing" in error_of("--inception-weights", tmp_path / "none.pth", *sets)

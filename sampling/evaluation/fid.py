@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("path", nargs=2, help="folder of images, or .npz of statistics (mu, sigma) or images (arr_0)")
     parser.add_argument("--batch-size", type=int, default=50, help="images in one pass of the network")
     parser.add_argument("--num-workers", type=int, help="processes that decode images; by default up to 8")
-    parser.add_argument("--device", help="cuda, cuda:0, cpu; by default cuda where there is one")
+    parser.add_argument("--device", help="cuda, cuda:0 or cpu; cuda by default if available")
     parser.add_argument("--dims", type=int, default=2048, choices=DIMS, help="dimensions of the features")
     parser.add_argument("--save-stats", action="store_true", help="write statistics of the first path to the second")
     parser.add_argument("--inception-weights", type=Path, help="file of weights; by default torch's cache or download")
