@@ -158,7 +158,7 @@ def test_kid_comes_first_unless_fid_is_comparable(run: Path) -> None:
 
 
 def test_metrics_of_other_samples_or_weights_give_warnings(run: Path) -> None:
-    assert "evaluate` again" not in Page(write_report(run)).text
+    assert "evaluate again" not in Page(write_report(run)).text
     change(run / "samples" / "manifest.json", lambda manifest: manifest.update(seed=7))
     change(run / "evaluation" / "metrics.json", lambda metrics: metrics["protocol"].update(standard_weights=False))
     change(run / "evaluation" / "metrics.json", lambda metrics: metrics.update(warnings=["sizes differ"]))

@@ -217,7 +217,7 @@ def _metrics(run: RunStatus) -> dict[str, Any] | None:
 
 def _metric_warnings(run: RunStatus, metrics: dict[str, Any]) -> Iterator[str]:
     if run.manifest and metrics["made_from"]["samples"] != files.digest(run.samples / "manifest.json"):
-        yield "the metrics were measured on other samples than the ones shown here; run `vqvae2 evaluate` again"
+        yield "the metrics were measured on other samples than the ones shown here; run vqvae2 evaluate again"
     if not metrics.get("protocol", {}).get("standard_weights", True):
         yield "not the standard Inception weights, so the metrics are not comparable with others"
     yield from metrics.get("warnings", ())
