@@ -1,10 +1,10 @@
-"""What each way of quantizing makes of the same photographs in the same number of steps.
+"""Quantizers compared on the same images with the same number of training steps.
 
-    python -m benchmarks.codebooks FOLDER [--steps 1000] [--size 128] [--out runs/codebooks] [--only ema …]
+    python -m benchmarks.codebooks FOLDER [--steps 1000] [--size 128] [--out runs/codebooks] [--only EMA …]
 
-Two levels of 512 codes, 32 hidden units, batches of 8; every variant starts from the same seed and sees the same
-images in the same order. Use, perplexity and PSNR are over the whole held-out split. An interrupted run goes on where
-it was stopped; a finished variant is not trained again.
+The autoencoder has two levels with 512 codes each, 32 channels, and batches of 8. Every variant starts from the same
+seed and sees the same images in the same order. Usage, perplexity and PSNR are measured on the whole validation split.
+Rerun an interrupted benchmark to resume it; finished variants are skipped.
 """
 
 import argparse
@@ -12,25 +12,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sampling.run_config import RunConfig
-from train.run import Run
+from train.run import Experiment, Run
 from train.stages.autoencoder import train_autoencoder
 from vqvae2.run_folder import RunFolder
 
-EMA: dict[str, Any] = {"kind": "ema", "codes": 512, "dim": 64}
+EMA: dict[str, Any] = {"kind": "ema", "codebook_size": 512, "code_dim": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "EMA": EMA,
-    "EMA, random start, no restarts": EMA | {"kmeans_init": False, "dead_code_threshold": 0.0},
+    "EMA, random initialization, no restarts": EMA | {"kmeans_init": False, "dead_code_threshold": 0.0},
     "EMA, cosine": EMA | {"cosine": True},
     "EMA, rotation trick": EMA | {"gradient_estimator": "rotation"},
-    "EMA, projected to 8": EMA | {"codebook_dim": 8},
-    "FSQ 8 × 8 × 8": {"kind": "fsq", "grid": (8, 8, 8), "dim": 64},
+    "EMA, codebook dimension 8": EMA | {"codebook_dim": 8},
+    "FSQ 8 × 8 × 8": {"kind": "fsq", "grid": (8, 8, 8), "code_dim": 64},
     "gradient": EMA | {"kind": "gradient"},
 }
 
 
-def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -> RunConfig:
-    """The experiment of one variant; its priors are never trained."""
+def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -> Experiment:
+    """Return the experiment of one variant. Its priors are placeholders and are not trained."""
     training = {
         "steps": steps,
         "batch_size": 8,
@@ -52,7 +51,7 @@ def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -
         },
         "priors": {"top": prior, "bottom": prior},
     }
-    return RunConfig.parse(plain, "benchmarks.codebooks")
+    return Experiment.parse(plain, "benchmarks.codebooks")
 
 
 def main() -> None:
@@ -65,7 +64,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     options = parser.parse_args()
     print(
-        "| quantizer | use bottom / top | perplexity bottom / top | PSNR | seconds |\n|---|---|---|---|---|", flush=True
+        "| quantizer | usage bottom / top | perplexity bottom / top | PSNR | seconds |\n|---|---|---|---|---|",
+        flush=True,
     )
     for name in options.only:
         run = RunFolder(options.out / name.lower().replace(",", "").replace(" ", "-"))

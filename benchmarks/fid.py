@@ -1,22 +1,20 @@
-"""FID against pytorch-fid in one run: the Fréchet distance at 2048 dimensions, and the whole command on two folders.
+"""FID compared with pytorch-fid: the Fréchet distance at 2048 dimensions, and the whole command on two folders.
 
-    python -m benchmarks.fid                                    # pictures drawn by chance
-    python -m benchmarks.fid --first A --second B --count 2000  # at most so many files of two folders
+    python -m benchmarks.fid                                    # random images
+    python -m benchmarks.fid --first A --second B --count 2000  # the first images of two folders
 
-Weights are random, so that nothing is downloaded: times and agreement do not depend on them.
+The Inception weights are random, so that nothing has to be downloaded. Time and agreement do not depend on them.
 """
 
 import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from PIL import Image
 from pytorch_fid import fid_score, inception
 from torch import nn
 
+from benchmarks.interleaved import time_calls
 from sampling.evaluation import fid
 from vqvae2.metrics.frechet import frechet_distance
 from vqvae2.metrics.inception import build_network
@@ -32,21 +31,10 @@ from vqvae2.metrics.inception import build_network
 D = 2048
 
 
-def timed(function: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """(median seconds, value)."""
-    times = []
-    value = float("nan")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        value = function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), value
-
-
-def theirs(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """pytorch-fid's distance; NaN where it gives up."""
+def pytorch_fid_distance(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
+    """Return pytorch-fid's distance, or NaN if it fails."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sqrtm's `disp` is deprecated; singular matrices are warned of
+        warnings.simplefilter("ignore")  # deprecated `disp` of sqrtm, and singular matrices
         try:
             return float(fid_score.calculate_frechet_distance(np.zeros(D), sigma1, np.zeros(D), sigma2))
         except ValueError:
@@ -54,7 +42,7 @@ def theirs(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 
 
 def compare_distances(repeats: int) -> None:
-    """Time and accuracy against closed forms."""
+    """Print the time and the error relative to closed forms."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((D, D)))[0]
 
@@ -76,17 +64,17 @@ def compare_distances(repeats: int) -> None:
         ),
     }
     print(f"Fréchet distance at {D} dimensions, {torch.get_num_threads()} threads, median of {repeats}")
-    print(f"{'covariances':20} {'pytorch-fid':>12} {'error':>9} {'here':>8} {'error':>9} {'ratio':>7}")
+    print(f"{'covariances':20} {'pytorch-fid':>12} {'error':>9} {'vqvae2 fid':>12} {'error':>9} {'ratio':>7}")
     for name, (sigma1, sigma2, exact) in cases.items():
         zero = np.zeros(D)
-        here, own = timed(lambda a=sigma1, b=sigma2, m=zero: frechet_distance(m, a, m, b), repeats)
-        there, other = timed(lambda a=sigma1, b=sigma2: theirs(a, b), repeats)
-        errors = [f"{abs(value / exact - 1):.1e}" for value in (other, own)]
-        print(f"{name:20} {there:10.2f} s {errors[0]:>9} {here:6.2f} s {errors[1]:>9} {there / here:6.1f}×")
+        ours = time_calls(lambda a=sigma1, b=sigma2, m=zero: frechet_distance(m, a, m, b), repeats)
+        theirs = time_calls(lambda a=sigma1, b=sigma2: pytorch_fid_distance(a, b), repeats)
+        columns = [f"{timing.median:10.2f} s {abs(timing.value / exact - 1):9.1e}" for timing in (theirs, ours)]
+        print(f"{name:20} {' '.join(columns)} {theirs.median / ours.median:6.1f}×")
 
 
 def random_weights(path: Path) -> None:
-    """Weights under which features are of order one and differ between images."""
+    """Write random weights whose features are of order one and differ between images."""
     network = build_network()
     torch.manual_seed(0)
     for module in network.modules():
@@ -96,7 +84,7 @@ def random_weights(path: Path) -> None:
 
 
 def folders(first: Path | None, second: Path | None, count: int, work: Path) -> list[Path]:
-    """Two folders of `count` images each: links to given ones, or pictures drawn by chance."""
+    """Create two folders of `count` images each: links to the given images, or random images."""
     made = []
     for number, source in enumerate((first, second)):
         folder = work / str(number)
@@ -114,7 +102,7 @@ def folders(first: Path | None, second: Path | None, count: int, work: Path) -> 
 
 
 def run_command(which: str, weights: Path, sides: list[Path]) -> dict[str, float]:
-    """One command in a process of its own: seconds, peak MiB, and what it printed."""
+    """Run one command in a new process; return `seconds`, the peak memory `mib`, and the value `fid`."""
     code = [sys.executable, "-m", "benchmarks.fid", "--command", which, "--weights", str(weights), *map(str, sides)]
     lines = subprocess.run(code, check=True, capture_output=True, text=True, env=os.environ).stdout.splitlines()
     value = next(float(line.removeprefix("FID:")) for line in lines if line.startswith("FID:"))
@@ -122,41 +110,42 @@ def run_command(which: str, weights: Path, sides: list[Path]) -> dict[str, float
 
 
 def command(which: str, weights: Path, sides: list[str]) -> None:
-    """In the child: run one of the two commands and report time and memory as the last line."""
-    start = time.perf_counter()
-    if which == "here":
+    """Run one command in the child process, and print its time and memory as the last line."""
+    started = time.perf_counter()
+    if which == "vqvae2":
         fid.main(["--inception-weights", str(weights), *sides])
     else:
         warnings.simplefilter("ignore")
         inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
         sys.argv = ["pytorch-fid", *sides]
         fid_score.main()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - started
     print(json.dumps({"seconds": seconds, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
 def compare_commands(first: Path | None, second: Path | None, count: int) -> None:
-    """The whole evaluation, both commands with their defaults."""
+    """Print the time and memory of both commands with their default options."""
     with tempfile.TemporaryDirectory() as work:
         weights = Path(work, "random.pth")
         random_weights(weights)
         sides = folders(first, second, count, Path(work))
-        print(f"\nFID of 2 × {count} images, the whole command")
-        results = {which: run_command(which, weights, sides) for which in ("pytorch-fid", "here")}
+        print(f"\nFID of 2 × {count} images, whole command")
+        results = {which: run_command(which, weights, sides) for which in ("pytorch-fid", "vqvae2")}
     for which, result in results.items():
         print(f"{which:12} {result['seconds']:8.1f} s {result['mib']:8.0f} MiB   FID {result['fid']:.8g}")
-    a, b = results["pytorch-fid"], results["here"]
-    print(f"{a['seconds'] / b['seconds']:.2f}× as fast, FID differs by {abs(b['fid'] / a['fid'] - 1):.1e}")
+    theirs, ours = results["pytorch-fid"], results["vqvae2"]
+    speedup = theirs["seconds"] / ours["seconds"]
+    print(f"speedup {speedup:.2f}×, relative difference of FID {abs(ours['fid'] / theirs['fid'] - 1):.1e}")
 
 
 def main() -> None:
-    """Both comparisons, or in a child process one command."""
+    """Run both comparisons, or, in a child process, one command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=Path, help="a folder of images of one size")
     parser.add_argument("--second", type=Path, help="another")
     parser.add_argument("--count", type=int, default=200, help="images a folder; 0 leaves the commands out")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of a distance; 0 leaves them out")
-    parser.add_argument("--command", choices=["here", "pytorch-fid"], help=argparse.SUPPRESS)
+    parser.add_argument("--command", choices=["vqvae2", "pytorch-fid"], help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("sides", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()

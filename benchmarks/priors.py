@@ -1,23 +1,21 @@
-"""A training step of the priors of a 256 px model, against a plain one of the same network, in one run.
+"""Training step of the priors of a 256 px model, compared with a plain implementation of the same networks.
 
     python -m benchmarks.priors [--levels top bottom] [--batch 2] [--steps 3] [--threads 2]
 
-The networks are those of benchmarks/sampling.py. The plain step is what common implementations do: codes as one-hot
-maps into convolutions, square kernels with zeros where they must not look, attention as a masked N × N matrix, weight
-norm as a chain of operations, Adam updating one tensor after the other. Each step lives in a process of its own, so
-that peak memory is its own; they take turns, so that a busy machine slows both. Times are medians.
+The networks are those of benchmarks/sampling.py. The plain implementation follows common ones: one-hot code maps as the
+input of convolutions, masked square kernels, attention with a masked N × N matrix, weight normalization as separate
+operations, and an optimizer that updates one tensor at a time. Both run alternately in separate processes. Times are
+medians.
 """
 
 import argparse
-import resource
-import time
 from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.interleaved import run_interleaved
+from benchmarks.interleaved import run_interleaved, serve_steps
 from benchmarks.sampling import BOTTOM, TOP, build
 from vqvae2.priors.layers import coordinate_map
 
@@ -25,7 +23,7 @@ CHANNELS, KERNEL, HEADS, DROPOUT = 256, 5, 8, 0.1
 
 
 class PlainConv(nn.Module):
-    """A weight-normalised convolution; a causal one has a square kernel with zeros where it must not look."""
+    """A weight-normalized convolution; if causal, the kernel is square, and later positions are masked with zeros."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, causal: str = "") -> None:
         super().__init__()
@@ -46,7 +44,7 @@ class PlainConv(nn.Module):
 
 
 class PlainResidual(nn.Module):
-    """The gated block of PixelSNAIL."""
+    """The gated residual block of PixelSNAIL."""
 
     def __init__(
         self, channels: int, hidden: int, kernel: int = 1, causal: str = "", extra: int = 0, condition: bool = False
@@ -70,7 +68,7 @@ class PlainResidual(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """Attention with all weights of all pairs of positions, masked."""
+    """Causal attention that materializes the weights of all pairs of positions."""
 
     def __init__(self, positions: int) -> None:
         super().__init__()
@@ -93,7 +91,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainPixelSNAIL(nn.Module):
-    """The prior of a level: 4 blocks of 4 residual blocks."""
+    """The prior of one level: 4 blocks of 4 residual blocks; see `benchmarks.sampling.build`."""
 
     def __init__(self, level: str) -> None:
         super().__init__()
@@ -136,8 +134,8 @@ def _one_hot(codes: Tensor, count: int) -> Tensor:
     return F.one_hot(codes, count).permute(0, 3, 1, 2).float()
 
 
-def serve(pipe: Connection, plain: bool, level: str, options: argparse.Namespace) -> None:
-    """One step for each request; the answer is its seconds, or at the end the peak memory in bytes."""
+def train_steps(pipe: Connection, plain: bool, level: str, options: argparse.Namespace) -> None:
+    """Run the training steps of one variant; a worker of `run_interleaved`."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     prior = (PlainPixelSNAIL(level) if plain else build(level)).train()
@@ -145,13 +143,13 @@ def serve(pipe: Connection, plain: bool, level: str, options: argparse.Namespace
     spec = TOP if level == "top" else BOTTOM
     codes = torch.randint(spec.codebook_size, (options.batch, *spec.shape))
     coarser = () if level == "top" else (torch.randint(TOP.codebook_size, (options.batch, *TOP.shape)),)
-    while pipe.recv():
-        started = time.perf_counter()
+
+    def step() -> None:
         F.cross_entropy(prior(codes, coarser), codes).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        pipe.send(time.perf_counter() - started)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+    serve_steps(pipe, step, torch.device("cpu"))
 
 
 def main() -> None:
@@ -165,7 +163,7 @@ def main() -> None:
     sums = {"ours": 0.0, "plain": 0.0}
     for level in options.levels:
         taken = run_interleaved(
-            serve, {name: (name == "plain", level, options) for name in sums}, options.steps, warm=1
+            train_steps, {name: (name == "plain", level, options) for name in sums}, options.steps, warmup=1
         )
         for name, each in taken.items():
             sums[name] += each.median

@@ -1,22 +1,21 @@
-"""How long sampling takes at the size of the 256 px models, against one that runs the whole network for every code.
+"""Sampling time of the priors of a 256 px model, compared with naive sampling by full forward passes.
 
     python -m benchmarks.sampling [--batches 1 16] [--levels top bottom] [--threads 2]
 
-Top 32×32 with attention, bottom 64×64 given the top, 512 codes, 256 channels, 5×5 kernels, 4 blocks of 4 residual
-blocks, random weights. The naive time is estimated from measured passes over the finished rows at several heights, in
-the same run, with convolutions as torch has them; its conditioning stack is counted once, as ours. The floor is the
-time to read once the weights that a position, and a row, must read.
+The top level is 32×32 with attention, the bottom level 64×64 conditioned on the top; 512 codes, 256 channels, 5×5
+kernels, 4 blocks of 4 residual blocks, random weights. Naive sampling runs the whole network, with the convolutions of
+torch, over all finished rows for every code. Its time is estimated from measured passes at several heights in the same
+run; the conditioning stack is counted once, as in this project. The lower bound is the time to read the weights that
+each position and each row needs from memory once.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.interleaved import time_calls
 from sampling.sample_level import LevelSamplingParams, Noise, sample_level
 from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, PriorSpec, toom_cook
@@ -27,26 +26,16 @@ BOTTOM = MapSpec(codebook_size=512, height=64, width=64)
 
 
 def build(level: str) -> PixelSNAIL:
-    """The prior of a level, with random weights."""
+    """Build the prior of one level with random weights."""
     torch.manual_seed(0)
     if level == "top":
         return PixelSNAILConfig().build(PriorSpec(level=TOP)).eval()
     return PixelSNAILConfig(attention=False, condition_layers=3).build(PriorSpec(level=BOTTOM, coarser=(TOP,))).eval()
 
 
-def seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Median wall time of a call."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
 @torch.inference_mode()
 def naive_pass(prior: PixelSNAIL, codes: Tensor, condition: Tensor | None) -> None:
-    """One pass of the whole network over the first rows, as a sampler without caches needs for every position."""
+    """Run the network over the first rows (B, h, W) of the codes, as naive sampling does for every position."""
     batch, height, width = codes.shape
     coordinates = coordinate_map(height, width, codes.device).expand(batch, -1, -1, -1)
     x = prior.first(prior.embedding(codes).movedim(-1, 1)) + prior.coordinates(coordinates)
@@ -59,7 +48,7 @@ def naive_pass(prior: PixelSNAIL, codes: Tensor, condition: Tensor | None) -> No
 
 @torch.inference_mode()
 def naive_seconds(prior: PixelSNAIL, batch: int, coarser: CodeMaps) -> float:
-    """Estimated time of the naive sampler: the measured heights joined by straight lines, summed over all positions."""
+    """Estimate the time of naive sampling by linear interpolation between measured heights, summed over positions."""
     height, width = prior.spec.level.shape
     condition = prior.conditioner(batch, coarser, None) if prior.conditioner else None
     fractions = (8, 4, 2) if batch > 4 else (8, 4, 2, 1)
@@ -67,33 +56,33 @@ def naive_seconds(prior: PixelSNAIL, batch: int, coarser: CodeMaps) -> float:
     for fraction in fractions:
         codes = torch.zeros(batch, height // fraction, width, dtype=torch.int64)
         with mock.patch.object(toom_cook, "tiled", return_value=False):
-            taken = seconds(lambda c=codes: naive_pass(prior, c, condition), 2)
-        measured.append((height // fraction, taken))
-        print(f"    naive pass over {measured[-1][0]} rows: {measured[-1][1]:.3f} s", flush=True)
+            seconds = time_calls(lambda c=codes: naive_pass(prior, c, condition), 2).median
+        measured.append((height // fraction, seconds))
+        print(f"    naive pass over {height // fraction} rows: {seconds:.3f} s", flush=True)
     total = 0.0
-    for finished in range(1, height + 1):
-        after = next((at for at, (there, _) in enumerate(measured) if there >= finished), len(measured) - 1)
+    for rows in range(1, height + 1):
+        after = next((index for index, (height, _) in enumerate(measured) if height >= rows), len(measured) - 1)
         (low, t_low), (high, t_high) = measured[max(after, 1) - 1], measured[max(after, 1)]
-        total += width * max(t_low + (t_high - t_low) * (finished - low) / (high - low), 0.0)
+        total += width * max(t_low + (t_high - t_low) * (rows - low) / (high - low), 0.0)
     return total
 
 
-def floor_seconds(prior: PixelSNAIL) -> float:
-    """Bytes of weights that must be read for one batch, over the bandwidth of a copy."""
+def lower_bound_seconds(prior: PixelSNAIL) -> float:
+    """Return the bytes of weights to read for one batch, divided by the memory bandwidth of a copy."""
     height, width = prior.spec.level.shape
-    a_position = a_row = 0
-    for part in prior.modules():
-        if isinstance(part, CausalConv2d):
-            outputs, inputs, _ = part.weight.shape
-            a_row += 4 * outputs * inputs * part.above
-            a_position += 4 * outputs * inputs * part.current
-        elif isinstance(part, Pointwise) and part not in (getattr(b, "condition", None) for b in prior.modules()):
-            a_position += 4 * part.conv.weight.numel()
+    per_position = per_row = 0
+    for module in prior.modules():
+        if isinstance(module, CausalConv2d):
+            outputs, inputs, _ = module.weight.shape
+            per_row += 4 * outputs * inputs * module.above
+            per_position += 4 * outputs * inputs * module.current
+        elif isinstance(module, Pointwise) and module not in (getattr(b, "condition", None) for b in prior.modules()):
+            per_position += 4 * module.conv.weight.numel()
     source = torch.ones(64 * 2**20)
     target = torch.empty_like(source)
-    copied = seconds(lambda: target.copy_(source), 7)
-    bandwidth = 4 * source.numel() / copied  # bytes read a second while as many are written
-    return (a_position * height * width + a_row * height) / bandwidth
+    copied = time_calls(lambda: target.copy_(source), 7).median
+    bandwidth = 4 * source.numel() / copied  # bytes read per second, while as many are written
+    return (per_position * height * width + per_row * height) / bandwidth
 
 
 def main() -> None:
@@ -111,18 +100,20 @@ def main() -> None:
         ours = naive = floor = 0.0
         for level, prior in priors.items():
             coarser = tuple(torch.randint(512, (batch, 32, 32)) for _ in prior.spec.coarser)
-            taken = seconds(
+            taken = time_calls(
                 lambda p=prior, c=coarser, n=batch: sample_level(p, Noise(0, range(n), 0), LevelSamplingParams(), c)
-            )
+            ).median
             estimated = naive_seconds(prior, batch, coarser)
-            lowest = floor_seconds(prior)
+            lowest = lower_bound_seconds(prior)
             ours, naive, floor = ours + taken, naive + estimated, floor + lowest
             print(
                 f"  batch {batch} {level}: {taken:.1f} s; naive {estimated:.0f} s, {estimated / taken:.0f} × as long; "
-                f"floor {lowest:.1f} s",
+                f"lower bound {lowest:.1f} s",
                 flush=True,
             )
-        print(f"batch {batch}: {ours:.1f} s; naive {naive:.0f} s, {naive / ours:.0f} × as long; floor {floor:.1f} s")
+        print(
+            f"batch {batch}: {ours:.1f} s; naive {naive:.0f} s, {naive / ours:.0f} × as long; lower bound {floor:.1f} s"
+        )
 
 
 if __name__ == "__main__":

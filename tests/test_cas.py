@@ -1,4 +1,4 @@
-"""The classification accuracy score: that it learns what there is to learn, and nothing where there is nothing."""
+"""Tests for the classification accuracy score: training, accuracy, augmentation and the command."""
 
 import json
 import shutil
@@ -17,20 +17,20 @@ from vqvae2.__main__ import main
 from vqvae2.data.images import ImageSample
 from vqvae2.data.scenes import CLASSES
 
-COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40], [40, 200, 200], [200, 40, 200]])
+COLORS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40], [40, 200, 200], [200, 40, 200]])
 SPEC = ClassifierConfig(architecture="resnet18", classes=tuple("abcdef"), size=(8, 8))
 TRAINING = CasConfig(steps=30, batch_size=16)
 
 
-class Coloured:
-    """Noisy pictures of one colour each; the colour is the label unless the labels are shuffled."""
+class ColoredImages:
+    """Noisy images of a single color each; the label is the color, or random if `shuffled`."""
 
     def __init__(self, count: int, seed: int, shuffled: bool = False) -> None:
         rng = np.random.default_rng(seed)
-        colours = np.arange(count) % len(COLOURS)
+        colors = np.arange(count) % len(COLORS)
         noise = rng.normal(0, 25, (count, 3, 8, 8))
-        self.pixels = np.clip(COLOURS[colours][:, :, None, None] + noise, 0, 255).astype(np.uint8)
-        self.labels = rng.permutation(colours) if shuffled else colours
+        self.pixels = np.clip(COLORS[colors][:, :, None, None] + noise, 0, 255).astype(np.uint8)
+        self.labels = rng.permutation(colors) if shuffled else colors
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,30 +39,30 @@ class Coloured:
         return ImageSample(torch.from_numpy(self.pixels[index]), int(self.labels[index]))
 
 
-def test_it_learns_the_label_from_the_colour_and_again_the_same() -> None:
-    network = train_classifier(Coloured(96, seed=0), SPEC, TRAINING)
-    found = top_k_accuracy(Classifier.from_network(network, SPEC, ""), Coloured(120, seed=1), batch_size=50)
+def test_train_classifier_learns_and_is_deterministic() -> None:
+    network = train_classifier(ColoredImages(96, seed=0), SPEC, TRAINING)
+    found = top_k_accuracy(Classifier.from_network(network, SPEC, ""), ColoredImages(120, seed=1), batch_size=50)
     assert found["top1"] > 0.9
     assert found["top5"] >= found["top1"]
     assert not network.training
     short = TRAINING.model_copy(update={"steps": 2})
     state = torch.random.get_rng_state()
-    first, again = (train_classifier(Coloured(96, seed=0), SPEC, short).state_dict() for _ in range(2))
+    first, again = (train_classifier(ColoredImages(96, seed=0), SPEC, short).state_dict() for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    other = train_classifier(Coloured(96, seed=0), SPEC, short.model_copy(update={"seed": 1})).state_dict()
+    other = train_classifier(ColoredImages(96, seed=0), SPEC, short.model_copy(update={"seed": 1})).state_dict()
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
 
 
-def test_it_learns_nothing_from_shuffled_labels() -> None:
-    network = train_classifier(Coloured(96, seed=0, shuffled=True), SPEC, TRAINING)
-    held_out = Coloured(120, seed=1, shuffled=True)
+def test_shuffled_labels_give_chance_accuracy() -> None:
+    network = train_classifier(ColoredImages(96, seed=0, shuffled=True), SPEC, TRAINING)
+    held_out = ColoredImages(120, seed=1, shuffled=True)
     assert top_k_accuracy(Classifier.from_network(network, SPEC, ""), held_out, batch_size=50)["top1"] < 0.3
 
 
-def test_accuracy_is_recomputed_by_hand() -> None:
+def test_top_k_accuracy_matches_numpy() -> None:
     classifier = Classifier.from_network(SPEC.build(), SPEC, "")
-    images = Coloured(20, seed=0)
+    images = ColoredImages(20, seed=0)
     order = classifier.log_probs(torch.from_numpy(images.pixels)).argsort(1, descending=True).numpy()
     found = top_k_accuracy(classifier, images, batch_size=7)
     assert found == {
@@ -73,7 +73,7 @@ def test_accuracy_is_recomputed_by_hand() -> None:
     assert set(top_k_accuracy(Classifier.from_network(five.build(), five, ""), images, batch_size=7)) == {"top1"}
 
 
-def test_augmentation_moves_and_mirrors_and_depends_on_the_draw_alone() -> None:
+def test_augmentation_shifts_and_flips_depending_on_draw_only() -> None:
     picture = torch.arange(3 * 16 * 16, dtype=torch.int64).view(3, 16, 16).remainder(251).to(torch.uint8)
     augmented = AugmentedDataset([ImageSample(picture, 4)])  # pyright: ignore[reportArgumentType]
     found = [augmented[0, draw] for draw in range(40)]
@@ -92,12 +92,12 @@ def test_augmentation_moves_and_mirrors_and_depends_on_the_draw_alone() -> None:
     assert {mirrored for _, mirrored in kinds} == {False, True}
 
 
-def test_grey_and_transparent_images_become_rgb() -> None:
+def test_to_rgb_converts_gray_and_rgba() -> None:
     assert to_rgb(torch.full((2, 1, 4, 4), 9, dtype=torch.uint8)).shape == (2, 3, 4, 4)
     assert to_rgb(torch.zeros(2, 4, 4, 4, dtype=torch.uint8)).shape == (2, 3, 4, 4)
 
 
-def test_the_command_reports_the_score_and_keeps_the_classifiers(
+def test_evaluate_command_reports_cas_and_reuses_classifiers(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_network(*_: object, **__: object) -> None:
@@ -115,28 +115,28 @@ def test_the_command_reports_the_score_and_keeps_the_classifiers(
     assert found["tested_on"] == found["real"]["tested_on"] > 5
     assert 0 <= found["top1"] <= found["top5"] <= 1
     assert (found["model"], found["steps"], found["batch_size"], found["seed"]) == ("resnet18", 2, 4, 0)
-    assert found["warning"] == "too few samples for a comparable score: 5 (0 a class)"
+    assert found["warning"] == "too few samples for a comparable score: 5 (0 per class)"
     assert found["warning"] in printed
     assert [line for line in printed.splitlines() if line.startswith("CAS")] == format_cas(found)
     assert len(format_cas(found)) == 2
     classifier = load_classifier(str(run / "evaluation" / "classifier-real.safetensors"))
     assert classifier.class_indices(CLASSES) == list(range(10))
 
-    def everything() -> dict[str, object]:
+    def run_contents() -> dict[str, object]:
         files: dict[str, object] = dict(contents(run))
         return files | {"evaluation/metrics.json": json.loads((run / "evaluation" / "metrics.json").read_text())}
 
-    before = everything()
-    monkeypatch.setattr(
-        "sampling.evaluation.cas.train_classifier", None
-    )  # a classifier that is there is not trained again
+    before = run_contents()
+    monkeypatch.setattr("sampling.evaluation.cas.train_classifier", None)  # fails if a classifier is trained again
     assert main(command) == 0
-    assert main(["evaluate", str(run)]) == 0  # and the score stays in the table
+    assert main(["evaluate", str(run)]) == 0  # the earlier score is kept
     assert "CAS" in capsys.readouterr().out
-    assert everything() == before
+    assert run_contents() == before
 
 
-def test_bad_requests_are_one_line(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_give_one_line_errors(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = contents(finished_run)
     evaluate = ["evaluate", str(finished_run)]
     fails(capsys, [*evaluate, "--cas-steps", "5"], "--cas-steps", "add it")
@@ -147,7 +147,7 @@ def test_bad_requests_are_one_line(finished_run: Path, tmp_path: Path, capsys: p
     samples = shutil.copytree(finished_run / "samples", tmp_path / "samples")
     manifest = json.loads((samples / "manifest.json").read_text())
     (samples / "manifest.json").write_text(json.dumps(manifest | {"labels": None, "class_names": []}))
-    fails(capsys, [*evaluate, "--cas", "--samples", str(samples)], str(samples), "without labels", "data.labels")
+    fails(capsys, [*evaluate, "--cas", "--samples", str(samples)], str(samples), "no labels", "data.labels")
     (samples / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["a", "b"]}))
-    fails(capsys, [*evaluate, "--cas", "--samples", str(samples)], "2 classes", "the 10 of the run's images")
+    fails(capsys, [*evaluate, "--cas", "--samples", str(samples)], "2 classes", "the 10 classes of the run's images")
     assert contents(finished_run) == before

@@ -1,4 +1,4 @@
-"""Classifiers: torchvision's by name, one's own from a file, and the samples that they judge."""
+"""Tests for classifiers: torchvision models, own weights files, and labeled samples."""
 
 import json
 import pickle
@@ -24,13 +24,13 @@ IMAGES = torch.randint(0, 256, (3, 3, 40, 48), dtype=torch.uint8, generator=torc
 
 
 def cached_weights(home: Path) -> Path:
-    """Where torch keeps the weights of NAME, under another home."""
+    """Return the path where torch.hub caches the weights of NAME if TORCH_HOME is `home`."""
     path = home / "hub" / "checkpoints" / Path(WEIGHTS.url).name
     path.parent.mkdir(parents=True)
     return path
 
 
-def test_a_torchvision_classifier_gives_what_torchvision_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_classifier_matches_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.manual_seed(0)
     peer = torchvision.models.get_model(NAME, weights=None).eval()
@@ -42,24 +42,24 @@ def test_a_torchvision_classifier_gives_what_torchvision_gives(tmp_path: Path, m
         expected = torch.cat([peer(transform(image)[None]) for image in IMAGES]).log_softmax(1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert classifier.class_indices([f"n{index:08d}" for index in range(1000)]) == list(range(1000))
-    with pytest.raises(UserError, match=rf"--classifier {NAME}: tells 1000 classes, the run has 10"):
+    with pytest.raises(UserError, match=rf"--classifier {NAME}: this model has 1000 classes, but the run has 10"):
         classifier.class_indices(["a"] * 10)
 
 
-def test_without_weights_the_message_says_which_and_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_weights_error_names_url_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def no_network(*_: object, **__: object) -> None:
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    with pytest.raises(UserError, match=r"cannot get its weights \(no network\): put https://.*pth at .*safetensors"):
+    with pytest.raises(
+        UserError, match=r"cannot load the weights \(no network\). Download https://.*pth to .*safetensors"
+    ):
         load_classifier(NAME)
 
 
-def test_weights_that_are_a_program_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_code_in_weights_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Program:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (tmp_path / "ran",)  # pyright: ignore[reportReturnType]
@@ -67,16 +67,16 @@ def test_weights_that_are_a_program_are_not_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = cached_weights(tmp_path)
     torch.save({"weight": Program()}, path)
-    with pytest.raises(UserError, match="cannot get its weights"):
+    with pytest.raises(UserError, match="cannot load the weights"):
         load_classifier(NAME)
     path.write_bytes(pickle.dumps(Program(), protocol=2))
-    with pytest.raises(UserError, match="cannot get its weights"):
+    with pytest.raises(UserError, match="cannot load the weights"):
         load_classifier(NAME)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("size", [(16, 24), (72, 72)])
-def test_a_classifier_survives_its_file(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_save_and_load_classifier_round_trip(tmp_path: Path, size: tuple[int, int]) -> None:
     spec = ClassifierConfig(architecture="resnet18", classes=("cat", "dog", "owl"), size=size)
     network = spec.build()
     path = tmp_path / "classifier.safetensors"
@@ -86,18 +86,18 @@ def test_a_classifier_survives_its_file(tmp_path: Path, size: tuple[int, int]) -
     assert torch.equal(loaded.log_probs(IMAGES), expected)
     torch.testing.assert_close(expected.exp().sum(1), torch.ones(3))
     assert loaded.class_indices(["owl", "cat"]) == [2, 0]
-    with pytest.raises(UserError, match="does not know the run's class 'emu'"):
+    with pytest.raises(UserError, match="the run's class 'emu' is missing"):
         loaded.class_indices(["cat", "emu"])
 
 
-def test_small_images_keep_their_size_in_the_first_layer() -> None:
-    for side, kept in ((64, 64), (65, 17)):
+def test_stem_does_not_downsample_small_images() -> None:
+    for side, expected in ((64, 64), (65, 17)):
         network = ClassifierConfig(architecture="resnet18", classes=("a", "b"), size=(side, side)).build()
         stem = torch.nn.Sequential(*list(network.children())[:4])
-        assert stem(torch.zeros(1, 3, side, side)).shape == (1, 64, kept, kept)
+        assert stem(torch.zeros(1, 3, side, side)).shape == (1, 64, expected, expected)
 
 
-def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+def test_damaged_files_give_one_line_errors(tmp_path: Path) -> None:
     spec = ClassifierConfig(architecture="resnet18", classes=("a", "b"), size=(16, 16))
     path = tmp_path / "classifier.safetensors"
     save_classifier(path, spec.build(), spec.model_copy(update={"classes": ("a", "b", "c")}), {})
@@ -111,7 +111,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         load_classifier(str(path))
 
 
-def test_preprocessing_is_per_image() -> None:
+def test_preprocessing_is_independent_per_image() -> None:
     def preprocess(images: torch.Tensor) -> torch.Tensor:
         return images.float().mean((2, 3))
 
@@ -120,15 +120,15 @@ def test_preprocessing_is_per_image() -> None:
     torch.testing.assert_close(whole[1:2], classifier.log_probs(IMAGES[1:2]))
 
 
-def test_samples_come_with_the_labels_of_their_manifest(finished_run: Path, tmp_path: Path) -> None:
+def test_labeled_samples_read_labels_from_manifest(finished_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished_run / "samples", tmp_path / "samples")
     samples = LabeledSamples(folder)
     assert [samples[number].label for number in range(5)] == samples.labels == [0, 1, 2, 3, 4]
     assert samples[2].image.shape == (3, 32, 32)
     (folder / "images" / "000003.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 5 images are missing, 000003.png the first"):
+    with pytest.raises(UserError, match=r"1 of 5 images are missing, the first is 000003\.png"):
         LabeledSamples(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"labels": None}))
-    with pytest.raises(UserError, match="samples without labels"):
+    with pytest.raises(UserError, match="samples have no labels"):
         LabeledSamples(folder)

@@ -1,4 +1,4 @@
-"""Diagnosis: the pictures add one sampled level after the other, and the numbers warn of what they show."""
+"""Tests for `vqvae2 diagnose`: diagnostic rows, training warnings, and their place in the report."""
 
 import json
 import shutil
@@ -32,34 +32,34 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 
 
 def log(nll: list[float], loss: list[float]) -> list[dict[str, float]]:
-    """A history in which training and validation are logged in turn."""
+    """Return a metric log that alternates training and validation entries."""
     entries: list[dict[str, float]] = []
     for step, (validation, training) in enumerate(zip(nll, loss, strict=True), 1):
         entries += [{"step": step, "train/loss": training}, {"step": step, "validation/nll": validation}]
     return entries
 
 
-def test_codebooks_that_have_collapsed_are_named() -> None:
+def test_codebook_warnings_report_collapsed_levels() -> None:
     validation = {"perplexity_bottom": 60.0, "perplexity_top": 1.99, "psnr": 20.0}
     (warning,) = codebook_warnings(validation, ("bottom", "top"))
-    assert warning.startswith("level top: its codes have collapsed (perplexity 1.99")
+    assert warning.startswith("level top: codebook has collapsed (perplexity 1.99")
     assert codebook_warnings({"perplexity_top": 2.0}, ("bottom", "top")) == codebook_warnings({}, ("top",)) == []
 
 
-def test_a_prior_that_overfits_or_has_nothing_to_learn_is_named() -> None:
+def test_prior_warnings_report_overfitting_and_deterministic_codes() -> None:
     assert prior_warnings("top", []) == prior_warnings("top", [{"step": 1, "train/loss": 2.0}]) == []
     (known,) = prior_warnings("top", log([0.3, 0.04], [0.3, 0.1]))
     assert "level top" in known
     assert "0.040 nats" in known
     (overfits,) = prior_warnings("bottom", log([3.0, 2.5, 2.7, 2.9], [3.0, 2.4, 2.0, 1.5]))
-    assert "level bottom: its prior overfits" in overfits
+    assert "level bottom: prior overfits" in overfits
     assert "2.900 nats per code at the end, 2.500 at step 2" in overfits
     assert prior_warnings("top", log([3.0, 2.5, 2.54], [3.0, 2.4, 2.0])) == []  # less than 2 % worse
-    assert prior_warnings("top", log([3.0, 2.5, 2.9], [2.0, 2.4, 2.6])) == []  # training has gone wrong, too
+    assert prior_warnings("top", log([3.0, 2.5, 2.9], [2.0, 2.4, 2.6])) == []  # training loss increases, too
     assert prior_warnings("top", log([3.0, 2.5, 2.4], [3.0, 2.4, 2.0])) == []
 
 
-def test_each_row_samples_one_level_more(finished_run: Path) -> None:
+def test_each_row_samples_one_more_level(finished_run: Path) -> None:
     pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
     batch = CodeStore.open(finished_run / "codes" / "val").read(range(4, 7))
     found = diagnostic_rows(pipeline, batch.codes, batch.label, seed=3, first=4)
@@ -77,7 +77,7 @@ def test_each_row_samples_one_level_more(finished_run: Path) -> None:
         assert torch.equal(found[name], image(codes))
 
 
-def test_three_levels_have_a_row_for_each_number_of_true_ones() -> None:
+def test_three_levels_give_four_rows() -> None:
     torch.manual_seed(0)
     levels = tuple(
         LevelConfig(stride=2, quantizer=EMAConfig(codebook_size=11 + index, code_dim=4)) for index in range(3)
@@ -93,7 +93,7 @@ def test_three_levels_have_a_row_for_each_number_of_true_ones() -> None:
     assert list(diagnostic_rows(pipeline, codes, None, 0)) == ["reconstruction", "true-middle", "true-top", "sampled"]
 
 
-def test_the_command_writes_the_pictures_once_and_the_report_shows_them(
+def test_diagnose_command_writes_images_once_and_report_shows_them(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "Not diagnosed yet" in Page(write_report(run)).text
@@ -113,7 +113,8 @@ def test_the_command_writes_the_pictures_once_and_the_report_shows_them(
     report = Page(write_report(run))
     report.check_self_contained()
     assert len(report.pictures()) == 8
-    assert "all codes true; true codes from the top level up; all codes sampled" in report.text
+    rows_caption = "all codes from the encoder; codes from the encoder down to the top level, finer codes sampled"
+    assert f"{rows_caption}; all codes sampled" in report.text
     before = contents(run)
     assert diagnose_run(run, 10) == folder
     assert contents(run) == before
@@ -124,7 +125,7 @@ def test_the_command_writes_the_pictures_once_and_the_report_shows_them(
     assert json.loads(after["diagnosis.json"])["seed"] == 1
 
 
-def test_warnings_stand_on_the_command_line_and_in_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_are_printed_and_shown_in_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     history = run / "prior-top" / "metrics.jsonl"
     history.write_text("".join(json.dumps(entry) + "\n" for entry in log([3.0, 2.5, 2.9], [3.0, 2.4, 2.0])))
     summary = run / "autoencoder" / "summary.json"
@@ -133,15 +134,15 @@ def test_warnings_stand_on_the_command_line_and_in_the_report(run: Path, capsys:
     summary.write_text(json.dumps(value))
     assert main(["diagnose", str(run), "--count", "2"]) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert ["bottom: its codes have collapsed" in line for line in warnings].count(True) == 1
-    assert ["top: its prior overfits" in line for line in warnings].count(True) == 1
+    assert ["bottom: codebook has collapsed" in line for line in warnings].count(True) == 1
+    assert ["top: prior overfits" in line for line in warnings].count(True) == 1
     text = Page(write_report(run)).text
     assert "perplexity 1.25 on held-out images" in text
-    assert "Level top: its prior overfits" in text
+    assert "Level top: prior overfits" in text
 
 
-def test_what_cannot_be_diagnosed_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(capsys, ["diagnose", str(run), "--count", "0"], "--count 0", "at least one")
+def test_invalid_runs_give_one_line_errors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, ["diagnose", str(run), "--count", "0"], "--count 0", "at least 1")
     shutil.rmtree(run / "codes" / "val")
     fails(capsys, ["diagnose", str(run)], "codes/val", "no code store")
     assert not (run / "diagnosis").exists()

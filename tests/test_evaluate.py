@@ -1,4 +1,4 @@
-"""Evaluation of a run: every kind of reference, the protocol with the numbers, warnings, and several processes."""
+"""Tests for the evaluation of a run: reference sets, protocol, warnings, and several processes."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def evaluate(run: Path, weights: Path, **settings: Any) -> dict[str, Any]:
     return evaluate_run(run, config, run / "samples")
 
 
-def test_the_validation_split_is_the_reference_as_the_networks_saw_it(run: Path, inception_weights: Path) -> None:
+def test_validation_reference_uses_transformed_images(run: Path, inception_weights: Path) -> None:
     metrics = evaluate(run, inception_weights)
     _, held_out = open_datasets(DataConfig.load(run / "config.yaml", "data"))
     reference = GaussianStatistics(2048)
@@ -50,7 +50,7 @@ def test_the_validation_split_is_the_reference_as_the_networks_saw_it(run: Path,
     assert metrics["warnings"] == []
 
 
-def test_metrics_json_carries_the_protocol(run: Path, inception_weights: Path) -> None:
+def test_metrics_json_contains_the_protocol(run: Path, inception_weights: Path) -> None:
     evaluate(run, inception_weights)
     metrics = files.read_json(run / "evaluation" / "metrics.json")
     protocol = metrics["protocol"]
@@ -68,11 +68,11 @@ def test_metrics_json_carries_the_protocol(run: Path, inception_weights: Path) -
     assert metrics["bits_per_dimension"] == pytest.approx(bits / (3 * 32 * 32))
     text = format_metrics(metrics)
     assert "too few images for a comparable FID" in text
-    assert text.index("KID") < text.index("FID  "), "the unbiased measure comes first with few images"
+    assert text.index("KID") < text.index("FID  "), "KID is unbiased and comes first if there are few images"
     assert "NOT the standard Inception weights" in text
 
 
-def test_a_folder_and_its_statistics_give_one_number_and_the_folder_is_measured_once(
+def test_folder_and_its_statistics_agree_and_folder_features_are_cached(
     run: Path, inception_weights: Path, tmp_path: Path
 ) -> None:
     folder = fill(tmp_path / "reference", 9, size=(32, 32))
@@ -85,29 +85,29 @@ def test_a_folder_and_its_statistics_give_one_number_and_the_folder_is_measured_
     second = evaluate(run, inception_weights, reference=str(statistics))
     assert second["fid"]["value"] == pytest.approx(first["fid"]["value"], rel=1e-6)
     assert "kid" in first
-    assert "kid" not in second, "statistics hold no single features"
+    assert "kid" not in second, "statistics files contain no features"
 
     for path in folder.iterdir():
         content = path.stat()
-        path.write_bytes(b"x" * content.st_size)  # of the same size and age: only a cache can still measure it
+        path.write_bytes(b"x" * content.st_size)  # same size and modification time, so the cache stays valid
         os.utime(path, ns=(content.st_atime_ns, content.st_mtime_ns))
     again = evaluate(run, inception_weights, reference=str(folder))
     assert again["fid"]["value"] == first["fid"]["value"]
 
 
-def test_sizes_and_formats_that_differ_are_warned_of(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+def test_different_sizes_and_formats_give_warnings(run: Path, inception_weights: Path, tmp_path: Path) -> None:
     folder = fill(tmp_path / "reference", 6, size=(48, 40))
     for path in list(folder.iterdir()):
         Image.open(path).save(path.with_suffix(".jpg"))
         path.unlink()
     metrics = evaluate(run, inception_weights, reference=str(folder))
-    size, kind = metrics["warnings"]
-    assert "samples are 32×32 and the reference is 40×48 pixels" in size
-    assert "samples are png and the reference is jpg" in kind
+    size, image_format = metrics["warnings"]
+    assert "samples are 32×32 pixels and the reference is 40×48" in size
+    assert "samples are png and the reference is jpg" in image_format
     assert format_metrics(metrics).count("warning ") == 2
 
 
-def test_an_interrupted_evaluation_leaves_nothing_half_written(
+def test_interrupted_evaluation_leaves_no_partial_files(
     run: Path, inception_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = fill(tmp_path / "reference", 6, size=(32, 32))
@@ -123,7 +123,7 @@ def test_an_interrupted_evaluation_leaves_nothing_half_written(
     assert evaluate(run, inception_weights, reference=str(folder))["fid"]["value"] > 0
 
 
-def test_two_processes_give_the_numbers_of_one(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+def test_two_processes_match_one(run: Path, inception_weights: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other")
     one = evaluate(run, inception_weights)
     for two in two_processes(evaluate, other, inception_weights):
@@ -132,7 +132,7 @@ def test_two_processes_give_the_numbers_of_one(run: Path, inception_weights: Pat
         assert two["inception_score"]["mean"] == pytest.approx(one["inception_score"]["mean"], rel=1e-6)
 
 
-def test_bad_references_are_one_line(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+def test_invalid_references_give_one_line_errors(run: Path, inception_weights: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged.npz").write_bytes(b"no archive")
     np.savez(tmp_path / "other.npz", means=np.zeros(3))
@@ -141,5 +141,5 @@ def test_bad_references_are_one_line(run: Path, inception_weights: Path, tmp_pat
             evaluate(run, inception_weights, reference=str(tmp_path / name))
         assert "\n" not in str(error.value)
     shutil.rmtree(run / "samples")
-    with pytest.raises(UserError, match="no samples; make them with `vqvae2 sample"):
+    with pytest.raises(UserError, match=r"no samples found\. Create them with `vqvae2 sample"):
         evaluate(run, inception_weights)

@@ -1,4 +1,4 @@
-"""`vqvae2 fid` against pytorch-fid's command, the pass over images behind it, and its errors."""
+"""Tests for `vqvae2 fid`: agreement with pytorch-fid, feature extraction, caching and errors."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ N = 9
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two folders of pictures; the second is greyer, and has a grey file and a JPEG among its PNGs."""
+    """Two folders of images; the second has lower contrast, and contains a grayscale file and a JPEG."""
     folder = tmp_path_factory.mktemp("sets")
     first, second = fill(folder / "first", N), fill(folder / "second", N, seed=1, tint=0.3)
     Image.open(second / "000.png").convert("L").save(second / "000.png")
@@ -34,27 +34,23 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def command(*arguments: object) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        run_command(
-            fid.main,
-            ["--inception-weights", str(weights()), "--num-workers", "0", "--device", "cpu", *map(str, arguments)],
-            "vqvae2 fid",
-        )
+        fid.main(["--inception-weights", str(weights()), "--num-workers", "0", "--device", "cpu", *map(str, arguments)])
     return printed.getvalue()
 
 
 def number(printed: str) -> float:
-    """The value on the line that both commands print."""
+    """Return the value on the `FID:` line, which both commands print."""
     (line,) = (line for line in printed.splitlines() if line.startswith("FID:  "))
     return float(line.removeprefix("FID:  "))
 
 
 @pytest.mark.parametrize("dims", [64, 192, 768, 2048])
-def test_is_the_number_of_pytorch_fid(dims: int, sets: tuple[Path, Path]) -> None:
+def test_fid_matches_pytorch_fid(dims: int, sets: tuple[Path, Path]) -> None:
     arguments = ["--dims", str(dims), "--batch-size", "4", *map(str, sets)]
     assert number(command(*arguments)) == pytest.approx(number(pytorch_fid_command(*arguments)), rel=1e-4)
 
 
-def test_statistics_are_exchanged_with_pytorch_fid(sets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_statistics_files_are_interchangeable_with_pytorch_fid(sets: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = sets
     expected = number(command("--dims", 64, first, second))
     printed = command("--dims", 64, "--save-stats", second, tmp_path / "ours")
@@ -64,13 +60,13 @@ def test_statistics_are_exchanged_with_pytorch_fid(sets: tuple[Path, Path], tmp_
         assert number(command("--dims", 64, first, tmp_path / file)) == pytest.approx(expected, rel=1e-4)
         theirs = pytorch_fid_command("--dims", "64", str(first), str(tmp_path / file))
         assert number(theirs) == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         command("--dims", 64, "--save-stats", second, tmp_path / "ours")
-    # Two files need no network, and so no weights.
-    run_command(fid.main, ["--dims", "64", str(tmp_path / "ours.npz"), str(tmp_path / "theirs.npz")], "vqvae2 fid")
+    # Two statistics files need no Inception weights.
+    fid.main(["--dims", "64", str(tmp_path / "ours.npz"), str(tmp_path / "theirs.npz")])
 
 
-def test_few_images_and_other_weights_are_labelled(sets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_few_images_and_other_weights_are_reported(sets: tuple[Path, Path], tmp_path: Path) -> None:
     printed = command("--dims", 64, *sets).splitlines()
     assert printed[1] == "too few images for a comparable FID: 9, fewer than 2048"
     assert "not the standard Inception weights" in printed[2]
@@ -80,7 +76,7 @@ def test_few_images_and_other_weights_are_labelled(sets: tuple[Path, Path], tmp_
     assert len(command("--dims", 64, tmp_path / "many.npz", tmp_path / "many.npz").splitlines()) == 1
 
 
-def test_images_in_an_array_are_those_of_the_folder(sets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_npz_of_images_matches_the_folder(sets: tuple[Path, Path], tmp_path: Path) -> None:
     pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(sets[0].iterdir())])
     np.savez(tmp_path / "plain.npz", pixels)
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=pixels, arr_1=np.arange(N))
@@ -94,7 +90,7 @@ def test_images_in_an_array_are_those_of_the_folder(sets: tuple[Path, Path], tmp
     assert number(command("--dims", 64, sets[0], tmp_path / "plain.npz")) == pytest.approx(0, abs=1e-9)
 
 
-def test_workers_and_batches_do_not_change_what_is_seen(sets: tuple[Path, Path]) -> None:
+def test_num_workers_and_batch_size_do_not_change_the_images(sets: tuple[Path, Path]) -> None:
     def pixels(batch_size: int, num_workers: int) -> torch.Tensor:
         return torch.cat([batch.images for batch in ImageFolder(sets[1]).batches(batch_size, num_workers)])
 
@@ -102,15 +98,15 @@ def test_workers_and_batches_do_not_change_what_is_seen(sets: tuple[Path, Path])
     assert ImageFolder(sets[1]).formats == {"jpg": 1, "png": N}
 
 
-def test_features_and_score_are_kept_in_the_same_pass(sets: tuple[Path, Path]) -> None:
+def test_features_and_inception_score_come_from_one_pass(sets: tuple[Path, Path]) -> None:
     folder = ImageFolder(sets[0])
     (batch,) = folder.batches()
     features, logits = extractor(64)(batch.images, logits=True)
     assert logits is not None
     whole = summarize_features(folder.batches(4), N, extractor(64), KeepOptions(features=100, splits=3))
     torch.testing.assert_close(whole.features, features, rtol=1e-4, atol=1e-5)
-    assert whole.score == pytest.approx(inception_score(logits, 3), rel=1e-4)
-    assert whole.size == (32, 40)
+    assert whole.inception_score == pytest.approx(inception_score(logits, 3), rel=1e-4)
+    assert whole.image_size == (32, 40)
     np.testing.assert_allclose(
         whole.statistics.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-3, atol=1e-5
     )
@@ -119,7 +115,7 @@ def test_features_and_score_are_kept_in_the_same_pass(sets: tuple[Path, Path]) -
     assert some.features.shape == (4, 64)
     chosen = np.sort(np.random.RandomState(2020).permutation(N)[:4])
     torch.testing.assert_close(some.features, features[chosen], rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="10 images were announced and 9 came"):
+    with pytest.raises(UserError, match="expected 10 images, but received 9"):
         summarize_features(folder.batches(4), 10, extractor(64))
 
 
@@ -129,28 +125,28 @@ def shared(folder: Path, cache: Path) -> tuple[FeatureSummary, float]:
     return summary, again.statistics.distance(summary.statistics)
 
 
-def test_two_processes_give_the_value_of_one(sets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_processes_match_one(sets: tuple[Path, Path], tmp_path: Path) -> None:
     one = summarize_features(
         ImageFolder(sets[0]).batches(2), N, extractor(64), KeepOptions(features=5, splits=3)
-    )  # makes the weights
+    )  # also creates the weights file for both processes
     other = summarize_features(ImageFolder(sets[1]).batches(), N + 1, extractor(64)).statistics
     for two, again in two_processes(shared, sets[0], tmp_path):
         assert two.statistics.count == N
         assert two.statistics.distance(other) == pytest.approx(one.statistics.distance(other), rel=1e-6)
         torch.testing.assert_close(two.features, one.features, rtol=1e-4, atol=1e-5)
-        assert two.score == pytest.approx(one.score, rel=1e-6)
-        assert two.size == one.size
+        assert two.inception_score == pytest.approx(one.inception_score, rel=1e-6)
+        assert two.image_size == one.image_size
         assert again == pytest.approx(0, abs=1e-9)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_command_is_shared_by_launched_processes(sets: tuple[Path, Path]) -> None:
+def test_fid_command_on_two_processes(sets: tuple[Path, Path]) -> None:
     first, second = two_processes(command, "--inception-weights", weights(), "--dims", 64, *sets)
     assert second == ""
     assert number(first) == pytest.approx(number(command("--dims", 64, *sets)), rel=1e-6)
 
 
-def test_a_measured_folder_is_not_measured_again_until_it_changes(tmp_path: Path) -> None:
+def test_folder_cache_is_valid_until_a_file_changes(tmp_path: Path) -> None:
     folder, cache = fill(tmp_path / "images", 3), tmp_path / "cache"
     summarize_features_cached(ImageFolder(folder), extractor(64), cache)
     (file,) = cache.iterdir()
@@ -162,7 +158,7 @@ def test_a_measured_folder_is_not_measured_again_until_it_changes(tmp_path: Path
 
     assert files() == 1
     assert file.stat().st_mtime_ns == first
-    file.write_bytes(file.read_bytes()[:200])  # damaged: made anew
+    file.write_bytes(file.read_bytes()[:200])  # damaged, so it is recomputed
     assert files() == 1
     assert GaussianStatistics.load(file).count == 3
     os.utime(folder / "000.png", ns=(1, 1))
@@ -174,12 +170,13 @@ def test_a_measured_folder_is_not_measured_again_until_it_changes(tmp_path: Path
     assert len(list(cache.iterdir())) == 5
 
 
-def test_a_summary_round_trips_and_plain_statistics_are_one(sets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_feature_summary_round_trip_and_plain_statistics(sets: tuple[Path, Path], tmp_path: Path) -> None:
     summary = summarize_features(ImageFolder(sets[0]).batches(), N, extractor(64), KeepOptions(features=5, splits=2))
     summary.save(tmp_path / "s.npz")
     loaded = FeatureSummary.load(tmp_path / "s.npz")
     assert torch.equal(loaded.features, summary.features)
-    assert (loaded.score, loaded.size, loaded.statistics.count) == (summary.score, summary.size, N)
+    assert (loaded.inception_score, loaded.image_size) == (summary.inception_score, summary.image_size)
+    assert loaded.statistics.count == N
     summary.statistics.save(tmp_path / "plain.npz")
     assert FeatureSummary.load(tmp_path / "plain.npz").features is None
     np.savez(tmp_path / "odd.npz", **summary.statistics.arrays(), features=np.zeros((3, 5), np.float32))
@@ -187,7 +184,7 @@ def test_a_summary_round_trips_and_plain_statistics_are_one(sets: tuple[Path, Pa
         FeatureSummary.load(tmp_path / "odd.npz")
 
 
-def test_an_interrupted_pass_leaves_no_file(tmp_path: Path) -> None:
+def test_interrupted_pass_writes_no_cache_file(tmp_path: Path) -> None:
     folder = ImageFolder(fill(tmp_path / "images", 3))
 
     class Interrupted(ImageFolder):
@@ -200,29 +197,30 @@ def test_an_interrupted_pass_leaves_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def refused(*arguments: object) -> str:
+def error_of(*arguments: object) -> str:
+    """Return the one-line error of the command with these arguments."""
     with pytest.raises(UserError) as caught:
         command("--dims", 64, *arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_folders_without_enough_images_are_refused_with_a_hint(sets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_folders_with_too_few_images_raise_with_a_hint(sets: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("")
-    assert "empty: holds no images (bmp, " in refused(sets[0], tmp_path / "empty")
+    assert "empty: no images found (bmp, " in error_of(sets[0], tmp_path / "empty")
     fill(tmp_path / "nested" / "class0", 2)
-    assert "there are some in sub-folders, as class0/" in refused(sets[0], tmp_path / "nested")
+    assert "Subfolders are not searched, but class0/ contains images" in error_of(sets[0], tmp_path / "nested")
     fill(tmp_path / "capitals", 1)
     (tmp_path / "capitals" / "000.png").rename(tmp_path / "capitals" / "000.PNG")
-    assert "extensions in capitals" in refused(sets[0], tmp_path / "capitals")
-    assert "holds one image; a distance needs at least two" in refused(sets[0], fill(tmp_path / "one", 1))
-    assert "no such folder" in refused(sets[0], tmp_path / "none")
-    assert "not a folder or .npz" in refused(sets[0], sets[0] / "000.png")
+    assert "Upper-case extensions are ignored" in error_of(sets[0], tmp_path / "capitals")
+    assert "found one image, but FID needs at least two" in error_of(sets[0], fill(tmp_path / "one", 1))
+    assert "no such folder" in error_of(sets[0], tmp_path / "none")
+    assert "not a folder or .npz file" in error_of(sets[0], sets[0] / "000.png")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_images_that_cannot_be_used_are_named(num_workers: int, tmp_path: Path) -> None:
+def test_errors_name_invalid_images(num_workers: int, tmp_path: Path) -> None:
     def first_error() -> str:
         with pytest.raises(UserError) as caught:
             list(ImageFolder(tmp_path).batches(2, num_workers))
@@ -236,8 +234,8 @@ def test_images_that_cannot_be_used_are_named(num_workers: int, tmp_path: Path) 
     (tmp_path / "002.png").write_bytes(b"")
     assert "002.png: not a readable image" in first_error()
     Image.fromarray(np.full((32, 40), 40_000, np.uint16)).save(tmp_path / "002.png")
-    assert "002.png: pixels of more than 8 bits (mode I;16)" in first_error()
-    # One that differs from its batch, and one that differs from the batch before.
+    assert "002.png: more than 8 bits per channel (mode I;16)" in first_error()
+    # First a size that differs within a batch, then one that differs from the previous batch.
     for index in (3, 2):
         Image.new("RGB", (41, 32)).save(tmp_path / f"{index:03d}.png")
         other = {3: "002.png has 40×32 pixels, 003.png has 41×32", 2: "000.png has 40×32 pixels, 002.png has 41×32"}
@@ -247,18 +245,18 @@ def test_images_that_cannot_be_used_are_named(num_workers: int, tmp_path: Path) 
 
 
 BAD = {
-    "grey": ({"arr_0": np.zeros((3, 8, 8), np.uint8)}, r"uint8 \(3, 8, 8\); expected uint8 images"),
+    "grayscale": ({"arr_0": np.zeros((3, 8, 8), np.uint8)}, r"uint8 \(3, 8, 8\); expected uint8 images"),
     "one channel": ({"arr_0": np.zeros((3, 8, 8, 1), np.uint8)}, "expected uint8 images"),
     "16 bits": ({"arr_0": np.zeros((3, 8, 8, 3), np.uint16)}, r"uint16 \(3, 8, 8, 3\)"),
-    "one image": ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8)}, "holds 1 images"),
-    "other keys": ({"images": np.zeros((3, 8, 8, 3), np.uint8)}, "no `mu` and `sigma`, and no images `arr_0`"),
+    "one image": ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8)}, "found 1 images"),
+    "other keys": ({"images": np.zeros((3, 8, 8, 3), np.uint8)}, "expected arrays `mu` and `sigma`"),
     "half statistics": ({"mu": np.zeros(64)}, "no array `sigma`"),
     "other dimensions": ({"mu": np.zeros(3), "sigma": np.eye(3)}, "statistics of 3 dimensions, but --dims 64"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_archives_of_something_else_are_refused(name: str, sets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_npz_with_other_contents_raises(name: str, sets: tuple[Path, Path], tmp_path: Path) -> None:
     arrays, message = BAD[name]
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=message) as caught:
@@ -266,20 +264,20 @@ def test_archives_of_something_else_are_refused(name: str, sets: tuple[Path, Pat
     assert str(tmp_path / "bad.npz") in str(caught.value)
 
 
-def test_damaged_archives_are_refused(sets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_damaged_npz_raises(sets: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "images.npz"
     pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     for save in (np.savez, np.savez_compressed):
         save(path, pixels)
         whole = path.read_bytes()
         path.write_bytes(whole[:-30])
-        assert "images.npz: not a readable .npz" in refused(path, sets[0])
+        assert "images.npz: not a readable .npz" in error_of(path, sets[0])
         path.write_bytes(whole[:6000] + bytes(50) + whole[6050:])
-        assert "images.npz: not a readable .npz" in refused(path, sets[0])
-    assert "missing.npz: no such file" in refused(tmp_path / "missing.npz", sets[0])
+        assert "images.npz: not a readable .npz" in error_of(path, sets[0])
+    assert "missing.npz: no such file" in error_of(tmp_path / "missing.npz", sets[0])
 
 
-def test_settings_that_cannot_work_are_refused(sets: tuple[Path, Path], tmp_path: Path) -> None:
-    assert "--batch-size" in refused("--batch-size", 0, *sets)
-    assert "--device nonsense: no device" in refused("--device", "nonsense", *sets)
-    assert "none.pth is missing" in refused("--inception-weights", tmp_path / "none.pth", *sets)
+def test_invalid_options_raise(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "--batch-size" in error_of("--batch-size", 0, *sets)
+    assert "--device nonsense: not a torch device" in error_of("--device", "nonsense", *sets)
+    assert "none.pth is missing" in error_of("--inception-weights", tmp_path / "none.pth", *sets)

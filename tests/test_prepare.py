@@ -129,9 +129,9 @@ def test_inspect_prints_what_a_code_store_holds(tmp_path: Path, capsys: pytest.C
     text = capsys.readouterr().out
     shares = torch.bincount(maps[1].flatten(), minlength=4).double() / 70
     entropy = float(-(shares * shares.log()).sum())
-    assert "70 of split train" in text
-    assert f"top           1×1 codes of 4: 100.0% in use, entropy {entropy:.3f} nats" in text
-    assert f"bottom        3×2 codes of 300: {len(maps[0].unique()) / 300:.1%} in use" in text
+    assert "70 in split train" in text
+    assert f"top           1×1, codebook size 4: usage 100.0%, entropy {entropy:.3f} nats" in text
+    assert f"bottom        3×2, codebook size 300: usage {len(maps[0].unique()) / 300:.1%}" in text
     assert f"classes       5: a {int((labels == 0).sum())}, b {int((labels == 1).sum())}" in text
     with Image.open(tmp_path / "train.png") as picture:
         assert picture.width > 2.5 * picture.height, "a panel for each level and one for the classes"
@@ -142,6 +142,6 @@ def test_inspect_prints_what_prepared_images_are(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     inspect([str(tmp_path / "out"), "--out", str(tmp_path / "grid.png")])
     text = capsys.readouterr().out
-    for words in ("12, each just covering 16×16, jpeg, quality 95", "2: cat 6, dog 6", "unreadable    none"):
+    for words in ("12, resized to cover 16×16, jpeg, quality 95", "2: cat 6, dog 6", "unreadable    none"):
         assert words in text
     assert (tmp_path / "grid.png").is_file()

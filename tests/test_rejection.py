@@ -1,4 +1,4 @@
-"""Classifier-based rejection: which candidates are kept, and the command as a person types it."""
+"""Tests for classifier-based rejection: the selection of candidates and the command."""
 
 import json
 import math
@@ -26,7 +26,7 @@ FRACTIONS = st.integers(1, 100).map(lambda percent: percent / 100)
     st.lists(st.tuples(st.floats(-9, 0), st.integers(0, 4)), max_size=60),
     FRACTIONS,
 )
-def test_each_label_keeps_its_best_fraction(scored: list[tuple[float, int]], fraction: float) -> None:
+def test_select_best_keeps_the_best_fraction_of_each_label(scored: list[tuple[float, int]], fraction: float) -> None:
     scores, labels = [score for score, _ in scored], [label for _, label in scored]
     kept = select_best(scores, labels, fraction)
     exact = Fraction(str(fraction))
@@ -41,7 +41,7 @@ def test_each_label_keeps_its_best_fraction(scored: list[tuple[float, int]], fra
 
 
 @given(st.integers(1, 60), st.integers(1, 12), FRACTIONS)
-def test_there_are_candidates_for_every_image_and_every_label(count: int, classes: int, fraction: float) -> None:
+def test_num_candidates_suffices_for_every_image_and_label(count: int, classes: int, fraction: float) -> None:
     used = min(count, classes)
     number = num_candidates(count, fraction)
     labels = [index % used for index in range(number)]
@@ -51,7 +51,7 @@ def test_there_are_candidates_for_every_image_and_every_label(count: int, classe
     assert number == count or (number - 1) * Fraction(str(fraction)) < count
 
 
-def test_a_fraction_is_the_decimal_that_was_typed() -> None:
+def test_fractions_are_exact_decimals() -> None:
     assert num_candidates(3, 0.1) == 30
     assert num_candidates(7, 0.07) == 100
     assert len(select_best([0.0] * 100, [0] * 100, 0.29)) == 29  # 100 · 0.29 is 28.999… in floating point
@@ -59,17 +59,17 @@ def test_a_fraction_is_the_decimal_that_was_typed() -> None:
 
 
 @pytest.fixture
-def judge(tmp_path: Path) -> Path:
-    """A classifier of the built-in scenes with random weights, in a file."""
+def classifier_path(tmp_path: Path) -> Path:
+    """A weights file of a randomly initialized classifier of the built-in scenes."""
     spec = ClassifierConfig(architecture="resnet18", classes=CLASSES[::-1], size=(16, 16))
     torch.manual_seed(0)
-    path = tmp_path / "judge.safetensors"
+    path = tmp_path / "classifier.safetensors"
     save_classifier(path, spec.build(), spec, {})
     return path
 
 
-def test_the_command_keeps_the_likeliest_and_goes_on_where_it_was_stopped(
-    finished_run: Path, tmp_path: Path, judge: Path, capsys: pytest.CaptureFixture[str]
+def test_sample_command_keeps_the_most_probable_candidates_and_resumes(
+    finished_run: Path, tmp_path: Path, classifier_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     command = [
@@ -82,7 +82,7 @@ def test_the_command_keeps_the_likeliest_and_goes_on_where_it_was_stopped(
         "--keep-fraction",
         "0.5",
         "--classifier",
-        str(judge),
+        str(classifier_path),
     ]
     capsys.readouterr()
     assert main(command) == 0
@@ -92,17 +92,17 @@ def test_the_command_keeps_the_likeliest_and_goes_on_where_it_was_stopped(
     accepted = folder / "accepted"
     manifest = json.loads((accepted / "manifest.json").read_text())
     record = json.loads((accepted / "rejection.json").read_text())
-    assert manifest["count"] == len(manifest["labels"]) == len(record["chosen"]) == record["accepted"] == 4
+    assert manifest["count"] == len(manifest["labels"]) == len(record["selected"]) == record["accepted"] == 4
     assert sorted(manifest["labels"]) == [3, 3, 7, 7]
-    classifier = load_classifier(str(judge))
+    classifier = load_classifier(str(classifier_path))
     images = [torch.from_numpy(read_image(folder / "images" / f"{n:06d}.png", (32, 32))) for n in range(8)]
-    sure = classifier.log_probs(torch.stack(images).permute(0, 3, 1, 2)).exp()
+    probabilities = classifier.log_probs(torch.stack(images).permute(0, 3, 1, 2)).exp()
     for label in (3, 7):
-        own = {n: float(sure[n, len(CLASSES) - 1 - label]) for n in range(8) if (3, 7)[n % 2] == label}
-        chosen = {entry["candidate"]: entry["probability"] for entry in record["chosen"] if entry["label"] == label}
+        own = {n: float(probabilities[n, len(CLASSES) - 1 - label]) for n in range(8) if (3, 7)[n % 2] == label}
+        chosen = {entry["candidate"]: entry["probability"] for entry in record["selected"] if entry["label"] == label}
         assert sorted(chosen) == sorted(sorted(own, key=lambda n: -own[n])[:2])
         assert chosen == pytest.approx({n: own[n] for n in chosen}, rel=1e-4)
-    for entry in record["chosen"]:
+    for entry in record["selected"]:
         copy, original = f"images/{entry['image']:06d}.png", f"images/{entry['candidate']:06d}.png"
         assert (accepted / copy).read_bytes() == (folder / original).read_bytes()
     with Image.open(accepted / "grid.png") as grid:
@@ -115,53 +115,67 @@ def test_the_command_keeps_the_likeliest_and_goes_on_where_it_was_stopped(
     assert contents(run) == before
 
 
-def test_the_same_candidates_judged_otherwise_leave_the_first_choice_alone(
-    finished_run: Path, tmp_path: Path, judge: Path
-) -> None:
+def test_another_classifier_writes_to_a_new_folder(finished_run: Path, tmp_path: Path, classifier_path: Path) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
-    command = ["sample", str(run), "--classifier", str(judge)]
+    command = ["sample", str(run), "--classifier", str(classifier_path)]
     assert main([*command, "--keep-fraction", "1"]) == 0
     first = contents(run / "samples" / "accepted")
     assert {name for name in first if name.endswith(".png")} == {"grid.png", "classes.png"} | {
         f"images/{n:06d}.png" for n in range(5)
     }
-    other = load_classifier(str(judge))
-    save_classifier(judge, other.network, ClassifierConfig(architecture="resnet18", classes=CLASSES, size=(16, 16)), {})
+    other = load_classifier(str(classifier_path))
+    save_classifier(
+        classifier_path, other.network, ClassifierConfig(architecture="resnet18", classes=CLASSES, size=(16, 16)), {}
+    )
     assert main([*command, "--keep-fraction", "1"]) == 0
     assert contents(run / "samples" / "accepted") == first
     assert (run / "samples" / "accepted-2" / "rejection.json").is_file()
 
 
-def test_bad_requests_are_one_line_and_sample_nothing(
-    finished_run: Path, tmp_path: Path, judge: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_invalid_options_give_one_line_errors_and_write_nothing(
+    finished_run: Path,
+    tmp_path: Path,
+    classifier_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = contents(finished_run)
     sample = ["sample", str(finished_run)]
-    fails(capsys, [*sample, "--keep-fraction", "0.5"], "--keep-fraction", "needs --classifier")
-    fails(capsys, [*sample, "--classifier", str(judge)], "--classifier", "needs --keep-fraction")
+    fails(capsys, [*sample, "--keep-fraction", "0.5"], "--keep-fraction", "requires --classifier")
+    fails(capsys, [*sample, "--classifier", str(classifier_path)], "--classifier", "requires --keep-fraction")
     for fraction in ("0", "-1", "1.5", "nan"):
-        fails(capsys, [*sample, f"--keep-fraction={fraction}", "--classifier", str(judge)], fraction, "at most 1")
+        fails(
+            capsys,
+            [*sample, f"--keep-fraction={fraction}", "--classifier", str(classifier_path)],
+            fraction,
+            "at most 1",
+        )
     both = [*sample, "--keep-fraction", "0.5", "--classifier"]
     fails(capsys, [*both, "resnet51"], "resnet51", "neither a file", "resnet50")
-    fails(capsys, [*both, str(tmp_path)], str(tmp_path), "a folder")
+    fails(capsys, [*both, str(tmp_path)], str(tmp_path), "is a folder")
     foreign = tmp_path / "weights.pth"
     foreign.write_bytes(b"pickled")
-    fails(capsys, [*both, str(foreign)], "weights.pth", "only weights in safetensors")
+    fails(capsys, [*both, str(foreign)], "weights.pth", "only safetensors files")
     autoencoder = finished_run / "autoencoder" / "model.safetensors"
-    fails(capsys, [*both, str(autoencoder)], "model.safetensors", "(autoencoder), not of a classifier")
+    fails(
+        capsys,
+        [*both, str(autoencoder)],
+        "model.safetensors",
+        "expected the weights of a classifier, found autoencoder",
+    )
     spec = ClassifierConfig(architecture="resnet18", classes=CLASSES[1:], size=(16, 16))
-    save_classifier(judge, spec.build(), spec, {})
-    fails(capsys, [*both, str(judge)], "does not know the run's class", CLASSES[0])
+    save_classifier(classifier_path, spec.build(), spec, {})
+    fails(capsys, [*both, str(classifier_path)], "the run's class", CLASSES[0])
     assert contents(finished_run) == before
 
 
-def test_a_run_without_labels_is_refused(
-    finished_run: Path, judge: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_run_without_labels_raises(
+    finished_run: Path, classifier_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vqvae2.data.code_store import CodeStore
 
     opened = CodeStore.open(finished_run / "codes" / "train")
     opened.header = opened.header.model_copy(update={"classes": ()})
     monkeypatch.setattr(CodeStore, "open", lambda *_: opened)
-    command = ["sample", str(finished_run), "--keep-fraction", "0.5", "--classifier", str(judge)]
+    command = ["sample", str(finished_run), "--keep-fraction", "0.5", "--classifier", str(classifier_path)]
     fails(capsys, command, "--keep-fraction", "no class labels")

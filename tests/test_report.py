@@ -1,4 +1,4 @@
-"""The report page: whole, self-contained, escaped, the same every time, and shown by a real browser."""
+"""Tests for the HTML report: content, escaping, determinism, and rendering in a browser."""
 
 import base64
 import io
@@ -15,7 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from sampling.report import page
+from sampling.report.formatting import format_duration
+from sampling.report.picture import load_picture
 from sampling.report.report import write_report
 from vqvae2 import files
 from vqvae2.__main__ import main
@@ -24,13 +25,13 @@ from vqvae2.errors import UserError
 HOSTILE = "<script>alert(1)</script>"
 SECTIONS = (
     *("Reconstructions", "Samples", "Diagnosis", "Curves", "Codebooks", "Likelihood"),
-    *("Metrics", "Time", "Settings", "Made from"),
+    *("Metrics", "Time", "Settings", "Provenance"),
 )
-LOADS = {"src", "href", "srcset", "data", "action", "poster", "background"}
+URL_ATTRIBUTES = {"src", "href", "srcset", "data", "action", "poster", "background"}
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, headings, and all text, as a browser would find them."""
+    """Tags with attributes, headings and text of a report, parsed from the file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -60,11 +61,11 @@ class Page(HTMLParser):
         assert {tag for tag, _ in self.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base"})
         for _, attributes in self.tags:
             assert not any(name.startswith("on") for name in attributes)
-            for name in LOADS & attributes.keys():
+            for name in URL_ATTRIBUTES & attributes.keys():
                 assert str(attributes[name]).startswith("data:image/png;base64,")
 
     def pictures(self) -> list[Image.Image]:
-        """Every picture, decoded, of the size that the page reserves for it."""
+        """Return all images, decoded, after checking that their sizes match the attributes."""
         found = []
         for tag, attributes in self.tags:
             if tag == "img":
@@ -78,7 +79,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def run(finished_run: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, with metrics as evaluation writes them."""
+    """A copy of the finished run with a metrics.json like the one `vqvae2 evaluate` writes."""
     run = shutil.copytree(finished_run, tmp_path / "copy")
     samples = files.digest(run / "samples" / "manifest.json")
     few = "too few images for a comparable FID"
@@ -110,22 +111,20 @@ def change(path: Path, edit: Callable[[dict], object]) -> None:
     files.write_json(path, value)
 
 
-def test_the_command_writes_a_self_contained_page_with_every_section(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_command_writes_a_self_contained_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     report = Page(run / "report.html")
     report.check_self_contained()
     assert tuple(report.headings) == SECTIONS
-    assert len(report.pictures()) == 7  # reconstructions, samples, two levels sampled, three pictures of curves
-    assert "No picture yet" not in report.text
-    assert "Not finished" not in report.text
+    assert len(report.pictures()) == 7  # reconstructions, samples, two priors, three training curves
+    assert "No image yet" not in report.text
+    assert "not finished" not in report.text
     with Image.open(run / "samples" / "grid.png") as grid:
         assert np.array_equal(np.array(report.pictures()[1]), np.array(grid))
 
 
-def test_what_was_measured_stands_in_the_page(run: Path) -> None:
+def test_report_shows_all_measurements(run: Path) -> None:
     text = Page(write_report(run)).text
     found = json.loads((run / "autoencoder" / "summary.json").read_text())["validation"]
     assert f"{found['psnr']:.2f}" in text
@@ -139,8 +138,8 @@ def test_what_was_measured_stands_in_the_page(run: Path) -> None:
         row = [f"{nll[name]:.3f}" for name in ("nll", "bits", "uniform", "unigram")]
         assert f"{level} {side} × {side} {' '.join(row)} {nll['bits'] * positions:,.0f}" in text
         bits += nll["bits"] * positions
-    assert f"all levels 80 codes {bits:,.0f}" in text
-    assert f"Codes of an image {bits:,.0f} bits" in text
+    assert f"total 80 codes {bits:,.0f}" in text
+    assert f"Code likelihood {bits:,.0f} bits per image" in text
     assert f"{32 * 32 * 3 * 8:,}" in text
     assert "1.500" in text
     assert "samples, size 32 × 32" in text
@@ -149,33 +148,33 @@ def test_what_was_measured_stands_in_the_page(run: Path) -> None:
         assert words in text
 
 
-def test_kid_comes_first_where_images_are_too_few_and_fid_where_they_are_not(run: Path) -> None:
+def test_kid_comes_first_unless_fid_is_comparable(run: Path) -> None:
     text = Page(write_report(run)).text
-    assert "Measure Value Note KID 0.01230 ± 0.00400" in text
+    assert "Metric Value Note KID 0.01230 ± 0.00400" in text
     assert "FID 123.46 5 samples, 20 reference; too few images for a comparable FID" in text
     fid = {"value": 12.5, "text": "12.50 (5000 samples, 5000 reference)", "comparable": True}
     change(run / "evaluation" / "metrics.json", lambda metrics: metrics.update(fid=fid))
-    assert "Measure Value Note FID 12.50 5000 samples, 5000 reference" in Page(write_report(run)).text
+    assert "Metric Value Note FID 12.50 5000 samples, 5000 reference" in Page(write_report(run)).text
 
 
-def test_metrics_of_other_samples_or_other_weights_are_marked(run: Path) -> None:
+def test_metrics_of_other_samples_or_weights_give_warnings(run: Path) -> None:
     assert "evaluate again" not in Page(write_report(run)).text
     change(run / "samples" / "manifest.json", lambda manifest: manifest.update(seed=7))
     change(run / "evaluation" / "metrics.json", lambda metrics: metrics["protocol"].update(standard_weights=False))
     change(run / "evaluation" / "metrics.json", lambda metrics: metrics.update(warnings=["sizes differ"]))
     text = Page(write_report(run)).text
-    for words in ("Measured on other samples", "Not the standard Inception weights", "Sizes differ."):
+    for words in ("The metrics were measured on other samples", "Not the standard Inception weights", "Sizes differ."):
         assert words in text
 
 
-def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
+def test_report_is_deterministic(run: Path) -> None:
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
     assert not list(run.glob(".*"))
 
 
-def test_hostile_names_and_values_are_text(run: Path, tmp_path: Path) -> None:
-    # A name cannot hold a slash; what remains would run all the same.
+def test_report_escapes_names_and_values(run: Path, tmp_path: Path) -> None:
+    # File names cannot contain a slash, so this tag is an image instead of a script.
     hostile = run.rename(tmp_path / "<img src=x onerror=alert(1)>&amp;'\"")
     change(hostile / "samples" / "manifest.json", lambda manifest: manifest.update(class_names=[HOSTILE] * 10))
     change(hostile / "evaluation" / "metrics.json", lambda metrics: metrics["fid"].update(value=None, text=HOSTILE))
@@ -194,12 +193,12 @@ def test_hostile_names_and_values_are_text(run: Path, tmp_path: Path) -> None:
     assert HOSTILE not in (hostile / "report.html").read_text()
 
 
-def test_names_that_are_no_unicode_are_shown(run: Path) -> None:
+def test_names_with_invalid_utf8_are_replaced(run: Path) -> None:
     change(run / "samples" / "manifest.json", lambda manifest: manifest.update(class_names=["caf\udce9"] * 10))
     assert "caf?" in Page(write_report(run)).text
 
 
-def test_a_run_that_has_only_begun_says_what_is_missing(run: Path) -> None:
+def test_report_of_a_new_run_names_missing_parts(run: Path) -> None:
     for path in run.iterdir():
         if path.name != "config.yaml":
             shutil.rmtree(path)
@@ -207,10 +206,10 @@ def test_a_run_that_has_only_begun_says_what_is_missing(run: Path) -> None:
     report.check_self_contained()
     assert tuple(report.headings) == SECTIONS
     assert report.pictures() == []
-    assert report.text.count("not yet") == 6
+    assert report.text.count("not started") == 6
     for words in (
-        "Not finished yet",
-        "No picture yet: sampled images",
+        "This run is not finished",
+        "No image yet: sampled images",
         "No validation of the autoencoder",
         "No validation of a prior",
         "Not evaluated",
@@ -220,7 +219,7 @@ def test_a_run_that_has_only_begun_says_what_is_missing(run: Path) -> None:
         assert words in report.text
 
 
-def test_a_run_under_way_shows_how_far_it_is(run: Path) -> None:
+def test_report_of_a_running_run_shows_progress(run: Path) -> None:
     shutil.rmtree(run / "evaluation")
     (run / "prior-bottom" / "model.safetensors").unlink()
     (run / "prior-bottom" / "summary.json").unlink()
@@ -229,58 +228,61 @@ def test_a_run_under_way_shows_how_far_it_is(run: Path) -> None:
     history.write_text(json.dumps(entry | {"validation/unigram": 2.5}) + "\n" + '{"step": 3, "tra')
     (run / "samples" / "images" / "000004.png").unlink()
     text = Page(write_report(run)).text
-    assert "prior-bottom under way step 2 of 4" in text
-    assert "samples under way 4 of 5 images" in text
+    assert "prior-bottom in progress step 2 of 4" in text
+    assert "samples in progress 4 of 5 images" in text
     assert "bottom 8 × 8 2.000 2.885 2.770 2.500 185" in text
     history.unlink()
     text = Page(write_report(run)).text
-    assert "prior-bottom not yet" in text
+    assert "prior-bottom not started" in text
     assert "bottom 8 × 8 – – – – –" in text
-    assert "all levels 80 codes –" in text
+    assert "total 80 codes –" in text
 
 
-def test_other_samples_can_be_shown(run: Path, tmp_path: Path) -> None:
+def test_samples_option_shows_another_folder(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     assert main(["sample", str(run), "--count", "2", "--seed", "9", "--out", str(other)]) == 0
     assert main(["report", str(run), "--samples", str(other)]) == 0
     text = Page(run / "report.html").text
-    assert "2 images in all; seed 9" in text
-    assert "Measured on other samples" in text
+    assert "2 images; seed 9" in text
+    assert "The metrics were measured on other samples" in text
 
 
-def test_wide_pictures_are_shrunk(tmp_path: Path) -> None:
+def test_load_picture_downscales_wide_images(tmp_path: Path) -> None:
     Image.new("RGB", (4224, 100)).save(tmp_path / "wide.png")
-    assert 'width="2112" height="50"' in page.picture(tmp_path / "wide.png", "wide")
+    picture = load_picture(tmp_path / "wide.png", "wide")
+    assert (picture.width, picture.height, picture.pixelated) == (2112, 50, False)
+    with Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))) as image:
+        assert image.size == (2112, 50)
 
 
-def test_a_time_is_shown_in_two_units() -> None:
-    shown = [page.duration(seconds) for seconds in (0.04, 9.96, 59.7, 206, 3599.6, 90000)]
+def test_format_duration_uses_two_units() -> None:
+    shown = [format_duration(seconds) for seconds in (0.04, 9.96, 59.7, 206, 3599.6, 90000)]
     assert shown == ["0.0 s", "10 s", "1 min 0 s", "3 min 26 s", "1 h 0 min", "25 h 0 min"]
 
 
-def test_what_cannot_be_shown_is_one_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_runs_give_one_line_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "nowhere: not a run folder" in error
     (run / "samples" / "grid.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"grid\.png: not a readable picture"):
+    with pytest.raises(UserError, match=r"grid\.png: not a readable image"):
         write_report(run)
     (run / "autoencoder" / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json: not valid JSON"):
         write_report(run)
     (run / "config.yaml").write_text("data: {size: 32}\n")
-    with pytest.raises(UserError, match=r"config\.yaml: not the settings of a run"):
+    with pytest.raises(UserError, match=r"config\.yaml: not the config of a run"):
         write_report(run)
     assert not (run / "report.html").exists()
 
 
 @pytest.mark.parametrize("width", [1200, 400])
-def test_a_browser_shows_every_picture(run: Path, tmp_path: Path, width: int) -> None:
+def test_browser_shows_every_image(run: Path, tmp_path: Path, width: int) -> None:
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no chromium on this machine")
-    colours = paint_pictures(run)
+    colors = paint_pictures(run)
     shot = tmp_path / "shot.png"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -290,37 +292,37 @@ def test_a_browser_shows_every_picture(run: Path, tmp_path: Path, width: int) ->
     with Image.open(shot) as image:
         pixels = np.array(image.convert("RGB")).astype(int)
     assert pixels.shape == (6000, width, 3)
-    for colour in colours:
-        found = np.abs(pixels - colour).max(2) < 4
+    for color in colors:
+        found = np.abs(pixels - color).max(2) < 4
         rows, columns = np.nonzero(found.any(1))[0], np.nonzero(found.any(0))[0]
         assert found.sum() > 1000
-        # One whole rectangle, inside the page.
+        # A single rectangle inside the page.
         assert found.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
         assert 0 < columns[0] < columns[-1] < width - 1
     assert pixels.std() > 20
-    assert (pixels[:, -8:] == 255).all()  # nothing sticks out to the right
+    assert (pixels[:, -8:] == 255).all()  # no horizontal overflow
 
 
 def paint_pictures(run: Path) -> np.ndarray:
-    """Give every picture that the page shows a colour of its own; the colours."""
+    """Replace every image of the report by a distinct solid color, and return the colors (N, 3)."""
     shown = [run / "samples" / "grid.png"]
     for stage in ("autoencoder", "prior-top", "prior-bottom"):
         shown += [max((run / stage / "previews").glob("*.png")), run / stage / "curves.png"]
-    bright, dark = 230, 30  # no grey among them, which letters have
-    colours = np.array(
+    bright, dark = 230, 30  # no grays, since antialiased text contains them
+    colors = np.array(
         [
             *((bright, dark, dark), (dark, bright, dark), (dark, dark, bright), (bright, bright, dark)),
             *((bright, dark, bright), (dark, bright, bright), (bright, 130, dark)),
         ]
     )
-    for path, colour in zip(shown, colours, strict=True):
+    for path, color in zip(shown, colors, strict=True):
         with Image.open(path) as image:
             size = image.size
-        Image.new("RGB", size, tuple(colour.tolist())).save(path)
-    return colours
+        Image.new("RGB", size, tuple(color.tolist())).save(path)
+    return colors
 
 
-def test_the_page_may_load_nothing(run: Path) -> None:
+def test_report_loads_no_external_resources(run: Path) -> None:
     text = write_report(run).read_text()
     assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in text
     assert not re.search(r"@import|url\(", text)

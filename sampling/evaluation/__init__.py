@@ -1,1 +1,1 @@
-"""Measure samples: features, distances, classifiers, diagnosis."""
+"""Evaluation of samples: features, metrics, classifiers and diagnosis."""

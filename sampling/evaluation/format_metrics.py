@@ -38,8 +38,8 @@ def _training_lines(metrics: dict[str, Any]) -> list[str]:
         lines.append(_line(f"codes {level}", f"usage {codes['usage']:.0%}, perplexity {codes['perplexity']:.1f}"))
     for level, prior in metrics["likelihood"].items():
         baselines = f"uniform {prior['uniform']:.3f}, unigram {prior['unigram']:.3f}"
-        gain = f"{1 - prior['nll'] / prior['unigram']:.0%} below unigram"
-        lines.append(_line(f"prior {level}", f"NLL {prior['nll']:.3f} nats per code ({baselines}; {gain})"))
+        change = f"{prior['nll'] / prior['unigram'] - 1:+.0%} relative to unigram"
+        lines.append(_line(f"prior {level}", f"NLL {prior['nll']:.3f} nats per code ({baselines}; {change})"))
     dimension = f"{metrics['bits_per_dimension']:.4f} bits per dimension"
     return [*lines, _line("bits per image", f"{metrics['bits_per_image']:,.0f}, {dimension}")]
 

@@ -1,1 +1,1 @@
-"""Show a run: an HTML report, and the contents of code stores and prepared data sets."""
+"""The HTML report of a run, and summaries of code stores and prepared images."""

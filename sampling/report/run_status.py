@@ -1,6 +1,6 @@
-"""What a run folder holds, finished or not: how far each stage is, what it measured, and what it was made with.
+"""The status of a run folder: the progress of each stage, its metrics, and what the results were made from.
 
-Everything comes from settings and JSON that the stages have left there; no weights are read.
+Only settings, JSON files and headers are read; no weights are loaded.
 """
 
 from dataclasses import dataclass, field
@@ -10,122 +10,127 @@ from typing import Any
 import torch
 
 from sampling.evaluation.training_checks import codebook_warnings, prior_warnings
+from sampling.run_config import RunConfig
 from vqvae2 import files
 from vqvae2.code_maps import MapSpec
-from vqvae2.config import read_yaml
 from vqvae2.data import lmdb_store
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import DataConfig
-from vqvae2.errors import UserError
-from vqvae2.models import AutoencoderConfig
-from vqvae2.run_folder import RunFolder, level_names
+from vqvae2.run_folder import RunFolder, StageFolder
 
 
 @dataclass(frozen=True)
-class Stage:
-    """How far one stage is, and what it measured."""
+class StageStatus:
+    """Progress and metrics of one stage."""
 
-    state: str  # "finished", "under way" or "not yet"
+    state: str  # "finished", "in progress" or "not started"
     detail: str = ""
     seconds: float | None = None
-    values: dict[str, float] = field(default_factory=dict)  # of its last validation; empty before the first
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation; empty before the first one
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What a run folder holds."""
+    """Contents of a run folder, finished or not."""
 
     folder: RunFolder
     samples: Path
     data: DataConfig
     maps: dict[str, MapSpec]  # by level, finest first
-    stages: dict[str, Stage]  # in the order of work
-    manifest: dict[str, Any] | None
-    metrics: dict[str, Any] | None
-    diagnosis: dict[str, Any] | None  # what `vqvae2 diagnose` says of its pictures
-    warnings: tuple[str, ...]  # about what the stages have measured
+    stages: dict[str, StageStatus]  # in the order of execution
+    manifest: dict[str, Any] | None  # of the samples
+    metrics: dict[str, Any] | None  # written by `vqvae2 evaluate`
+    diagnosis: dict[str, Any] | None  # written by `vqvae2 diagnose`
+    warnings: tuple[str, ...]  # derived from the metrics of the stages
 
     @property
     def name(self) -> str:
-        """The run's name, that of its folder."""
+        """Name of the run: the name of its folder."""
         return self.folder.path.resolve().name
 
-    def prior(self, level: str) -> Stage:
-        """The stage of one level's prior."""
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is finished."""
+        return all(stage.state == "finished" for stage in self.stages.values())
+
+    def prior(self, level: str) -> StageStatus:
+        """Return the status of one level's prior."""
         return self.stages[f"prior-{level}"]
 
 
 def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
-    """What a run folder holds now, and what `samples` does (RUN/samples by default); UserError for a damaged file."""
-    config, source = read_yaml(folder.config), str(folder.config)
+    """Read the status of a run and of the folder `samples` (RUN/samples by default).
+
+    Raises:
+        UserError: If the config or a JSON file is damaged.
+    """
     samples = samples or folder.samples
-    try:
-        network = {name: config["autoencoder"][name] for name in AutoencoderConfig.model_fields}
-        names = level_names(len(network["levels"]))
-        steps = {name: config["priors"][name]["training"]["steps"] for name in reversed(names)}
-        trained = _training(folder.autoencoder, config["autoencoder"]["training"]["steps"])
-    except (KeyError, TypeError):
-        raise UserError(f"{source}: not the settings of a run; `vqvae2 run` writes them into a new folder") from None
-    data = DataConfig.parse(config.get("data", {}), source, "data")
+    config = RunConfig.load_resolved(folder.config)
+    names = config.levels
     with torch.device("meta"):
-        maps = AutoencoderConfig.parse(network, source, "autoencoder").build(data.shape, data.channels).map_specs
+        maps = config.autoencoder.model.build(config.data.shape, config.data.channels).map_specs
+    autoencoder = _training(folder.autoencoder, config.autoencoder.training.steps)
     stages = {
-        "autoencoder": trained,
+        "autoencoder": autoencoder,
         "codes": _extraction(folder),
-        **{f"prior-{name}": _training(folder.prior(name), count) for name, count in steps.items()},
+        **{f"prior-{name}": _training(folder.prior(name), config.priors[name].training.steps) for name in reversed(names)},
         "samples": _sampling(samples),
-        "evaluation": Stage("finished" if folder.metrics.is_file() else "not yet"),
+        "evaluation": StageStatus("finished" if folder.metrics.is_file() else "not started"),
     }
-    warnings = codebook_warnings(trained.values, names)
+    warnings = codebook_warnings(autoencoder.metrics, names)
     for name in names:
-        warnings += prior_warnings(name, _entries(folder.prior(name) / "metrics.jsonl"))
-    levels = dict(zip(names, maps, strict=True))
-    manifest, diagnosis = _json(samples / "manifest.json"), _json(folder.path / "diagnosis" / "diagnosis.json")
-    return RunStatus(folder, samples, data, levels, stages, manifest, _json(folder.metrics), diagnosis, tuple(warnings))
+        warnings += prior_warnings(name, _log(folder.prior(name)))
+    return RunStatus(
+        folder,
+        samples,
+        config.data,
+        dict(zip(names, maps, strict=True)),
+        stages,
+        manifest=_json(samples / "manifest.json"),
+        metrics=_json(folder.metrics),
+        diagnosis=_json(folder.diagnosis / "diagnosis.json"),
+        warnings=tuple(warnings),
+    )
 
 
-def _training(folder: Path, steps: int) -> Stage:
-    """The stage of a network: its summary, or the end of its history where it has none yet."""
-    summary = _json(folder / "summary.json") or {}
-    step, values = _history(folder / "metrics.jsonl")
-    values = summary.get("validation", values)
-    if (folder / "model.safetensors").is_file():
-        return Stage("finished", f"{steps:,} steps", summary.get("seconds"), values)
-    return Stage("under way", f"step {step:,} of {steps:,}", None, values) if step else Stage("not yet")
-
-
-def _history(path: Path) -> tuple[int, dict[str, float]]:
-    """The last step that was logged, and the values of the last validation."""
-    step, values = 0, {}
-    for entry in _entries(path):
+def _training(folder: StageFolder, steps: int) -> StageStatus:
+    """Return the status of a training stage; its metrics come from the log until there is a summary."""
+    summary = _json(folder.summary) or {}
+    step, metrics = 0, {}
+    for entry in _log(folder):
         step = int(entry["step"])
-        values |= {name.removeprefix("validation/"): entry[name] for name in entry if name.startswith("validation/")}
-    return step, values
+        metrics |= {name.removeprefix("validation/"): entry[name] for name in entry if name.startswith("validation/")}
+    metrics = summary.get("validation", metrics)
+    if folder.weights.is_file():
+        return StageStatus("finished", f"{steps:,} steps", summary.get("seconds"), metrics)
+    if step:
+        return StageStatus("in progress", f"step {step:,} of {steps:,}", None, metrics)
+    return StageStatus("not started")
 
 
-def _entries(path: Path) -> list[dict[str, float]]:
-    """What was logged, in the order of steps."""
-    return files.read_log(path) if path.is_file() else []
-
-
-def _extraction(folder: RunFolder) -> Stage:
+def _extraction(folder: RunFolder) -> StageStatus:
     stores = [folder.code_store(split) for split in ("train", "val")]
     headers = [CodeStore.read_header(path) for path in stores if lmdb_store.exists(path)]
     if len(headers) < len(stores) or not all(header.complete for header in headers):
-        return Stage("under way" if headers else "not yet")
-    seconds = (_json(folder.codes / "summary.json") or {}).get("seconds")
-    return Stage("finished", f"{sum(map(len, headers)):,} images", seconds)
+        return StageStatus("in progress" if headers else "not started")
+    seconds = (_json(folder.codes_summary) or {}).get("seconds")
+    return StageStatus("finished", f"{sum(map(len, headers)):,} images", seconds)
 
 
-def _sampling(samples: Path) -> Stage:
+def _sampling(samples: Path) -> StageStatus:
     manifest = _json(samples / "manifest.json")
     if manifest is None:
-        return Stage("not yet")
+        return StageStatus("not started")
     seconds = (_json(samples / "summary.json") or {}).get("seconds")
-    found, count = len(list((samples / "images").glob("*.png"))), manifest["count"]
-    if found < count:
-        return Stage("under way", f"{found:,} of {count:,} images", seconds)
-    return Stage("finished", f"{count:,} images", seconds)
+    existing, count = len(list((samples / "images").glob("*.png"))), manifest["count"]
+    if existing < count:
+        return StageStatus("in progress", f"{existing:,} of {count:,} images", seconds)
+    return StageStatus("finished", f"{count:,} images", seconds)
+
+
+def _log(folder: StageFolder) -> list[dict[str, float]]:
+    """Return the entries of a stage's metric log in the order of steps."""
+    return files.read_log(folder.metric_log) if folder.metric_log.is_file() else []
 
 
 def _json(path: Path) -> Any:
