@@ -20,7 +20,7 @@ from sampling.sample import numbers
 from sampling.sample_level import PartialCodes
 from vqvae2 import files
 from vqvae2.data.images import read_image, to_float, to_uint8
-from vqvae2.pictures import save_grid, save_png
+from vqvae2.pictures import hwc_to_chw, save_grid, save_png
 from vqvae2.run_folder import RunFolder
 
 _HIDDEN = 127  # the grey of pixels outside a mask
@@ -137,8 +137,7 @@ def _run(
     given = {name: getattr(options, name) for name in SamplingParams.model_fields if getattr(options, name) is not None}
     choices = SamplingParams.parse(given, f"vqvae2 {kind}")
     size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
-    arrays = [read_image(path, size, channels).transpose(2, 0, 1).copy() for path in options.images]
-    images = torch.stack([torch.from_numpy(array) for array in arrays])
+    images = torch.stack([hwc_to_chw(read_image(path, size, channels)) for path in options.images])
     keep, shown, known = plan(pipeline, images, options)
     edit = Edit(kind, images, shown, tuple(known), options.variants, options.seed, options.classes, choices)
     pipeline.check_labels(edit.labels)

@@ -7,18 +7,14 @@ import torch
 
 from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.models import Autoencoder
-from vqvae2.pictures import save_grid
+from vqvae2.pictures import hwc_to_chw, save_grid
 from vqvae2.run_folder import RunFolder, level_names
 
 
 def reconstruct(autoencoder: Autoencoder, paths: list[Path], levels: bool = False) -> torch.Tensor:
     """Rows of uint8 images: original, reconstruction and, with `levels`, each level on its own, finest first."""
-    images = torch.stack(
-        [
-            torch.from_numpy(read_image(path, autoencoder.size, autoencoder.image_channels).transpose(2, 0, 1).copy())
-            for path in paths
-        ]
-    )
+    size, channels = autoencoder.size, autoencoder.image_channels
+    images = torch.stack([hwc_to_chw(read_image(path, size, channels)) for path in paths])
     codes = autoencoder.encode(to_float(images))
     columns = [images, to_uint8(autoencoder.decode(codes))]
     if levels:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from sampling.evaluation.cas import Augmented, CasConfig, accuracy, describe, rgb, train
+from sampling.evaluation.cas import Augmented, CasConfig, accuracy, describe, train
 from sampling.evaluation.classifier import ClassifierSpec, as_classifier, load_classifier
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
-from vqvae2.data.images import ImageSample
+from vqvae2.data.images import ImageSample, to_rgb
 from vqvae2.data.scenes import CLASSES
 
 COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40], [40, 200, 200], [200, 40, 200]])
@@ -90,9 +90,9 @@ def test_augmentation_moves_and_mirrors_and_depends_on_the_draw_alone() -> None:
     assert {mirrored for _, mirrored in kinds} == {False, True}
 
 
-def test_grey_and_transparent_images_become_rgb() -> None:
-    assert rgb(torch.full((2, 1, 4, 4), 9, dtype=torch.uint8)).shape == (2, 3, 4, 4)
-    assert rgb(torch.zeros(2, 4, 4, 4, dtype=torch.uint8)).shape == (2, 3, 4, 4)
+def test_gray_and_transparent_images_become_rgb() -> None:
+    assert to_rgb(torch.full((2, 1, 4, 4), 9, dtype=torch.uint8)).shape == (2, 3, 4, 4)
+    assert to_rgb(torch.zeros(2, 4, 4, 4, dtype=torch.uint8)).shape == (2, 3, 4, 4)
 
 
 def test_the_command_reports_the_score_and_keeps_the_classifiers(

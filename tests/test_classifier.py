@@ -56,7 +56,9 @@ def test_without_weights_the_message_says_which_and_the_way_out(
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    with pytest.raises(UserError, match=r"cannot get its weights \(no network\): put https://.*pth at .*safetensors"):
+    with pytest.raises(
+        UserError, match=r"cannot download the weights of \w+ \(no network\). Put https://.*pth at .*safetensors"
+    ):
         load_classifier(NAME)
 
 
@@ -68,10 +70,10 @@ def test_weights_that_are_a_program_are_not_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = cached_weights(tmp_path)
     torch.save({"weight": Program()}, path)
-    with pytest.raises(UserError, match="cannot get its weights"):
+    with pytest.raises(UserError, match="cannot download the weights"):
         load_classifier(NAME)
     path.write_bytes(pickle.dumps(Program(), protocol=2))
-    with pytest.raises(UserError, match="cannot get its weights"):
+    with pytest.raises(UserError, match="cannot download the weights"):
         load_classifier(NAME)
     assert not (tmp_path / "ran").exists()
 
@@ -108,7 +110,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="architecture"):
         load_classifier(str(path))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged weights file"):
+    with pytest.raises(UserError, match="corrupted weights file"):
         load_classifier(str(path))
 
 

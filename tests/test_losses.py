@@ -281,9 +281,7 @@ def test_weights_that_cannot_be_fetched_are_one_line_with_their_place(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", fail)
-    with pytest.raises(
-        UserError, match=r"weights of vgg16 .*no network.*; put https\S+vgg16-\S+ at \S+vgg16-"
-    ) as error:
+    with pytest.raises(UserError, match=r"weights of vgg16 .*no network.*Put https\S+vgg16-\S+ at \S+vgg16-") as error:
         PerceptualConfig(weight=1).build(SIZE)
     assert "\n" not in str(error.value)
     assert "autoencoder.loss.perceptual.weights" in str(error.value)
@@ -296,11 +294,11 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, backbone: Path) -
     torch.save({"features.0.weight": torch.zeros(2, 2)}, foreign)
     torch.save([1, 2], numbers)
     for path, message in (
-        (tmp_path / "absent", "is missing"),
+        (tmp_path / "absent", "no such file"),
         (tmp_path, "is a folder"),
-        (damaged, "is damaged"),
-        (program, "is damaged, or not a file of weights alone"),
-        (numbers, "is not a state dict"),
+        (damaged, "corrupted"),
+        (program, "corrupted, or not a weights-only file"),
+        (numbers, "not a state dict"),
         (foreign, r"torchvision's squeezenet1_1 \(`features.0.weight` has shape \(2, 2\), not \(64, 3, 3, 3\)\)"),
     ):
         with pytest.raises(UserError, match=rf"autoencoder\.loss\.perceptual\.weights: .*{message}"):

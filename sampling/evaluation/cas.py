@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import UInt8
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -31,7 +30,7 @@ from sampling.evaluation.classifier import (
 )
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config
-from vqvae2.data.images import DataConfig, ImageDataset, ImageSample, open_datasets, to_float
+from vqvae2.data.images import DataConfig, ImageDataset, ImageSample, open_datasets, to_float, to_rgb
 from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.run_folder import RunFolder
@@ -121,7 +120,7 @@ def train(
     ) as batches:
         for pixels, labels in batches:
             with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-                loss = F.cross_entropy(network(to_float(rgb(pixels).to(device))), labels.to(device))
+                loss = F.cross_entropy(network(to_float(to_rgb(pixels).to(device))), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -139,15 +138,10 @@ def accuracy(classifier: Classifier, images: MapDataset, batch_size: int, num_wo
     depths = {"top1": 1} | ({"top5": 5} if len(classifier.classes) > 5 else {})
     right = dict.fromkeys(depths, 0)
     for pixels, labels in _in_order(images, batch_size, num_workers):
-        best = classifier.log_probabilities(rgb(pixels)).topk(max(depths.values()), dim=1).indices.cpu()
+        best = classifier.log_probabilities(to_rgb(pixels)).topk(max(depths.values()), dim=1).indices.cpu()
         for name, depth in depths.items():
             right[name] += int((best[:, :depth] == labels[:, None]).sum())
     return {name: count / len(images) for name, count in right.items()}
-
-
-def rgb(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n 3 h w"]:
-    """Grey made RGB, and transparency left out."""
-    return images[:, :3].expand(-1, 3, -1, -1)
 
 
 def _in_order(images: MapDataset, batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor]]:

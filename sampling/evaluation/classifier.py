@@ -4,12 +4,9 @@ Beside them the samples that they judge or learn from: what `vqvae2 sample` wrot
 """
 
 import difflib
-import http.client
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -23,12 +20,13 @@ from torch.utils.data import Dataset
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config
 from vqvae2.data.images import ImageSample, read_image, to_float
+from vqvae2.downloads import torchvision_weights
 from vqvae2.errors import UserError
+from vqvae2.pictures import hwc_to_chw
 
 SMALL = 64  # images up to this side keep their size in the first layer
 Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
-_TIMEOUT_S = 10
 _OWN = "a .safetensors file that `vqvae2 evaluate RUN --cas --cas-real` made"
 
 
@@ -125,33 +123,17 @@ def _from_file(path: Path, device: torch.device) -> Classifier:
             f"{path}: weights of another kind ({metadata.get('network')}), not of a classifier; give {_OWN}"
         )
     spec = ClassifierSpec.parse(metadata.get("config"), str(path))
-    with torch.device("meta"):
-        network = spec.build()
-    network = network.to_empty(device="cpu")
-    checkpoint.load_state_dict(network, tensors, path)
+    network = checkpoint.build_module(spec.build, tensors, path)
     return as_classifier(network.to(device).requires_grad_(False), spec, str(path), files.digest(path))
 
 
 def _from_torchvision(name: str, device: torch.device) -> Classifier:
-    weights: Any = torchvision.models.get_model_weights(name)
-    weights = weights.DEFAULT
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT_S)  # torch.hub offers no other way to bound the wait for a connection
-    try:
-        # Downloads, and proves that the file is data alone: what builds the network would unpickle anything.
-        weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        network = torchvision.models.get_model(name, weights=weights, progress=False)
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException, UnpicklingError) as error:
-        raise UserError(
-            f"--classifier {name}: cannot get its weights ({str(error).splitlines()[0]}): put {weights.url} "
-            f"at {path}, or give {_OWN}"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(before)
+    # Loads the file as tensors only; get_model would unpickle anything, but then reads the verified file from the cache.
+    weights = torchvision_weights(name, label=f"--classifier {name}", alternative=f"give {_OWN}")
+    network = torchvision.models.get_model(name, weights=weights.entry, progress=False)
     network = network.to(device).eval().requires_grad_(False)
-    categories = tuple(weights.meta["categories"])
-    return Classifier(network, weights.transforms(), categories, name, files.digest(path), by_place=True)
+    categories = tuple(weights.entry.meta["categories"])
+    return Classifier(network, weights.entry.transforms(), categories, name, files.digest(weights.path), by_place=True)
 
 
 class LabelledSamples(Dataset[ImageSample]):
@@ -180,8 +162,7 @@ class LabelledSamples(Dataset[ImageSample]):
         return len(self.labels)
 
     def __getitem__(self, number: int) -> ImageSample:
-        pixels = read_image(self.path(number), self.size)
-        return ImageSample(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.labels[number])
+        return ImageSample(hwc_to_chw(read_image(self.path(number), self.size)), self.labels[number])
 
     def path(self, number: int) -> Path:
         """The PNG of an image."""

@@ -18,7 +18,7 @@ from sampling.evaluation.image_sets import open_images as open_image_set
 from sampling.processes import processes
 from vqvae2 import distributed, files
 from vqvae2.config import Config
-from vqvae2.data.images import DataConfig, ImageDataset, open_datasets, to_float, to_uint8
+from vqvae2.data.images import DataConfig, ImageDataset, open_datasets, to_float, to_rgb, to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailableError, load_inception
@@ -208,7 +208,7 @@ def _batches(images: ImageDataset, batch_size: int, autoencoder: Autoencoder | N
         if autoencoder:
             device = next(autoencoder.parameters()).device
             pixels = to_uint8(autoencoder.reconstruct(to_float(pixels.to(device))))
-        yield Batch(torch.tensor(indices), pixels[:, :3].expand(-1, 3, -1, -1))
+        yield Batch(torch.tensor(indices), to_rgb(pixels))
 
 
 def main(arguments: list[str]) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from vqvae2 import distributed
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
+from vqvae2.pictures import hwc_to_chw
 
 # Those that pytorch-fid's command takes, from the folder itself and in lower case, so that numbers agree.
 EXTENSIONS = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")
@@ -122,8 +123,8 @@ class ImageArray:
                 if len(pixels) < (stop - start) * size:
                     raise UserError(f"{self.path}: `arr_0` ends early; make it again")
                 if number % distributed.get_world_size() == distributed.get_rank():
-                    images = torch.frombuffer(pixels, dtype=torch.uint8).view(stop - start, height, width, channels)
-                    yield Batch(torch.arange(start, stop), images.permute(0, 3, 1, 2).contiguous())
+                    images = np.frombuffer(pixels, np.uint8).reshape(stop - start, height, width, channels)
+                    yield Batch(torch.arange(start, stop), hwc_to_chw(images))
 
     @property
     def formats(self) -> dict[str, int]:
@@ -180,7 +181,7 @@ def _read(path: Path) -> UInt8[Tensor, "3 h w"]:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({error}); repair or remove it") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return hwc_to_chw(pixels)
 
 
 def _is_image(file: Path) -> bool:
