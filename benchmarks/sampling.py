@@ -20,7 +20,7 @@ from torch import Tensor
 from sampling.sample_level import LevelSamplingParams, Noise, sample_level
 from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, PriorSpec, toom_cook
-from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map
+from vqvae2.priors.layers import CausalConv2d, PointwiseConv2d, coordinate_map
 
 TOP = MapSpec(codebook_size=512, height=32, width=32)
 BOTTOM = MapSpec(codebook_size=512, height=64, width=64)
@@ -66,7 +66,7 @@ def naive_seconds(prior: PixelSNAIL, batch: int, coarser: CodeMaps) -> float:
     measured = []
     for fraction in fractions:
         codes = torch.zeros(batch, height // fraction, width, dtype=torch.int64)
-        with mock.patch.object(toom_cook, "tiled", return_value=False):
+        with mock.patch.object(toom_cook, "should_tile", return_value=False):
             taken = seconds(lambda c=codes: naive_pass(prior, c, condition), 2)
         measured.append((height // fraction, taken))
         print(f"    naive pass over {measured[-1][0]} rows: {measured[-1][1]:.3f} s", flush=True)
@@ -85,9 +85,9 @@ def floor_seconds(prior: PixelSNAIL) -> float:
     for part in prior.modules():
         if isinstance(part, CausalConv2d):
             outputs, inputs, _ = part.weight.shape
-            a_row += 4 * outputs * inputs * part.above
-            a_position += 4 * outputs * inputs * part.current
-        elif isinstance(part, Pointwise) and part not in (getattr(b, "condition", None) for b in prior.modules()):
+            a_row += 4 * outputs * inputs * part.taps_above
+            a_position += 4 * outputs * inputs * part.taps_current
+        elif isinstance(part, PointwiseConv2d) and part not in (getattr(b, "condition", None) for b in prior.modules()):
             a_position += 4 * part.conv.weight.numel()
     source = torch.ones(64 * 2**20)
     target = torch.empty_like(source)

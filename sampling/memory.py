@@ -76,6 +76,4 @@ def _held(steps: object) -> int:
 
 def _finished_rows(walk: IncrementalRowConv) -> int:
     """Bytes of the transformed rows that a walk keeps, once there are as many as it reaches."""
-    batch, _, inputs = walk.padded.shape
-    tiles = -(-walk.shape[0] // walk.matrices.tile)
-    return walk.reach * walk.matrices.points * inputs * batch * tiles * _FLOAT
+    return walk.max_cache_bytes

@@ -9,6 +9,9 @@ import torch
 MODULES = [
     "vqvae2.models.autoencoder",
     "vqvae2.models.discriminator",
+    "vqvae2.priors.pixelcnn",
+    "vqvae2.priors.pixelsnail",
+    "vqvae2.priors.transformer",
     "vqvae2.quantizers.ema",
     "vqvae2.quantizers.fsq",
     "vqvae2.quantizers.gradient",
