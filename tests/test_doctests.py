@@ -7,6 +7,8 @@ import pytest
 import torch
 
 MODULES = [
+    "vqvae2.metrics.codebook_usage",
+    "vqvae2.metrics.frechet",
     "vqvae2.models.autoencoder",
     "vqvae2.models.discriminator",
     "vqvae2.priors.pixelcnn",

@@ -178,7 +178,7 @@ def test_a_summary_round_trips_and_plain_statistics_are_one(sets: tuple[Path, Pa
     assert (loaded.score, loaded.size, loaded.statistics.count) == (summary.score, summary.size, N)
     summary.statistics.save(tmp_path / "plain.npz")
     assert FeatureSummary.load(tmp_path / "plain.npz").features is None
-    np.savez(tmp_path / "odd.npz", **summary.statistics.arrays(), features=np.zeros((3, 5), np.float32))
+    np.savez(tmp_path / "odd.npz", **summary.statistics.to_arrays(), features=np.zeros((3, 5), np.float32))
     with pytest.raises(UserError, match=r"odd\.npz: `features`"):
         FeatureSummary.load(tmp_path / "odd.npz")
 
@@ -278,4 +278,4 @@ def test_damaged_archives_are_refused(sets: tuple[Path, Path], tmp_path: Path) -
 def test_settings_that_cannot_work_are_refused(sets: tuple[Path, Path], tmp_path: Path) -> None:
     assert "--batch-size" in refused("--batch-size", 0, *sets)
     assert "--device nonsense: no device" in refused("--device", "nonsense", *sets)
-    assert "none.pth is missing" in refused("--inception-weights", tmp_path / "none.pth", *sets)
+    assert "none.pth: no such file" in refused("--inception-weights", tmp_path / "none.pth", *sets)

@@ -51,7 +51,7 @@ class FeatureSummary:
 
     def save(self, path: Path) -> None:
         """Write an .npz, complete or not at all, that pytorch-fid reads as statistics."""
-        arrays: dict[str, Any] = self.statistics.arrays()
+        arrays: dict[str, Any] = self.statistics.to_arrays()
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         if self.score is not None:
