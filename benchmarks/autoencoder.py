@@ -18,7 +18,7 @@ from benchmarks.interleaved import peak_memory, run_interleaved, serve_steps
 from train.stages.autoencoder import AutoencoderObjective
 from vqvae2.data.images import ImageSample
 from vqvae2.models import Autoencoder, AutoencoderConfig
-from vqvae2.quantizers import QuantizerOutput, Quantizer
+from vqvae2.quantizers import Quantizer, QuantizerOutput
 
 
 class OneHotQuantizer(Quantizer):

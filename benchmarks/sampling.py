@@ -19,7 +19,7 @@ from benchmarks.interleaved import time_calls
 from sampling.sample_level import LevelSamplingParams, Noise, sample_level
 from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, PriorSpec, toom_cook
-from vqvae2.priors.layers import CausalConv2d, Pointwise, coordinate_map
+from vqvae2.priors.layers import CausalConv2d, coordinate_map
 
 TOP = MapSpec(codebook_size=512, height=32, width=32)
 BOTTOM = MapSpec(codebook_size=512, height=64, width=64)
@@ -55,7 +55,7 @@ def naive_seconds(prior: PixelSNAIL, batch: int, coarser: CodeMaps) -> float:
     measured = []
     for fraction in fractions:
         codes = torch.zeros(batch, height // fraction, width, dtype=torch.int64)
-        with mock.patch.object(toom_cook, "tiled", return_value=False):
+        with mock.patch.object(toom_cook, "should_tile", return_value=False):
             seconds = time_calls(lambda c=codes: naive_pass(prior, c, condition), 2).median
         measured.append((height // fraction, seconds))
         print(f"    naive pass over {height // fraction} rows: {seconds:.3f} s", flush=True)

@@ -23,7 +23,7 @@ from sampling.sample_level import PartialCodes
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.data.images import read_image, to_float, to_uint8
-from vqvae2.pictures import save_grid, save_png
+from vqvae2.pictures import hwc_to_chw, save_grid, save_png
 from vqvae2.run_folder import RunFolder
 
 _MASKED_GRAY = 127  # of the pixels outside a mask in the grid
@@ -132,8 +132,7 @@ def _load(options: EditOptions) -> tuple[VQVAE2Pipeline, UInt8[Tensor, "b c h w"
     pipeline = VQVAE2Pipeline.from_pretrained(options.run, processes().device or "cpu", options.batch_size)
     require_labels(options.classes, pipeline.class_names)
     size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
-    arrays = [read_image(path, size, channels).transpose(2, 0, 1).copy() for path in options.images]
-    return pipeline, torch.stack([torch.from_numpy(array) for array in arrays])
+    return pipeline, torch.stack([hwc_to_chw(read_image(path, size, channels)) for path in options.images])
 
 
 def _write(pipeline: VQVAE2Pipeline, edit: Edit, columns: str) -> None:

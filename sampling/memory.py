@@ -75,12 +75,5 @@ def _reachable_bytes(decoder: object) -> int:
             pending += value
         elif hasattr(value, "__dict__"):
             pending += vars(value).values()
-            not_yet_allocated += _finished_row_bytes(value) if isinstance(value, IncrementalRowConv) else 0
+            not_yet_allocated += value.max_cache_bytes if isinstance(value, IncrementalRowConv) else 0
     return sum(storages.values()) + not_yet_allocated
-
-
-def _finished_row_bytes(rows: IncrementalRowConv) -> int:
-    """Return the bytes of the transformed rows that are cached once enough rows are finished."""
-    batch, _, inputs = rows.padded.shape
-    tiles = -(-rows.shape[0] // rows.matrices.tile)
-    return rows.reach * rows.matrices.points * inputs * batch * tiles * _FLOAT_BYTES

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from vqvae2.command_line import Options
 from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.models import Autoencoder
-from vqvae2.pictures import save_grid
+from vqvae2.pictures import hwc_to_chw, save_grid
 from vqvae2.run_folder import RunFolder, level_names
 
 
@@ -27,8 +27,7 @@ class ReconstructOptions(Options):
 def reconstruct(autoencoder: Autoencoder, paths: tuple[Path, ...], levels: bool = False) -> UInt8[Tensor, "b n c h w"]:
     """Return, for each image, the original, the reconstruction and, with `levels`, each level alone, finest first."""
     size, channels = autoencoder.size, autoencoder.image_channels
-    arrays = [read_image(path, size, channels).transpose(2, 0, 1).copy() for path in paths]
-    images = torch.stack([torch.from_numpy(array) for array in arrays])
+    images = torch.stack([hwc_to_chw(read_image(path, size, channels)) for path in paths])
     codes = autoencoder.encode(to_float(images))
     columns = [images, to_uint8(autoencoder.decode(codes))]
     if levels:

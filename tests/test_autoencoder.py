@@ -93,9 +93,9 @@ def test_gradients_reach_every_weight() -> None:
 
 
 def test_sizes_that_do_not_divide_are_refused_with_those_that_would() -> None:
-    with pytest.raises(UserError, match=r"width 36 does not divide by 8 .* 32 and 40"):
+    with pytest.raises(UserError, match=r"width 36 is not divisible by 8.* 32 or 40"):
         small(4, 2, size=(32, 36))
-    with pytest.raises(UserError, match=r"height 4 does not divide by 8 .* 8 and 16"):
+    with pytest.raises(UserError, match=r"height 4 is not divisible by 8.* 8 or 16"):
         small(4, 2, size=(4, 32))
 
 
@@ -142,8 +142,8 @@ def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path)
     tensors, metadata = checkpoint.load(path)
     cases = {
         "missing": (r"no such weights file", None),
-        "truncated": (r"damaged weights file", path.read_bytes()[:-100]),
-        "text": (r"damaged weights file", b"these are no weights"),
+        "truncated": (r"corrupted weights file", path.read_bytes()[:-100]),
+        "text": (r"corrupted weights file", b"these are no weights"),
     }
     for name, (message, content) in cases.items():
         other = tmp_path / name
@@ -153,8 +153,8 @@ def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path)
             Autoencoder.load(other)
     first = next(iter(tensors))
     for change, message in (
-        ({name: tensor for name, tensor in tensors.items() if name != first}, f"`{first}` is missing"),
-        (tensors | {"extra": torch.zeros(1)}, "`extra` is not one of"),
+        ({name: tensor for name, tensor in tensors.items() if name != first}, f"missing weight `{first}`"),
+        (tensors | {"extra": torch.zeros(1)}, "unexpected weight `extra`"),
         (tensors | {first: torch.zeros(2, 2)}, f"`{first}` has shape"),
     ):
         checkpoint.save(path, change, metadata)

@@ -11,10 +11,9 @@ import torch
 from sampling.evaluation.cas import AugmentedDataset, CasConfig, top_k_accuracy, train_classifier
 from sampling.evaluation.classifier import Classifier, ClassifierConfig, load_classifier
 from sampling.evaluation.format_metrics import format_cas
-from sampling.evaluation.image_sets import to_rgb
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
-from vqvae2.data.images import ImageSample
+from vqvae2.data.images import ImageSample, to_rgb
 from vqvae2.data.scenes import CLASSES
 
 COLORS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220], [200, 200, 40], [40, 200, 200], [200, 40, 200]])

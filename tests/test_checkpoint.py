@@ -51,5 +51,5 @@ def test_a_file_cut_short_is_named(tmp_path: Path, length: int) -> None:
     path = tmp_path / "file"
     checkpoint.save(path, TENSORS, {})
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match=r"file: damaged weights file \(.*\); delete it and run the stage"):
+    with pytest.raises(UserError, match=r"file: corrupted weights file \(.*\). Delete it and rerun the stage"):
         checkpoint.load(path)

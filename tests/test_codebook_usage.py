@@ -45,10 +45,10 @@ def test_nothing_counted_is_nan() -> None:
 @pytest.mark.parametrize("code", [-1, 4])
 def test_codes_outside_the_codebook_are_refused_and_not_counted(code: int) -> None:
     usage = CodebookUsage(4)
-    with pytest.raises(UserError, match="this codebook has 0 to 3"):
+    with pytest.raises(UserError, match="codes must be in 0 to 3"):
         usage.update(torch.tensor([0, code]))
     assert usage.total == 0
-    with pytest.raises(UserError, match="expected integers"):
+    with pytest.raises(UserError, match="must be integers"):
         usage.update(torch.zeros(3))
     with pytest.raises(UserError, match="at least 1"):
         CodebookUsage(0)

@@ -57,7 +57,7 @@ def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path
         ),
         ("kind: gradient", "kind: gradiant", ["autoencoder.model.levels.1.quantizer", "gradiant", "'ema'"]),
         ("steps: 6, ", "", ["autoencoder.training.steps", "missing"]),
-        ("kernel: 3", "kernel: 4", ["priors.top.model", "kernel must be odd"]),
+        ("kernel: 3", "kernel: 4", ["priors.top.model", "kernel: must be odd, not 4"]),
         ("  bottom:\n", "  bottem:\n", ["priors", "bottom", "bottem"]),
         ("labels: folder", "labels: class", ["data.labels", "'none' or 'folder'"]),
         ("data: {", "data: {{", ["not valid YAML"]),

@@ -32,5 +32,7 @@ def test_a_score_does_not_depend_on_the_batch() -> None:
 def test_images_too_small_for_the_discriminator_are_refused() -> None:
     config = DiscriminatorConfig(channels=4, layers=3)
     assert config.build((24, 24), 1)(torch.zeros(1, 1, 24, 24)).numel() == 1
-    with pytest.raises(UserError, match=r"3 layers need images of 24 pixels, these have 40 × 16; at most 2 layers fit"):
+    with pytest.raises(
+        UserError, match=r"3 layers need images of at least 24 pixels, got 40 × 16\. Use at most 2 layers"
+    ):
         config.build((40, 16))

@@ -1,4 +1,4 @@
-"""`vqvae2.load`: files, folders and hub ids."""
+"""Loading pretrained models from files, folders and hub ids."""
 
 from pathlib import Path
 from unittest import mock
@@ -6,29 +6,56 @@ from unittest import mock
 import pytest
 import torch
 
-import vqvae2
+from sampling import VQVAE2Pipeline
+from vqvae2 import Autoencoder, files
 from vqvae2.errors import UserError
-from vqvae2.hub import weights_file
+from vqvae2.hub import pipeline_folder, weights_file
 
 
-def test_a_file_a_folder_and_a_hub_id_give_the_same_model(finished_run: Path) -> None:
+def test_autoencoder_loads_from_file_folder_and_hub(finished_run: Path, tmp_path: Path) -> None:
     folder = finished_run / "autoencoder"
-    model = vqvae2.load(folder)
+    model = Autoencoder.from_pretrained(folder)
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     expected = model.reconstruct(images)
     assert not model.training
-    assert torch.equal(vqvae2.load(folder / "model.safetensors").reconstruct(images), expected)
+    assert torch.equal(Autoencoder.from_pretrained(folder / "model.safetensors").reconstruct(images), expected)
     with mock.patch("huggingface_hub.hf_hub_download", return_value=str(folder / "model.safetensors")) as download:
-        assert torch.equal(vqvae2.load("someone/faces").reconstruct(images), expected)
+        assert torch.equal(Autoencoder.from_pretrained("someone/faces").reconstruct(images), expected)
     download.assert_called_once_with("someone/faces", "model.safetensors")
+    model.save_pretrained(tmp_path)
+    assert files.digest(tmp_path / "model.safetensors") == model.digest
 
 
-def test_what_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+def test_pipeline_round_trip(finished_run: Path, tmp_path: Path) -> None:
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = VQVAE2Pipeline.from_pretrained(tmp_path / "saved")
+    assert again.class_names == pipeline.class_names
+    assert [again.autoencoder.digest, *(p.digest for p in again.priors)] == [
+        pipeline.autoencoder.digest,
+        *(prior.digest for prior in pipeline.priors),
+    ]
+    assert torch.equal(again(num_images=3, seed=1), pipeline(num_images=3, seed=1))
+    with mock.patch("huggingface_hub.snapshot_download", return_value=str(tmp_path / "saved")) as download:
+        assert len(VQVAE2Pipeline.from_pretrained("someone/faces").priors) == 2
+    assert download.call_args.args == ("someone/faces",)
+
+
+def test_prior_of_another_level_is_refused(finished_run: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    VQVAE2Pipeline.from_pretrained(finished_run).save_pretrained(saved)
+    (saved / "prior-top" / "model.safetensors").write_bytes((saved / "prior-bottom/model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"prior-top/model\.safetensors: not the prior of level top"):
+        VQVAE2Pipeline.from_pretrained(saved)
+
+
+def test_missing_models_are_named(tmp_path: Path) -> None:
     for source in (tmp_path / "model.safetensors", "a/b/c", "model.pt"):
-        with pytest.raises(UserError, match="no such weights file"):
-            weights_file(source)
+        for find in (weights_file, pipeline_folder):
+            with pytest.raises(UserError, match="no such file or folder"):
+                find(source)
     with (
         mock.patch("huggingface_hub.hf_hub_download", side_effect=OSError("no network\nand more")),
-        pytest.raises(UserError, match=r"someone/faces: .*model\.safetensors.*\(no network\)$"),
+        pytest.raises(UserError, match=r"someone/faces: .*failed: no network$"),
     ):
         weights_file("someone/faces")

@@ -116,11 +116,11 @@ def test_other_layouts_are_refused_with_the_first_key_that_does_not_fit(peer: Pe
     path = tmp_path / "peer.pt"
     state = peer.state_dict()
     for change, message in (
-        ({"decoder.weight": torch.zeros(1)}, "`decoder.weight` has no place"),
-        (state | {"dec.blocks.9.weight": torch.zeros(1)}, "`dec.blocks.9.weight` has no place"),
-        ({k: v for k, v in state.items() if k != "upsample_t.bias"}, "`upsample_t.bias` is missing"),
+        ({"decoder.weight": torch.zeros(1)}, "unexpected key `decoder.weight`"),
+        (state | {"dec.blocks.9.weight": torch.zeros(1)}, "unexpected key `dec.blocks.9.weight`"),
+        ({k: v for k, v in state.items() if k != "upsample_t.bias"}, "missing key `upsample_t.bias`"),
         (state | {"enc_t.blocks.2.bias": torch.zeros(3)}, r"`enc_t.blocks.2.bias` has shape \(3,\), expected \(16,\)"),
-        ({"model": [1, 2]}, "holds no state dict"),
+        ({"model": [1, 2]}, "not a state dict"),
     ):
         torch.save(change, path)
         with pytest.raises(UserError, match=message) as error:
@@ -139,7 +139,7 @@ def test_a_file_with_a_program_in_it_is_refused_and_the_program_does_not_run(
     torch.save({"model": Dangerous()}, tmp_path / "bad.pt")
     (tmp_path / "text.pt").write_text("no weights")
     for name in ("bad.pt", "text.pt"):
-        with pytest.raises(UserError, match=f"{name}: not a file of weights alone"):
+        with pytest.raises(UserError, match=f"{name}: corrupted, or not a weights-only file"):
             import_autoencoder(tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
         import_autoencoder(tmp_path / "missing.pt")

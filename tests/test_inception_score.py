@@ -42,11 +42,11 @@ def test_sure_and_even_is_the_number_of_classes_and_unsure_is_one() -> None:
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
-    with pytest.raises(UserError, match="3 images in 10 splits"):
+    with pytest.raises(UserError, match="10 splits need at least as many images, got 3"):
         inception_score(logits(3))
     score = InceptionScore(5, 1, classes=20)
     score.update(logits(4), torch.arange(4))
-    with pytest.raises(UserError, match="5 images was given 4"):
+    with pytest.raises(UserError, match="expected 5 images, got 4"):
         score.compute()
 
 

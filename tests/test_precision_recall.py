@@ -75,5 +75,5 @@ def test_what_cannot_be_compared_is_refused() -> None:
     generated, reference = sets()
     with pytest.raises(UserError, match="expected"):
         precision_recall(generated, reference[:, 1:])
-    with pytest.raises(UserError, match="5 images; the 5th neighbour"):
+    with pytest.raises(UserError, match="more than 5 images per side, got 5"):
         precision_recall(generated[:5], reference)

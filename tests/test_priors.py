@@ -222,7 +222,7 @@ def test_a_file_brings_back_the_same_prior(tmp_path: Path, kind: str) -> None:
 
 
 def test_an_autoencoder_is_not_taken_for_a_prior(finished_run: Path) -> None:
-    with pytest.raises(UserError, match="holds an autoencoder, not a prior"):
+    with pytest.raises(UserError, match="network type 'autoencoder', expected 'prior'"):
         load_prior(finished_run / "autoencoder" / "model.safetensors")
 
 

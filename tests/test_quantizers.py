@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig, Quantizer
 from vqvae2.quantizers.base import rotation_trick, straight_through
-from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest
+from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest_codes
 
 CONFIGS = {
     "ema": EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False),
@@ -35,7 +35,7 @@ def rows_of(x: Tensor) -> np.ndarray:
 @settings(max_examples=60, deadline=None)
 def test_nearest_is_at_the_smallest_distance_for_any_block_size(n: int, k: int, d: int, block: int, seed: int) -> None:
     rows, vectors = features(n, d, seed=seed), features(k, d, seed=seed + 1)
-    found = nearest(rows, vectors, block_bytes=block).numpy()
+    found = nearest_codes(rows, vectors, block_bytes=block).numpy()
     distances = np.square(rows.double().numpy()[:, None] - vectors.double().numpy()[None]).sum(-1)
     assert found.shape == (n,)
     np.testing.assert_allclose(distances[np.arange(n), found], distances.min(1, initial=np.inf), atol=1e-5)
@@ -248,6 +248,6 @@ def test_fsq_passes_the_gradient_of_the_bounded_value() -> None:
     x = features(5, 2).requires_grad_()
     values = quantizer(x).quantized
     (found,) = torch.autograd.grad(values.sum(), x)
-    smooth = quantizer._leave(quantizer._bound(quantizer.project_in(x)))
+    smooth = quantizer._to_features(quantizer._bound(quantizer.project_in(x)))
     (expected,) = torch.autograd.grad(smooth.sum(), x)
     torch.testing.assert_close(found, expected)

@@ -21,13 +21,13 @@ def pair(n: int = 3, channels: int = 3, height: int = 24, width: int = 31) -> tu
 
 def test_levels_are_those_of_a_file() -> None:
     every = torch.arange(256)
-    assert torch.equal(rec.levels((every / 127.5 - 1).view(1, 1, 16, 16)).flatten(), every.float())
-    assert rec.levels(torch.tensor([-3.0, 1.4]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+    assert torch.equal(rec.to_8bit_levels((every / 127.5 - 1).view(1, 1, 16, 16)).flatten(), every.float())
+    assert rec.to_8bit_levels(torch.tensor([-3.0, 1.4]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_equals_scikit_image(channels: int) -> None:
-    a, b = (rec.levels(images) for images in pair(channels=channels))
+    a, b = (rec.to_8bit_levels(images) for images in pair(channels=channels))
     for index, (x, y) in enumerate(zip(a.double().numpy(), b.double().numpy(), strict=True)):
         assert rec.mse(a, b)[index] == pytest.approx(((x - y) ** 2).mean(), rel=1e-6)
         assert rec.psnr(a, b)[index] == pytest.approx(peak_signal_noise_ratio(x, y, data_range=255), rel=1e-6)

@@ -23,7 +23,7 @@ def test_result_and_gradients_are_those_of_the_direct_convolution(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, height + reach - 1, width + kernel - 1, generator=generator).requires_grad_()
     weight = torch.randn(4, 3, reach, kernel, generator=generator).requires_grad_()
-    found = toom_cook.conv2d(x, weight)
+    found = toom_cook.tiled_conv2d(x, weight)
     expected = F.conv2d(x.double(), weight.double())
     towards = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(found.double(), expected, atol=3e-5, rtol=1e-4)
@@ -47,7 +47,9 @@ def test_the_error_is_near_that_of_the_direct_sum() -> None:
     x = torch.randn(2, 64, 12, 20, generator=generator)
     weight = torch.randn(32, 64, 4, 5, generator=generator) / 36
     exact = F.conv2d(x.double(), weight.double())
-    direct, fast = ((y - exact).square().mean().sqrt() for y in (F.conv2d(x, weight), toom_cook.conv2d(x, weight)))
+    direct, fast = (
+        (y - exact).square().mean().sqrt() for y in (F.conv2d(x, weight), toom_cook.tiled_conv2d(x, weight))
+    )
     assert fast < 6 * direct
     assert fast < 2e-6 * exact.std()
 
@@ -58,7 +60,7 @@ def test_the_error_is_near_that_of_the_direct_sum() -> None:
 def test_a_walk_gives_the_rows_of_the_convolution(
     kernel: int, width: int, worth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(toom_cook, "_WORTH", worth)
+    monkeypatch.setattr(toom_cook, "_MIN_CHANNEL_PRODUCT", worth)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 6, width, generator=generator)
     weight = torch.randn(4, 3, 2, kernel, generator=generator)
@@ -76,7 +78,7 @@ def test_priors_with_tiles_are_causal_and_agree_on_both_paths(kernel: int, monke
     given = inputs(prior, batch=2)
     with torch.no_grad():
         direct = prior(**given)
-    monkeypatch.setattr(toom_cook, "_WORTH", 1)
+    monkeypatch.setattr(toom_cook, "_MIN_CHANNEL_PRODUCT", 1)
     with torch.no_grad():
         tiled = prior(**given)
         assert not torch.equal(tiled, direct), "the other algorithm was taken"

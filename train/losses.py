@@ -4,20 +4,18 @@ The loss classes are not modules, so that the optimizer, the checkpoints and the
 include the weights of the perceptual network or of the discriminator.
 """
 
-import http.client
-import socket
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
+from vqvae2.checkpoint import read_state_dict
+from vqvae2.data.images import to_rgb
 from vqvae2.distributed import all_reduce_sum, get_rank
+from vqvae2.downloads import torchvision_weights
 from vqvae2.errors import UserError
 from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.quantizers import QuantizerOutput
@@ -26,7 +24,6 @@ from vqvae2.training_config import AdversarialLossConfig, PerceptualLossConfig
 _KEY = "autoencoder.loss.perceptual"
 _BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # torchvision names
 _MIN_SIZE = {"vgg": 16, "alex": 31, "squeeze": 17}  # smallest image side in pixels that the network's pooling allows
-_TIMEOUT_S = 10
 
 
 def make_perceptual_loss(config: PerceptualLossConfig, size: tuple[int, int]) -> "PerceptualLoss | None":
@@ -73,7 +70,7 @@ class PerceptualLoss:
             self._network.to(made.device)
             self._device = made.device
         with torch.autocast(made.device.type, enabled=False):
-            return self._network(_to_rgb(made.float()), _to_rgb(images.float())).mean()
+            return self._network(to_rgb(made.float()), to_rgb(images.float())).mean()
 
 
 class AdversarialLoss:
@@ -146,41 +143,14 @@ class CodebookUsageTracker:
             usage.counts = torch.tensor(counts) * (get_rank() == 0)
 
 
-def _to_rgb(images: Tensor) -> Tensor:
-    """Repeat a gray channel three times; drop an alpha channel."""
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
-
-
 def _read(path: Path) -> dict[str, Tensor]:
-    where = f"{_KEY}.weights: {path}"
-    if not path.is_file():
-        raise UserError(f"{where} is {'a folder' if path.is_dir() else 'missing'}; give a file of weights")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError):
-        raise UserError(f"{where} is damaged, or not a file of weights alone; get torchvision's anew") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{where} is not a state dict (names and tensors); get torchvision's")
-    return state
+    return read_state_dict(path, f"{_KEY}.weights", "Give a file of torchvision's weights.")
 
 
 def _download(network: str) -> dict[str, Tensor]:
-    """The weights that lpips itself would fetch, from torch's cache or the network."""
-    weights: Any = torchvision.models.get_model_weights(_BACKBONES[network])
-    weights = weights.IMAGENET1K_V1
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT_S)  # torch.hub offers no other way to bound the wait for a connection
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException, UnpicklingError) as error:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{_KEY}: cannot get the weights of {_BACKBONES[network]} ({reason}); "
-            f"put {weights.url} at {path}, or name a file of them with {_KEY}.weights"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(before)
+    """Return the ImageNet weights that lpips itself would download."""
+    alternative = f"give a file of them with {_KEY}.weights"
+    return torchvision_weights(_BACKBONES[network], "IMAGENET1K_V1", label=_KEY, alternative=alternative).state_dict
 
 
 def _fill(net: nn.Module, state: dict[str, Tensor], path: Path | None, network: str) -> None:

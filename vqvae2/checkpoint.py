@@ -1,14 +1,17 @@
-"""Weights and their settings in one safetensors file: data, never a program.
+"""Weights with their config in one safetensors file, and safe reading of weights in other formats.
 
-The file's metadata holds a JSON object under the key `vqvae2`: what kind of network it is, the config that builds it,
-and the digests of what it was made from. Its `sha256` is the digest of all else in it and of every tensor, which `load`
-recomputes: a damaged file is never taken for another result. (One key, since safetensors writes several in any order.)
+The file's metadata holds one JSON object under the key `vqvae2`: the kind of network, its config, and the digests of
+the artifacts it was made from. The object's `sha256` field is a checksum of the rest of the object and of all tensors.
+`load` recomputes it, so a corrupted file is always detected. There is a single metadata key because safetensors does
+not write several keys in a fixed order, and the same weights must give the same bytes.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -18,72 +21,134 @@ from torch import Tensor, nn
 from vqvae2 import files
 from vqvae2.errors import UserError
 
-_KEY, _DIGEST = "vqvae2", "sha256"
+_METADATA_KEY, _CHECKSUM_KEY = "vqvae2", "sha256"
+_READ_ERRORS = (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write tensors (any device) and JSON `metadata` to `path`, atomically."""
-    # Copies, because safetensors refuses tensors that share memory.
+    """Write tensors (on any device) and JSON-serializable `metadata` to a safetensors file, atomically."""
+    # Clone, because safetensors rejects tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({_DIGEST: _digest(metadata, tensors)} | metadata)
+    text = json.dumps({_CHECKSUM_KEY: _checksum(metadata, tensors)} | metadata)
     with files.atomic_write(path) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata={_KEY: text})
+        safetensors.torch.save_file(tensors, partial, metadata={_METADATA_KEY: text})
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a file that `save` wrote; UserError where it is missing, damaged or foreign."""
-    digest, metadata = _read(path)
+def load(path: Path, network: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the metadata of a file written by `save`.
+
+    `network` is the expected value of the metadata's `network`; an empty string accepts any.
+
+    Raises:
+        UserError: If the file is missing, corrupted, was not written by `save`, or holds another kind of network.
+    """
+    checksum, metadata = _read_header(path)
     try:
         tensors = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _damaged(path, error) from None
-    if _digest(metadata, tensors) != digest:
-        raise _damaged(path, "its contents are not those that were written")
+    except _READ_ERRORS as error:
+        raise _corrupted(path, error) from None
+    if _checksum(metadata, tensors) != checksum:
+        raise _corrupted(path, "checksum mismatch")
+    if network and metadata.get("network") != network:
+        raise UserError(f"{path}: weights of the network type {metadata.get('network')!r}, expected {network!r}.")
     return tensors, metadata
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata alone, without reading the tensors, which only `load` checks."""
-    return _read(path)[1]
+    """Return the metadata of a file written by `save`, without reading its tensors or verifying the checksum.
+
+    Raises:
+        UserError: If the file is missing, corrupted or was not written by `save`.
+    """
+    return _read_header(path)[1]
 
 
 def load_state_dict(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Load tensors into a module strictly: each one present, none left over, every shape equal."""
+    """Load tensors into a module strictly: names and shapes must match exactly. `source` is named in errors.
+
+    Raises:
+        UserError: If a tensor is missing, unexpected or of another shape.
+    """
     expected = module.state_dict()
     for name in (*expected, *tensors):
         if name not in tensors:
-            raise UserError(f"{source}: the weight `{name}` is missing; the file is of another version or model")
+            raise UserError(f"{source}: missing weight `{name}`. The file belongs to another model or version.")
         if name not in expected:
-            raise UserError(f"{source}: the weight `{name}` is not one of this model's")
+            raise UserError(f"{source}: unexpected weight `{name}`. The file belongs to another model or version.")
         if expected[name].shape != tensors[name].shape:
             raise UserError(
-                f"{source}: the weight `{name}` has shape {tuple(tensors[name].shape)}, "
-                f"the model needs {tuple(expected[name].shape)}"
+                f"{source}: weight `{name}` has shape {tuple(tensors[name].shape)}, expected "
+                f"{tuple(expected[name].shape)}. The file belongs to another model or version."
             )
     with torch.no_grad():
         module.load_state_dict(tensors, strict=True)
 
 
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    """The digest in a file, and the metadata."""
+def build_module(build: Callable[[], Module], tensors: dict[str, Tensor], source: Path) -> Module:
+    """Return the module that `build` constructs, on the CPU, with `tensors` as its weights.
+
+    The module is constructed on the meta device, so no time is spent on random initialization.
+
+    Raises:
+        UserError: If the tensors do not match the module.
+    """
+    with torch.device("meta"):
+        module = build()
+    module = module.to_empty(device="cpu")
+    load_state_dict(module, tensors, source)
+    return module
+
+
+def read_state_dict(path: Path, label: str = "", hint: str = "", key: str = "") -> dict[str, Tensor]:
+    """Return the state dict in a PyTorch (.pt, .pth) or .safetensors file. Only tensors are unpickled.
+
+    Errors start with `label` (the setting that names the file) and end with `hint`. A state dict nested under `key` is
+    unwrapped.
+
+    Raises:
+        UserError: If the file is missing, unreadable, or holds anything but tensors by name.
+    """
+    name = f"{label}: {path}" if label else str(path)
+    ending = f" {hint}" if hint else ""
+    if not path.is_file():
+        raise UserError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}.{ending}")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except _READ_ERRORS as error:
+        reason = str(error).strip().split(". ")[0].splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name}: corrupted, or not a weights-only file ({reason}).{ending}") from None
+    if key and isinstance(state, dict) and isinstance(state.get(key), dict):
+        state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{name}: not a state dict (tensors by name).{ending}")
+    return state
+
+
+def _read_header(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the stored checksum and the metadata."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such weights file; train the stage that makes it first") from None
+        raise UserError(f"{path}: no such weights file. Train the stage that writes it first.") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from None
-    if _KEY not in metadata:
-        raise UserError(f"{path}: a safetensors file of another program (it has no `{_KEY}` metadata), or damaged")
+        raise _corrupted(path, error) from None
+    if _METADATA_KEY not in metadata:
+        raise UserError(f"{path}: not a weights file of this project (no `{_METADATA_KEY}` metadata), or corrupted.")
     try:
-        content = dict(json.loads(metadata[_KEY]))
+        content = dict(json.loads(metadata[_METADATA_KEY]))
     except (ValueError, TypeError) as error:
-        raise _damaged(path, error) from None
-    return content.pop(_DIGEST, ""), content
+        raise _corrupted(path, error) from None
+    return content.pop(_CHECKSUM_KEY, ""), content
 
 
-def _digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the metadata, and of the name, type, shape and bytes of every tensor."""
+def _checksum(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of the metadata and of the name, dtype, shape and bytes of every tensor."""
     sha = hashlib.sha256(json.dumps(metadata).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -92,5 +157,5 @@ def _digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _damaged(path: Path, error: object) -> UserError:
-    return UserError(f"{path}: damaged weights file ({error}); delete it and run the stage that makes it again")
+def _corrupted(path: Path, reason: object) -> UserError:
+    return UserError(f"{path}: corrupted weights file ({reason}). Delete it and rerun the stage that writes it.")

@@ -1,4 +1,4 @@
-"""Code maps, the only thing that autoencoders, code stores and priors have in common."""
+"""Types that autoencoders, code stores and priors share: code maps and their shapes."""
 
 from typing import Annotated
 
@@ -8,23 +8,23 @@ from torch import Tensor
 
 from vqvae2.config import Config
 
-Count = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
 CodeMaps = tuple[Int[Tensor, "b _ _"], ...]  # integer maps, finest level first
 
 
 class MapSpec(Config):
-    """The code maps of one level: how many codes there are, and the size of a map."""
+    """Codebook size and spatial size of one level's code maps."""
 
-    codebook_size: Count
-    height: Count
-    width: Count
+    codebook_size: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(height, width)."""
+        """(height, width) of a map."""
         return self.height, self.width
 
     @property
     def num_codes(self) -> int:
-        """Codes in one map."""
+        """Number of codes in a map, height × width."""
         return self.height * self.width

@@ -1,26 +1,26 @@
-"""Sums over processes for library code, which knows one device and no launcher: nothing to do on a single process."""
+"""Thin wrappers around `torch.distributed` that also work without an initialized process group."""
 
 import torch.distributed as dist
 from torch import Tensor
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several that work together."""
+    """Return whether a process group with more than one process is initialized."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def get_rank() -> int:
-    """This process's number, from 0."""
+    """Return the rank of this process, 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def get_world_size() -> int:
-    """How many processes work together."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Add `tensor` up over all processes, in place, and return it."""
+    """Sum `tensor` over all ranks in place and return it. Do nothing in a single process."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor

@@ -1,4 +1,4 @@
-"""Writing files so that each is complete or absent, and telling files apart by digest."""
+"""Atomic file writes, JSON files, append-only logs and checksums."""
 
 import hashlib
 import json
@@ -15,81 +15,86 @@ from vqvae2.errors import UserError
 
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
 _PARTIAL = re.compile(r"\..*\.([\w-]+)\.(\d+)\.partial")
-_swept: set[Path] = set()
+_cleaned: set[Path] = set()
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; move what was written there onto `path` when the block ends well.
+    """Yield a temporary path next to `path`, and move it to `path` if the block succeeds.
 
-    The block may create a file or a folder. A crash at any moment leaves the old `path` or the new one, never a part;
-    only a folder that takes the place of another may be missing then.
+    The block may create a file or a folder. After a crash at any moment `path` is either the old or the new version.
+    The one exception: a folder that replaces an existing folder may be missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
-    partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")  # two processes are kept apart
+    _clean_up_partials(path.parent)
+    # Host and process ID keep concurrent writers apart.
+    partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
     try:
         yield partial
-        _flush_all(partial)
+        _fsync_tree(partial)
         if partial.is_dir() and path.exists():
-            _remove(path)  # a folder cannot be renamed onto one that has files
+            _remove(path)  # a folder cannot replace a non-empty folder
         partial.replace(path)
-        _flush(path.parent)
+        _fsync(path.parent)
     finally:
         _remove(partial)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes of this machine have left half written in a folder; once a process and folder."""
-    if folder in _swept:
+def _clean_up_partials(folder: Path) -> None:
+    """Remove temporary files that dead processes of this host left in a folder. Runs once per process and folder."""
+    if folder in _cleaned:
         return
-    _swept.add(folder)
+    _cleaned.add(folder)
     for found in folder.glob(".*.partial"):
         match = _PARTIAL.fullmatch(found.name)
         if match and match[1] == _HOST and not _is_alive(int(match[2])):
             _remove(found)
 
 
-def _is_alive(process: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # someone else's
+        pass  # alive, owned by another user
     return True
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, as UTF-8."""
+    """Write `text` to `path` as UTF-8, atomically."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` atomically, as indented JSON."""
+    """Write `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`; UserError where the file is missing or damaged."""
+    """Return the JSON value in `path`.
+
+    Raises:
+        UserError: If the file is missing or is not valid JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); delete it and make it again") from None
+        raise UserError(f"{path}: not valid JSON ({error}). Delete it and rerun the command that writes it.") from None
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The entries of a log, in order: lines of JSON, each numbers by name, `step` among them.
+    """Return the entries of a JSON Lines log in file order: numbers by name, including `step`.
 
-    A line that a killed process has left half written, or that is damaged, is passed over.
+    Truncated or corrupted lines are skipped.
     """
-    return [entry for line in path.read_bytes().splitlines() if (entry := _entry(line)) is not None]
+    return [entry for line in path.read_bytes().splitlines() if (entry := _parse_entry(line)) is not None]
 
 
-def _entry(line: bytes) -> dict[str, float] | None:
+def _parse_entry(line: bytes) -> dict[str, float] | None:
     try:
         entry = json.loads(line)
     except ValueError:
@@ -100,21 +105,20 @@ def _entry(line: bytes) -> dict[str, float] | None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush_all(path: Path) -> None:
-    """Flush a file, or a folder with everything in it."""
+def _fsync_tree(path: Path) -> None:
     if path.is_dir():
         for child in path.iterdir():
-            _flush_all(child)
-    _flush(path)
+            _fsync_tree(child)
+    _fsync(path)
 
 
-def _flush(path: Path) -> None:
-    """Ask the operating system to put a file, or a folder's list of files, on the disk."""
+def _fsync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images and curves."""
+"""Image grids and curves as PNG files."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,38 +15,43 @@ from torchvision.utils import make_grid
 from vqvae2 import files
 
 _BORDER = 2  # pixels around each image of a grid
-_CAPTION = 14  # pixels, the height of captions
+_CAPTION = 14  # font size of captions in pixels
 
 
 def to_pil(image: UInt8[Tensor, "c h w"]) -> Image.Image:
-    """A Pillow image of one, three or four channels."""
+    """Return a PIL image of mode L, RGB or RGBA."""
     array = image.movedim(0, -1).cpu().numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 def save_png(path: Path, image: UInt8[Tensor, "c h w"]) -> None:
-    """Write one image, atomically."""
+    """Write one image as a PNG, atomically."""
     with files.atomic_write(path) as partial:
         to_pil(image).save(partial, format="PNG")
 
 
+def hwc_to_chw(pixels: UInt8[np.ndarray, "*n h w c"]) -> UInt8[Tensor, "*n c h w"]:
+    """Return pixels (..., H, W, C) as a contiguous tensor (..., C, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
+
+
 def read_png(path: Path) -> UInt8[Tensor, "c h w"]:
-    """What `save_png` wrote."""
+    """Return an image that `save_png` wrote."""
     with Image.open(path) as image:
         array = np.array(image)
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).movedim(-1, 0)
+    return hwc_to_chw(array.reshape(*array.shape[:2], -1))
 
 
 def save_grid(path: Path, images: UInt8[Tensor, "b c h w"], columns: int, enlarge_to: int = 96) -> None:
-    """Write images as one PNG, row by row; small ones are enlarged pixel by pixel to about `enlarge_to`."""
+    """Write a PNG of images in rows. Small images are enlarged by pixel repetition to about `enlarge_to` pixels."""
     save_png(path, make_grid(_enlarge(images, enlarge_to), nrow=columns, padding=_BORDER, pad_value=255))
 
 
 def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_to: int = 96) -> None:
-    """Write a row of images for each caption, which stands to its left; rows may differ in length."""
+    """Write a PNG with one row of images per caption, and the captions on the left. Rows may differ in length."""
     longest = max(len(images) for images in rows.values())
     filled = [
-        F.pad(images, (0, 0, 0, 0, 0, 0, 0, longest - len(images)), value=255)  # with white ones
+        F.pad(images, (0, 0, 0, 0, 0, 0, 0, longest - len(images)), value=255)  # white images
         for images in rows.values()
     ]
     images = _enlarge(torch.cat(filled), enlarge_to)
@@ -66,7 +71,11 @@ def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_
 
 
 def interleave_rows(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tensor, int]:
-    """Groups of images, each kind under the one before it, `columns` across; what `save_grid` takes."""
+    """Interleave equally long batches so that a grid shows corresponding images below each other.
+
+    Returns the images, and the number of columns for `save_grid`: at most `columns`. Images that do not fill a whole
+    row of the grid are dropped.
+    """
     columns = min(columns, len(rows[0]))
     usable = len(rows[0]) // columns * columns
     blocks = torch.stack([row[:usable].unflatten(0, (-1, columns)) for row in rows], 1)
@@ -79,9 +88,9 @@ def _enlarge(images: UInt8[Tensor, "b c h w"], enlarge_to: int) -> UInt8[Tensor,
 
 
 def save_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str) -> None:
-    """Write one panel for each entry: a name, and lines by name as (step, value) points."""
+    """Write a PNG with one panel per entry of `curves`: panel title → line label → (step, value) points."""
     os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure  # slow to import, and needed by few commands
+    from matplotlib.figure import Figure  # slow to import, used by few commands
 
     figure = Figure(figsize=(5 * len(curves), 3.6), layout="constrained")
     figure.suptitle(title)

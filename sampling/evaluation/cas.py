@@ -24,10 +24,9 @@ from sampling.evaluation.classifier import (
     save_classifier,
 )
 from sampling.evaluation.evaluation_config import CasConfig
-from sampling.evaluation.image_sets import to_rgb
 from sampling.run_config import RunConfig
 from vqvae2 import checkpoint, files
-from vqvae2.data.images import ImageDataset, ImageSample, open_datasets, to_float
+from vqvae2.data.images import ImageDataset, ImageSample, open_datasets, to_float, to_rgb
 from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.run_folder import RunFolder

@@ -4,12 +4,9 @@
 """
 
 import difflib
-import http.client
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -23,12 +20,13 @@ from torch.utils.data import Dataset
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config
 from vqvae2.data.images import ImageSample, read_image, to_float
+from vqvae2.downloads import torchvision_weights
 from vqvae2.errors import UserError
+from vqvae2.pictures import hwc_to_chw
 
 SMALL_IMAGE_SIZE = 64  # pixels; up to this height and width the first layer does not downsample
 Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
-_TIMEOUT_S = 10
 _OWN_CLASSIFIER = "a .safetensors file written by `vqvae2 evaluate RUN --cas --cas-real`"
 
 
@@ -133,34 +131,17 @@ def _from_file(path: Path, device: torch.device) -> Classifier:
             f"{path}: expected the weights of a classifier, found {metadata.get('network')}. Use {_OWN_CLASSIFIER}."
         )
     config = ClassifierConfig.parse(metadata.get("config"), str(path))
-    with torch.device("meta"):
-        network = config.build()
-    network = network.to_empty(device="cpu")
-    checkpoint.load_state_dict(network, tensors, path)
-    network = network.to(device).requires_grad_(False)
+    network = checkpoint.build_module(config.build, tensors, path).to(device).requires_grad_(False)
     return Classifier.from_network(network, config, str(path), files.digest(path))
 
 
 def _from_torchvision(name: str, device: torch.device) -> Classifier:
-    weights: Any = torchvision.models.get_model_weights(name)
-    weights = weights.DEFAULT
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT_S)  # torch.hub has no parameter for the connection timeout
-    try:
-        # Download with weights_only=True first: `get_model` would unpickle arbitrary objects.
-        weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        network = torchvision.models.get_model(name, weights=weights, progress=False)
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException, UnpicklingError) as error:
-        raise UserError(
-            f"--classifier {name}: cannot load the weights ({str(error).splitlines()[0]}). Download {weights.url} "
-            f"to {path}, or use {_OWN_CLASSIFIER}."
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+    # Load the file as tensors only. get_model would unpickle anything, but then finds the verified file in the cache.
+    weights = torchvision_weights(name, label=f"--classifier {name}", alternative=f"use {_OWN_CLASSIFIER}")
+    network = torchvision.models.get_model(name, weights=weights.entry, progress=False)
     network = network.to(device).eval().requires_grad_(False)
-    categories = tuple(weights.meta["categories"])
-    return Classifier(network, weights.transforms(), categories, name, files.digest(path), matches_by_index=True)
+    categories, digest = tuple(weights.entry.meta["categories"]), files.digest(weights.path)
+    return Classifier(network, weights.entry.transforms(), categories, name, digest, matches_by_index=True)
 
 
 class LabeledSamples(Dataset[ImageSample]):
@@ -191,7 +172,7 @@ class LabeledSamples(Dataset[ImageSample]):
 
     def __getitem__(self, index: int) -> ImageSample:
         pixels = read_image(self.path(index), self.size)
-        return ImageSample(torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.labels[index])
+        return ImageSample(hwc_to_chw(pixels), self.labels[index])
 
     def path(self, index: int) -> Path:
         """Return the path of an image's PNG."""

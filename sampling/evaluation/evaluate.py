@@ -21,12 +21,12 @@ from sampling.evaluation.features import (
 )
 from sampling.evaluation.fid import MIN_COMPARABLE_IMAGES
 from sampling.evaluation.format_metrics import format_metrics
-from sampling.evaluation.image_sets import ImageBatch, ImageFolder, open_image_set, to_rgb
+from sampling.evaluation.image_sets import ImageBatch, ImageFolder, open_image_set
 from sampling.processes import processes
 from sampling.run_config import RunConfig, parse_with_run_defaults
 from vqvae2 import distributed, files
 from vqvae2.command_line import Options
-from vqvae2.data.images import ImageDataset, open_datasets, to_float, to_uint8
+from vqvae2.data.images import ImageDataset, open_datasets, to_float, to_rgb, to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailableError, load_inception

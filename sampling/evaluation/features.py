@@ -54,7 +54,7 @@ class FeatureSummary:
 
     def save(self, path: Path) -> None:
         """Write the summary atomically to an .npz that pytorch-fid can read as statistics."""
-        arrays: dict[str, Any] = self.statistics.arrays()
+        arrays: dict[str, Any] = self.statistics.to_arrays()
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         if self.inception_score is not None:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from vqvae2 import distributed
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
+from vqvae2.pictures import hwc_to_chw
 
 # Like pytorch-fid, search only the folder itself and match lower-case extensions, so that the results agree.
 EXTENSIONS = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")
@@ -140,8 +141,8 @@ class ImageArray:
                 if len(pixels) < (stop - start) * size:
                     raise UserError(f"{self.path}: `arr_0` is truncated. Create the file again.")
                 if number % distributed.get_world_size() == distributed.get_rank():
-                    images = torch.frombuffer(pixels, dtype=torch.uint8).view(stop - start, height, width, channels)
-                    yield ImageBatch(torch.arange(start, stop), images.permute(0, 3, 1, 2).contiguous())
+                    images = np.frombuffer(pixels, np.uint8).reshape(stop - start, height, width, channels)
+                    yield ImageBatch(torch.arange(start, stop), hwc_to_chw(images))
 
     @property
     def formats(self) -> dict[str, int]:
@@ -189,11 +190,6 @@ def open_image_set(path: Path) -> ImageSet:
     return ImageArray(path) if path.suffix == ".npz" else ImageFolder(path)
 
 
-def to_rgb(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n 3 h w"]:
-    """Convert gray or RGBA images to RGB; the alpha channel is dropped."""
-    return images[:, :3].expand(-1, 3, -1, -1)
-
-
 def _read(path: Path) -> UInt8[Tensor, "3 h w"]:
     try:
         with Image.open(path) as image:
@@ -207,7 +203,7 @@ def _read(path: Path) -> UInt8[Tensor, "3 h w"]:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({error}). Replace or remove it.") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return hwc_to_chw(pixels)
 
 
 def _is_image(file: Path) -> bool:

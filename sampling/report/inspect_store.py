@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.data.code_store import CodeStore
-from vqvae2.data.images import DataConfig, ImageDataset
+from vqvae2.data.images import DataConfig
 from vqvae2.data.samplers import SequentialBatchSampler
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedSource, read_header
 from vqvae2.errors import UserError
@@ -49,7 +49,7 @@ def inspect_code_store(path: Path, out: Path) -> list[str]:
         lines.append(_line(name, f"{size}: usage {usage.usage:.1%}, {entropy}, perplexity {usage.perplexity:.1f}"))
     lines.append(_classes_line(header.classes, label_counts))
     if len(store):
-        lines.append(_line("first, last", f"{store.name(0)}, {store.name(len(store) - 1)}"))
+        lines.append(_line("first, last", f"{store.image_name(0)}, {store.image_name(len(store) - 1)}"))
     _plot(out, {name: usage.counts.numpy() for name, usage in zip(names, usages, strict=True)}, label_counts)
     return lines
 
@@ -73,7 +73,7 @@ def inspect_prepared_images(path: Path, out: Path) -> list[str]:
         _classes_line(header.classes, label_counts),
     ]
     config = DataConfig(path=str(path), size=header.size, channels=header.channels)
-    images = Images(config, source, np.arange(min(_MAX_IMAGES, len(source.index))))
+    images = ImageDataset(config, source, np.arange(min(_MAX_IMAGES, len(source.index))))
     save_grid(out, torch.stack([images[index].image for index in range(len(images))]), columns=8)
     return lines
 

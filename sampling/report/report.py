@@ -52,7 +52,9 @@ class ReportOptions(Options):
     """Write one HTML page that shows a run, finished or not."""
 
     run: Positional[Path] = Field(description="run folder")
-    samples: Path | None = Field(default=None, description="folder that `vqvae2 sample` wrote; RUN/samples if not given")
+    samples: Path | None = Field(
+        default=None, description="folder that `vqvae2 sample` wrote; RUN/samples if not given"
+    )
 
 
 def write_report(run: Path, samples: Path | None = None) -> Path:
@@ -188,7 +190,9 @@ def _likelihood(run: RunStatus) -> dict[str, Any] | None:
         values = [
             f"{validation[name]:.3f}" if validation else _MISSING for name in ("nll", "bits", "uniform", "unigram")
         ]
-        rows.append([level, _map_size(spec), *values, _bits(validation["bits"] * spec.size if validation else None)])
+        rows.append(
+            [level, _map_size(spec), *values, _bits(validation["bits"] * spec.num_codes if validation else None)]
+        )
     positions = sum(spec.num_codes for spec in run.maps.values())
     rows.append(["total", f"{positions:,} codes", *[""] * 4, _bits(_bits_per_image(run, "nll"))])
     uniform, unigram = (_bits_per_image(run, name) for name in ("uniform", "unigram"))

@@ -73,7 +73,10 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
     stages = {
         "autoencoder": autoencoder,
         "codes": _extraction(folder),
-        **{f"prior-{name}": _training(folder.prior(name), config.priors[name].training.steps) for name in reversed(names)},
+        **{
+            f"prior-{name}": _training(folder.prior(name), config.priors[name].training.steps)
+            for name in reversed(names)
+        },
         "samples": _sampling(samples),
         "evaluation": StageStatus("finished" if folder.metrics.is_file() else "not started"),
     }

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,8 +22,9 @@ from vqvae2.data.index import Integers, StringTable
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.base import Source
 from vqvae2.errors import UserError
+from vqvae2.pictures import hwc_to_chw
 
-__all__ = ["DataConfig", "ImageDataset", "ImageSample", "open_datasets", "read_image", "to_float", "to_uint8"]
+__all__ = ["DataConfig", "ImageDataset", "ImageSample", "open_datasets", "read_image", "to_float", "to_rgb", "to_uint8"]
 
 _LISTED = 20  # unreadable images that an error names
 _log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class ImageDataset(Dataset[ImageSample]):
             return None
         if draw is not None and self.config.flip and draw & 1:
             image = image[:, ::-1]
-        return ImageSample(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), self.label(index))
+        return ImageSample(hwc_to_chw(image), self.label(index))
 
     def label(self, index: int) -> int:
         """The label of an image, −1 where there are none."""
@@ -174,6 +175,11 @@ def open_datasets(config: DataConfig, cache: Path | None = None) -> tuple[ImageD
 def _flags(count: int) -> Tensor:
     """One flag an image, in memory that worker processes share."""
     return torch.zeros(count, dtype=torch.uint8).share_memory_()
+
+
+def to_rgb(images: Shaped[Tensor, "b c h w"]) -> Shaped[Tensor, "b 3 h w"]:
+    """Return grayscale images with the channel repeated, and RGBA images without alpha."""
+    return images[:, :3].expand(-1, 3, -1, -1)
 
 
 def to_float(images: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:

@@ -1,4 +1,4 @@
-"""How a codebook is used: which codes occur, and how evenly."""
+"""Codebook usage and perplexity."""
 
 import numpy as np
 import torch
@@ -12,60 +12,59 @@ from vqvae2.errors import UserError
 class CodebookUsage:
     """Streaming histogram of the codes of one level.
 
-    Batches go in, integers in [0, K) of any shape:
-
-        usage = CodebookUsage(512)
-        for maps in batches:
-            usage.update(maps)
-        usage.all_reduce()              # on several processes
-        usage.usage, usage.perplexity
+    >>> usage = CodebookUsage(codebook_size=4)
+    >>> usage.update(torch.tensor([[0, 1], [0, 1]]))
+    >>> usage.all_reduce()  # sum over ranks
+    >>> usage.usage, round(usage.perplexity, 6)
+    (0.5, 2.0)
     """
 
-    def __init__(self, codes: int, device: torch.device | str = "cpu") -> None:
-        if codes < 1:
-            raise UserError(f"a codebook of {codes} codes; expected at least 1")
-        self.counts = torch.zeros(codes, dtype=torch.int64, device=device)
+    def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
+        if codebook_size < 1:
+            raise UserError(f"a codebook needs at least 1 code, got {codebook_size}")
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
 
     def update(self, codes: Int[Tensor, "..."]) -> None:
-        """Count codes, integers in [0, K) of any shape; UserError where one lies outside."""
-        size = len(self.counts)
+        """Count codes, integers in [0, K) of any shape.
+
+        Raises:
+            UserError: If codes are not integers or are out of range.
+        """
+        codebook_size = len(self.counts)
         if codes.numel() == 0:
             return
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-            raise UserError(f"codes of type {codes.dtype}; expected integers")
+            raise UserError(f"codes must be integers, got {codes.dtype}")
         flat = codes.detach().to(self.counts.device, torch.int64).flatten()
         low, high = int(flat.min()), int(flat.max())
-        if low < 0 or high >= size:
-            raise UserError(f"codes from {low} to {high}; this codebook has 0 to {size - 1}")
-        self.counts += torch.bincount(flat, minlength=size)
+        if low < 0 or high >= codebook_size:
+            raise UserError(f"codes must be in 0 to {codebook_size - 1}, got {low} to {high}")
+        self.counts += torch.bincount(flat, minlength=codebook_size)
 
     def all_reduce(self) -> None:
-        """Add up the histograms of all processes, on every process; nothing to do on one. Call it once, at the end."""
+        """Sum the histograms of all ranks. Call once, after the last update."""
         self.counts = all_reduce_sum(self.counts)
 
     @property
     def total(self) -> int:
-        """How many codes were counted."""
+        """Number of counted codes."""
         return int(self.counts.sum())
 
     @property
     def usage(self) -> float:
-        """Share of the codebook that occurs at all, in [0, 1]."""
+        """Fraction of the codebook that occurs at least once, in [0, 1]."""
         return float((self.counts > 0).double().mean())
 
     @property
     def entropy(self) -> float:
-        """Entropy of the histogram in nats, in [0, ln K]: what a prior pays per code if it knows frequencies alone.
-
-        NaN where nothing was counted.
-        """
+        """Entropy of the code frequencies in nats, in [0, ln K]. NaN if nothing was counted."""
         counts = self.counts.cpu().numpy().astype(np.float64)
         if not counts.any():
             return float("nan")
-        share = counts[counts > 0] / counts.sum()
-        return float(max(-(share * np.log(share)).sum(), 0.0))
+        frequencies = counts[counts > 0] / counts.sum()
+        return float(max(-(frequencies * np.log(frequencies)).sum(), 0.0))
 
     @property
     def perplexity(self) -> float:
-        """exp(entropy), in [1, K]: how many evenly used codes would carry as much. NaN where nothing was counted."""
+        """exp(entropy), in [1, K]: the effective number of codes. NaN if nothing was counted."""
         return float(np.exp(self.entropy))

@@ -1,12 +1,10 @@
-"""Inception-v3 features for FID and its relatives: the network, weights and preprocessing of pytorch-fid.
+"""Inception-v3 features for FID and related metrics, with the network, weights and preprocessing of pytorch-fid.
 
-The network is TensorFlow's of 2015-12-05 as ported in pytorch-fid; other weights give numbers of another scale.
+The network is the TensorFlow network of 2015-12-05 as ported by pytorch-fid. Metrics computed with other weights cannot
+be compared with published numbers.
 """
 
-import http.client
-import socket
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -14,53 +12,56 @@ import torch.nn.functional as F
 import torchvision
 from jaxtyping import Float, UInt8
 from pytorch_fid import inception as pytorch_fid
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d
 
+from vqvae2.checkpoint import read_state_dict
+from vqvae2.downloads import DOWNLOAD_ERRORS, cache_path, connection_timeout
 from vqvae2.errors import UserError
 from vqvae2.files import digest
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_DIGEST = "6726825d"  # how its SHA-256 begins
+WEIGHTS_DIGEST = "6726825d"  # first digits of its SHA-256
 NUM_CLASSES = 1008
 FEATURE_DIMS = (64, 192, 768, 2048)
-_TIMEOUT_S = 10
 
 
 class WeightsUnavailableError(UserError):
-    """The Inception weights are neither given, nor in torch's cache, nor to be had from the network."""
+    """The Inception weights were not given, are not in torch's cache and cannot be downloaded."""
 
 
 class InceptionOutput(NamedTuple):
-    """What one pass gives: `features` in float32, and `logits` where they were asked for."""
+    """Output of the feature extractor. `logits` is None unless requested."""
 
     features: Float[Tensor, "n d"]
     logits: Float[Tensor, "n 1008"] | None
 
 
 class FeatureExtractor(nn.Module):
-    """uint8 images → Inception features of one of pytorch-fid's four depths; in eval mode, without gradients.
+    """Network from uint8 images to Inception features of one of pytorch-fid's four depths, in evaluation mode.
 
-    `weights_digest` is the SHA-256 of the weights file, for the record; `is_standard` tells whether it is the file that
-    published numbers are made with.
+    `weights_digest` is the SHA-256 of the weights file. `is_standard` is whether it is the file used for published
+    numbers.
     """
 
     classifier: Tensor
 
     def __init__(self, network: nn.Module, dims: int, weights_digest: str) -> None:
-        """`network` is what `build_network` makes, with its weights loaded; it is changed for speed and kept."""
+        """Take over `network`, built by `build_network`, with weights loaded. It is modified in place for speed.
+
+        Raises:
+            UserError: If `dims` is not the size of a feature layer.
+        """
         super().__init__()
         if dims not in FEATURE_DIMS:
-            raise UserError(f"--dims {dims}: Inception features have {', '.join(map(str, FEATURE_DIMS))} dimensions")
+            raise UserError(f"--dims {dims}: must be one of {', '.join(map(str, FEATURE_DIMS))}")
         self.dims = dims
         self.weights_digest = weights_digest
         self.is_standard = weights_digest.startswith(WEIGHTS_DIGEST)
         network.eval().requires_grad_(False)
-        # Batch normalisation folded into the convolutions, and channels last: two thirds of the time on a CPU, the
-        # same features to float32 rounding.
+        # Folded batch normalization and channels-last take two thirds of the time on a CPU. Features are equal up to
+        # float32 rounding.
         for module in network.modules():
             if isinstance(module, BasicConv2d) and isinstance(module.bn, nn.BatchNorm2d):
                 module.conv = fuse_conv_bn_eval(module.conv, module.bn)
@@ -71,19 +72,22 @@ class FeatureExtractor(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where images are moved to."""
+        """Device of the weights. Images are moved to it."""
         return next(self.parameters()).device
 
     @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "n 3 h w"], logits: bool = False) -> InceptionOutput:
-        """Features (N, dims) of uint8 RGB images (N, 3, H, W) of any size, as pytorch-fid preprocesses them.
+        """Return features (N, dims) of uint8 RGB images (N, 3, H, W) of any size.
 
-        Values become [0, 1], then bilinear 299×299 without antialiasing, then [-1, 1]. Below 2048 dimensions the map is
-        averaged over its places. `logits` are (N, 1008) without the bias, as the Inception score has always used them.
-        Raises UserError for another type or another number of channels.
+        Preprocessing is that of pytorch-fid: scaling to [0, 1], bilinear resizing to 299 × 299 without antialiasing,
+        scaling to [-1, 1]. Feature maps below 2048 dimensions are averaged over positions. `logits=True` also returns
+        logits (N, 1008) without the bias, as is usual for the Inception score.
+
+        Raises:
+            UserError: If the images are not uint8 or do not have three channels.
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-            raise UserError(f"images {tuple(images.shape)} of {images.dtype}; expected uint8 RGB (N, 3, H, W)")
+            raise UserError(f"expected uint8 RGB images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
         x = images.to(self.device).float() / 255
         x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
         x = x.contiguous(memory_format=torch.channels_last)
@@ -101,9 +105,11 @@ class FeatureExtractor(nn.Module):
 def load_inception(
     weights: Path | None = None, dims: int = 2048, device: torch.device | str = "cpu"
 ) -> FeatureExtractor:
-    """The feature extractor, from a file (.pth or .safetensors), else from torch's cache, else from the network.
+    """Load the feature extractor from a .pth or .safetensors file, or else from torch's cache, or else download it.
 
-    Raises WeightsUnavailableError where no weights are to be had, UserError where a file is damaged or of another network.
+    Raises:
+        WeightsUnavailableError: If there are no weights and they cannot be downloaded.
+        UserError: If the file is missing, corrupted or belongs to another network.
     """
     path = weights or _standard_weights()
     network = build_network()
@@ -112,7 +118,7 @@ def load_inception(
 
 
 def build_network() -> nn.Module:
-    """The FID Inception network, weights untouched: torchvision's with the blocks that pytorch-fid changes in it."""
+    """Build the FID Inception network with uninitialized weights: torchvision's with the blocks of pytorch-fid."""
     network: Any = torchvision.models.inception_v3(
         weights=None, num_classes=NUM_CLASSES, aux_logits=False, init_weights=False
     )
@@ -128,7 +134,7 @@ def build_network() -> nn.Module:
 
 
 def _stages(network: Any) -> list[nn.Sequential]:
-    """The network cut where pytorch-fid reads features: after 64, 192, 768 and 2048 channels."""
+    """Split the network at pytorch-fid's feature layers, of 64, 192, 768 and 2048 channels."""
     n = network
     return [
         nn.Sequential(n.Conv2d_1a_3x3, n.Conv2d_2a_3x3, n.Conv2d_2b_3x3, nn.MaxPool2d(3, stride=2)),
@@ -142,55 +148,38 @@ def _stages(network: Any) -> list[nn.Sequential]:
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:
-    state = _read_state(path)
+    hint = f"Get {WEIGHTS_NAME} from {pytorch_fid.FID_WEIGHTS_URL} and pass it with --inception-weights."
+    state = read_state_dict(path, hint=hint)
     expected = network.state_dict()
-    # Old files lack the counters of batches seen, which evaluation does not use.
+    # Old files lack `num_batches_tracked`, which is not used in evaluation mode.
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
-    misfits = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    mismatched = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     problem = (
-        f"no `{missing[0]}`" if missing
-        else f"`{unexpected[0]}` is not a part of it" if unexpected
-        else f"`{misfits[0]}` has shape {tuple(state[misfits[0]].shape)}, not {tuple(expected[misfits[0]].shape)}"
-        if misfits else None
+        f"missing key `{missing[0]}`" if missing
+        else f"unexpected key `{unexpected[0]}`" if unexpected
+        else f"`{mismatched[0]}` has shape {tuple(state[mismatched[0]].shape)}, "
+        f"expected {tuple(expected[mismatched[0]].shape)}"
+        if mismatched else None
     )  # fmt: skip
     if problem:
-        raise UserError(f"{path}: not the weights of the FID Inception network ({problem}); expected {WEIGHTS_NAME}")
+        raise UserError(f"{path}: not weights of the FID Inception network ({problem}). {hint}")
     network.load_state_dict(state)
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"--inception-weights: {path} is {'a folder' if path.is_dir() else 'missing'}; give a file")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, SafetensorError):
-        raise UserError(f"{path}: damaged, or not a file of weights alone; get {WEIGHTS_NAME} anew") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: not a state dict (names and tensors); expected {WEIGHTS_NAME}")
-    return state
-
-
 def _standard_weights() -> Path:
-    """The well-known file in torch's cache, fetched there if need be."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAME
+    """Return the path of the standard weights in torch's cache, downloading them if needed."""
+    path = cache_path(WEIGHTS_NAME)
     if path.is_file():
         return path
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT_S)  # torch.hub offers no other way to bound the wait for a connection
+    url = pytorch_fid.FID_WEIGHTS_URL
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(
-            pytorch_fid.FID_WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_DIGEST, progress=False
-        )
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        with connection_timeout():
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=WEIGHTS_DIGEST, progress=False)
+    except DOWNLOAD_ERRORS as error:
         raise WeightsUnavailableError(
-            f"no Inception weights ({error}): get {WEIGHTS_NAME} (about 91 MB, SHA-256 begins {WEIGHTS_DIGEST}) from "
-            f"{pytorch_fid.FID_WEIGHTS_URL} and pass --inception-weights FILE, or put it at {path}"
+            f"cannot download the Inception weights ({error}). Get {WEIGHTS_NAME} (about 91 MB, SHA-256 starts with "
+            f"{WEIGHTS_DIGEST}) from {url} and pass it with --inception-weights, or put it at {path}."
         ) from None
-    finally:
-        socket.setdefaulttimeout(before)
     return path

@@ -1,6 +1,7 @@
-"""Inception score (Salimans et al. 2016, arXiv 1606.03498): exp E KL(p(y|x) ‖ p(y)), streamed.
+"""Inception score (Salimans et al. 2016, arXiv 1606.03498): exp E KL(p(y|x) ‖ p(y)).
 
-Within a split the mean KL divergence is mean Σ p log p − Σ p̄ log p̄, so a split needs two sums and no logits are kept.
+The mean KL divergence of a split is mean Σ p log p − Σ p̄ log p̄. Two sums per split are enough to compute it, so no
+logits are stored.
 """
 
 from typing import NamedTuple
@@ -12,28 +13,31 @@ from torch import Tensor
 
 from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
+from vqvae2.metrics import float64_device
 
 
 class InceptionScoreResult(NamedTuple):
-    """Mean and population standard deviation over splits; the mean is in [1, number of classes]."""
+    """Mean and population standard deviation of the score over splits. The mean is in [1, number of classes]."""
 
     mean: float
     std: float
 
 
 class InceptionScore:
-    """Streaming score of `count` images, dealt to `splits` by a seeded permutation.
+    """Streaming Inception score of `count` images in `splits` random splits.
 
-    Seed and splits deal as torch-fidelity's defaults do, whose score this is to rounding. Raises UserError where there
-    are fewer images than splits.
+    The defaults assign images to splits as torch-fidelity does, and the scores agree up to rounding.
+
+    Raises:
+        UserError: If there are fewer images than splits.
     """
 
     def __init__(
         self, count: int, splits: int = 10, seed: int = 2020, classes: int = 1008, device: torch.device | str = "cpu"
     ) -> None:
         if not 1 <= splits <= count:
-            raise UserError(f"an Inception score of {count} images in {splits} splits; each split needs an image")
-        self._device = torch.device("cpu" if torch.device(device).type == "mps" else device)  # MPS has no float64
+            raise UserError(f"Inception score: {splits} splits need at least as many images, got {count}")
+        self._device = float64_device(device)
         order = np.random.RandomState(seed).permutation(count)
         split_of = np.empty(count, np.int64)
         for split in range(splits):
@@ -44,7 +48,7 @@ class InceptionScore:
         self._marginal = torch.zeros(splits, classes, dtype=torch.float64, device=self._device)  # Σ_x p
 
     def update(self, logits: Float[Tensor, "n classes"], indices: Int[Tensor, "n"]) -> None:
-        """Take in a batch: `logits` of the images whose numbers in 0 … count − 1 are `indices`."""
+        """Add the logits of a batch of images. `indices` are their indices in [0, count)."""
         log_p = logits.detach().to(self._device).double().log_softmax(1)
         p = log_p.exp()
         split = self._split_of[indices.cpu()].to(self._device)
@@ -53,14 +57,18 @@ class InceptionScore:
         self._marginal.index_add_(0, split, p)
 
     def all_reduce(self) -> None:
-        """Add up over all processes, on every process; nothing to do on one. Call it once, at the end."""
+        """Sum the statistics of all ranks. Call once, after the last update."""
         for sums in (self._counts, self._negentropy, self._marginal):
             all_reduce_sum(sums)
 
     def compute(self) -> InceptionScoreResult:
-        """The score; UserError where images are missing."""
+        """Return the score.
+
+        Raises:
+            UserError: If fewer or more than `count` images were added.
+        """
         if int(self._counts.sum()) != len(self._split_of):
-            raise UserError(f"an Inception score of {len(self._split_of)} images was given {int(self._counts.sum())}")
+            raise UserError(f"Inception score: expected {len(self._split_of)} images, got {int(self._counts.sum())}")
         marginal = self._marginal / self._counts[:, None]
         divergence = self._negentropy / self._counts - torch.xlogy(marginal, marginal).sum(1)
         scores = divergence.exp().cpu().numpy()
@@ -68,7 +76,7 @@ class InceptionScore:
 
 
 def inception_score(logits: Float[Tensor, "n classes"], splits: int = 10, seed: int = 2020) -> InceptionScoreResult:
-    """Inception score of logits (N, classes) that are all at hand."""
+    """Return the Inception score of logits (N, classes)."""
     score = InceptionScore(len(logits), splits, seed, logits.shape[1], logits.device)
     score.update(logits, torch.arange(len(logits)))
     return score.compute()

@@ -12,7 +12,7 @@ from vqvae2.errors import UserError
 
 @dataclass(frozen=True)
 class KernelInceptionDistance:
-    """Mean and population standard deviation over `subsets` of `subset_size` images; values below 0 are valid."""
+    """Mean and population standard deviation over `subsets` of `subset_size` images. Values can be negative."""
 
     mean: float
     std: float
@@ -27,17 +27,21 @@ def kernel_inception_distance(
     subset_size: int = 1000,
     seed: int = 2020,
 ) -> KernelInceptionDistance:
-    """KID with the kernel (x·y / d + 1)³ of the paper, over random subsets of both sides.
+    """Compute KID with the kernel (x·y / d + 1)³ over random subsets, in float64.
 
-    Subsets are drawn as torch-fidelity draws them, so equal features and seed give its number; where a side has fewer
-    than `subset_size` images the subsets are of its size. Computed in float64. Raises UserError where the dimensions
-    differ or a side has fewer than two images.
+    Subsets are sampled as in torch-fidelity, so the same features and seed give the same result. Subsets are smaller
+    than `subset_size` if either side has fewer images.
+
+    Raises:
+        UserError: If the dimensions differ or a side has fewer than two images.
     """
     if generated.ndim != 2 or reference.ndim != 2 or generated.shape[1] != reference.shape[1]:
-        raise UserError(f"features of shapes {tuple(generated.shape)} and {tuple(reference.shape)}; expected (N, D)")
+        raise UserError(
+            f"KID: expected features (N, D) and (M, D), got {tuple(generated.shape)} and {tuple(reference.shape)}"
+        )
     size = min(subset_size, len(generated), len(reference))
     if size < 2 or subsets < 1:
-        raise UserError(f"{subsets} subsets of {size} images; KID needs at least one of at least two images")
+        raise UserError(f"KID: needs at least one subset of at least two images, got {subsets} of {size}")
     rng = np.random.RandomState(seed)
     distances = np.empty(subsets)
     for index in range(subsets):
@@ -50,8 +54,8 @@ def kernel_inception_distance(
 
 
 def squared_mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
-    """Unbiased estimate of the squared maximum mean discrepancy between two samples of equal size."""
-    if x.device.type == "mps":  # has no float64
+    """Return the unbiased estimate of the squared maximum mean discrepancy of two samples of equal size."""
+    if x.device.type == "mps":  # no float64
         x, y = x.cpu(), y.cpu()
     x, y, n = x.double(), y.double(), len(x)
     within = sum(float(kernel.sum() - kernel.trace()) for kernel in (_kernel(x, x), _kernel(y, y)))
@@ -60,4 +64,4 @@ def squared_mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     base = x @ y.T / x.shape[1] + 1
-    return base * base * base  # pow goes through exp and log, ten times slower
+    return base * base * base  # `pow` is ten times slower

@@ -1,7 +1,7 @@
-"""How close reconstructions are to their originals: MSE, PSNR, and SSIM (Wang et al. 2004), image by image.
+"""Reconstruction metrics per image: MSE, PSNR and SSIM (Wang et al. 2004).
 
-Images are float32 (N, C, H, W) in [-1, 1]. They are compared as the 8-bit levels 0 … 255 that a PNG of them holds, so
-that a number measured on tensors is the number measured on files; `levels` is the one place where that is done.
+Images are float32 (N, C, H, W) in [-1, 1]. They are compared as 8-bit levels 0 … 255 (`to_8bit_levels`), so that
+metrics of tensors and of the PNG files written from them are the same.
 """
 
 from dataclasses import dataclass
@@ -13,59 +13,63 @@ from torch import Tensor
 
 from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
+from vqvae2.metrics import float64_device
 
 DATA_RANGE = 255.0
-# PSNR of identical images is infinite, and one black image would make the mean so. The variance of rounding to 8 bits,
-# in squared levels, is the smallest error that 8-bit images can show: PSNR ends at 58.9 dB.
-_ROUNDING = 1 / 12
+# Lower bound of the MSE in squared levels, the variance of rounding to 8 bits. Without it, a single perfectly
+# reconstructed image would make the mean PSNR infinite. It bounds PSNR to 58.9 dB.
+_MIN_MSE = 1 / 12
 _WINDOW, _SIGMA = 11, 1.5
 
 
-def levels(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """Images in [-1, 1] as 8-bit levels: whole numbers from 0 to 255, in float32; values beyond are clipped."""
+def to_8bit_levels(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    """Convert images in [-1, 1] to integers from 0 to 255 in float32. Values outside of the range are clipped."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255)
 
 
 def mse(a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
-    """Mean squared error per image, in the square of the images' unit."""
-    _same_shape(a, b)
+    """Return the mean squared error per image."""
+    _check_shapes(a, b)
     return (a - b).square().flatten(1).mean(1)
 
 
 def psnr(
     a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"], data_range: float = DATA_RANGE
 ) -> Float[Tensor, "n"]:
-    """Peak signal-to-noise ratio per image in dB, 10 log₁₀(range² / MSE); infinite for equal images."""
+    """Return the peak signal-to-noise ratio per image in dB, 10 log₁₀(range² / MSE). Infinite for equal images."""
     return 10 * torch.log10(data_range**2 / mse(a, b))
 
 
 def ssim(
     a: Float[Tensor, "n c h w"], b: Float[Tensor, "n c h w"], data_range: float = DATA_RANGE
 ) -> Float[Tensor, "n"]:
-    """Structural similarity per image, in [-1, 1], mean over channels and over places where the window fits.
+    """Return the structural similarity per image, in [-1, 1]: the mean over channels and valid window positions.
 
-    Gaussian window of 11 × 11, σ = 1.5, K = (0.01, 0.03), population covariance: the constants of the paper, and what
-    scikit-image computes with gaussian_weights=True, sigma=1.5, use_sample_covariance=False. Raises UserError for
-    images smaller than the window.
+    Uses the constants of the paper: a Gaussian window of 11 × 11 with σ = 1.5, K = (0.01, 0.03), and the population
+    covariance. scikit-image computes the same with gaussian_weights=True, sigma=1.5, use_sample_covariance=False.
+
+    Raises:
+        UserError: If images are smaller than the window or the shapes differ.
     """
-    _same_shape(a, b)
+    _check_shapes(a, b)
     n, _, height, width = a.shape
     if min(height, width) < _WINDOW:
-        raise UserError(f"images of {height}×{width} pixels; SSIM needs at least {_WINDOW}×{_WINDOW}")
+        raise UserError(f"SSIM: images must be at least {_WINDOW}×{_WINDOW} pixels, got {height}×{width}")
     if n == 0:
         return a.new_zeros(0)
-    place = torch.arange(_WINDOW, device=a.device, dtype=torch.float64 if a.device.type != "mps" else torch.float32)
-    window = torch.exp(-((place - _WINDOW // 2) ** 2) / (2 * _SIGMA**2))
+    dtype = torch.float64 if a.device.type != "mps" else torch.float32
+    offsets = torch.arange(_WINDOW, device=a.device, dtype=dtype) - _WINDOW // 2
+    window = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     window = (window / window.sum()).to(a.dtype)
 
     def blur(images: Tensor) -> Tensor:
-        flat = images.reshape(-1, 1, height, width)  # every plane by itself: one plain convolution
+        flat = images.reshape(-1, 1, height, width)  # channels as batch, for an ordinary convolution
         return F.conv2d(F.conv2d(flat, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
 
-    # Variance does not depend on the origin; about mid-grey float32 loses fewer digits of it.
+    # Variance does not depend on the origin, and centered values lose fewer digits in float32.
     middle = data_range / 2
     a0, b0 = a - middle, b - middle
-    # Planes of one kind lie together: (5 N C, 1, H − 10, W − 10)
+    # (5 N C, 1, H − 10, W − 10)
     mean_a, mean_b, square_a, square_b, product = blur(torch.cat((a0, b0, a0 * a0, b0 * b0, a0 * b0))).chunk(5)
     variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
     covariance = product - mean_a * mean_b
@@ -78,7 +82,7 @@ def ssim(
 
 @dataclass(frozen=True)
 class ReconstructionMetrics:
-    """Means over images. `mse` is in squared units of [0, 1] (levels / 255), `psnr` in dB, `ssim` in [-1, 1]."""
+    """Means over images. `mse` is of images scaled to [0, 1], `psnr` is in dB, `ssim` in [-1, 1]."""
 
     count: int
     mse: float
@@ -87,33 +91,40 @@ class ReconstructionMetrics:
 
 
 class ReconstructionStatistics:
-    """Streaming means of the per-image errors, in float64."""
+    """Streaming means of the metrics per image, in float64."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        device = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # count, MSE, PSNR, SSIM
+        self._sums = torch.zeros(4, dtype=torch.float64, device=float64_device(device))  # count, MSE, PSNR, SSIM
 
     @torch.no_grad()
     def update(self, originals: Float[Tensor, "n c h w"], reconstructions: Float[Tensor, "n c h w"]) -> None:
-        """Take in a batch of pairs in [-1, 1]; UserError where shapes differ or images are below 11 × 11 pixels."""
-        a, b = levels(originals), levels(reconstructions)
+        """Add a batch of images in [-1, 1] and their reconstructions.
+
+        Raises:
+            UserError: If the shapes differ or images are smaller than 11 × 11 pixels.
+        """
+        a, b = to_8bit_levels(originals), to_8bit_levels(reconstructions)
         error = mse(a, b)
-        decibels = 10 * torch.log10(DATA_RANGE**2 / error.clamp(min=_ROUNDING))
+        decibels = 10 * torch.log10(DATA_RANGE**2 / error.clamp(min=_MIN_MSE))
         values = torch.stack((torch.ones_like(error), error / DATA_RANGE**2, decibels, ssim(a, b)))
         self._sums += values.to(self._sums.device).double().sum(1)
 
     def all_reduce(self) -> None:
-        """Add up over all processes, on every process; nothing to do on one. Call it once, at the end."""
+        """Sum the statistics of all ranks. Call once, after the last update."""
         self._sums = all_reduce_sum(self._sums)
 
     def compute(self) -> ReconstructionMetrics:
-        """The means so far; UserError where nothing was compared."""
+        """Return the means.
+
+        Raises:
+            UserError: If no images were added.
+        """
         count, *sums = self._sums.tolist()
         if not count:
-            raise UserError("no images to compare: reconstruction errors need at least one pair")
+            raise UserError("reconstruction metrics: no images; need at least one pair")
         return ReconstructionMetrics(int(count), *(value / count for value in sums))
 
 
-def _same_shape(a: Tensor, b: Tensor) -> None:
+def _check_shapes(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim != 4:
-        raise UserError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected two equal (N, C, H, W)")
+        raise UserError(f"expected two equal shapes (N, C, H, W), got {tuple(a.shape)} and {tuple(b.shape)}")

@@ -1,12 +1,13 @@
-"""The hierarchical VQ-VAE (Razavi et al. 2019, section 3.1) of any number of levels; one level is the VQ-VAE of 2017.
+"""The hierarchical VQ-VAE (Razavi et al. 2019, section 3.1) with any number of levels.
 
-Levels are a tuple, finest first. Encoders run from the image up to the coarsest level; quantizing runs back down: what
-the coarser levels have fixed is decoded to the size of the next level and joined to its features before they are
-quantized. The decoder sees the quantized maps of all levels.
+One level is the VQ-VAE of van den Oord et al. 2017, two levels are VQ-VAE-2. Levels are ordered finest first. Encoders
+run from the image to the coarsest level. Quantization runs from the coarsest level to the finest: the quantized coarser
+levels are decoded to the size of the next level and concatenated with its features before these are quantized. The
+final decoder sees the quantized maps of all levels.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,79 +15,108 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqvae2 import checkpoint, files
-from vqvae2.code_maps import CodeMaps, MapSpec
+from vqvae2.code_maps import CodeMaps, MapSpec, PositiveInt
 from vqvae2.config import Config
 from vqvae2.errors import UserError
+from vqvae2.hub import weights_file
 from vqvae2.models.blocks import make_decoder, make_encoder, prime_factors, upsample
 from vqvae2.quantizers import EMAConfig, Quantizer, QuantizerConfig, QuantizerOutput
+from vqvae2.run_folder import WEIGHTS
 
 
 class LevelConfig(Config):
-    """One level: how much smaller its maps are than the level before (the image, for the first), and its codebook."""
+    """Stride and quantizer of one level."""
 
-    stride: int = Field(default=2, ge=1, le=64)
+    stride: int = Field(default=2, ge=1, le=64, description="downsampling from the next finer level, or from the image")
     quantizer: QuantizerConfig = EMAConfig()
 
 
 class AutoencoderConfig(Config):
-    """The network; the defaults are the ImageNet column of the VQ-VAE-2 paper."""
+    """Settings of the network. The defaults are the ImageNet settings of the VQ-VAE-2 paper."""
 
     levels: tuple[LevelConfig, ...] = Field(
-        default=(LevelConfig(stride=4), LevelConfig(stride=2)), min_length=1, max_length=4
+        default=(LevelConfig(stride=4), LevelConfig(stride=2)), min_length=1, max_length=4, description="finest first"
     )
-    channels: int = Field(default=128, ge=2, description="hidden units")
-    residual_channels: int = Field(default=64, ge=1, description="hidden units of a residual block")
+    channels: int = Field(default=128, ge=2, description="hidden channels")
+    residual_channels: int = Field(default=64, ge=1, description="hidden channels of a residual block")
     residual_layers: int = Field(default=2, ge=0, description="residual blocks in each encoder and decoder")
 
     def build(self, size: tuple[int, int], image_channels: int = 3) -> "Autoencoder":
-        """The network for images of `size` (height, width), weights random; UserError where sizes do not divide."""
+        """Build the network with random weights for images of `size` (height, width).
+
+        Raises:
+            UserError: If the height or width is not divisible by the product of all strides.
+        """
         return Autoencoder(self, size, image_channels)
 
 
 class AutoencoderOutput(NamedTuple):
-    """What the autoencoder makes of images."""
+    """Output of the autoencoder's forward pass."""
 
-    images: Float[Tensor, "b c h w"]
+    images: Float[Tensor, "b c h w"]  # reconstructions, not clamped
     levels: tuple[QuantizerOutput, ...]  # finest first
 
 
-class Autoencoder(nn.Module):
-    """Encodes images to one integer map a level, and decodes such maps back to images.
+class _StoredAutoencoder(Config):
+    """Metadata of an autoencoder's weights file."""
 
-    Images are float32 (B, C, H, W) in [-1, 1]; with strides 4 and 2, 256 × 256 images have codes (64 × 64, 32 × 32).
+    network: Literal["autoencoder"] = "autoencoder"
+    config: AutoencoderConfig
+    size: tuple[PositiveInt, PositiveInt]
+    image_channels: PositiveInt
+    made_from: dict[str, Any] = Field(default_factory=dict)
+
+
+class Autoencoder(nn.Module):
+    """Encoder of images to one integer map per level, and decoder of such maps to images.
+
+    Images are float32 (B, C, H, W) in [-1, 1]. With strides 4 and 2, images of 256 × 256 pixels have code maps of
+    64 × 64 and 32 × 32.
+
+    >>> config = AutoencoderConfig(channels=8, residual_channels=4)
+    >>> model = config.build(size=(32, 32)).eval()
+    >>> codes = model.encode(torch.zeros(2, 3, 32, 32))
+    >>> [tuple(level.shape) for level in codes]  # finest first
+    [(2, 8, 8), (2, 4, 4)]
+    >>> model.decode(codes).shape
+    torch.Size([2, 3, 32, 32])
     """
 
-    digest: str | None = None  # SHA-256 of the file the weights came from
+    digest: str | None = None  # SHA-256 of the file that the weights were loaded from
+    made_from: dict[str, Any]  # provenance of the weights
 
     def __init__(self, config: AutoencoderConfig, size: tuple[int, int], image_channels: int = 3) -> None:
         super().__init__()
+        self.made_from = {}
         _check_size(config, size)
         self.config, self.size, self.image_channels = config, size, image_channels
         c, r, n = config.channels, config.residual_channels, config.residual_layers
         dims = [level.quantizer.code_dim for level in config.levels]
         strides = [level.stride for level in config.levels]
         top = len(dims) - 1
-        # Width of everything known once level i is quantized: its own map, and the coarser ones brought to its size.
-        known = [2 * dim for dim in dims[:-1]] + dims[-1:]
+        # Channels of the context after level i is quantized: its own map and the upsampled context of level i + 1.
+        context_dims = [2 * dim for dim in dims[:-1]] + dims[-1:]
         below_top = range(top)
         self.encoders = nn.ModuleList(
             make_encoder(image_channels if i == 0 else c, c, stride, r, n) for i, stride in enumerate(strides)
         )
-        self.decoders = nn.ModuleList(  # from what is known at level i + 1 to the size of level i
-            make_decoder(known[i + 1], c, dims[i + 1], strides[i + 1], r, n) for i in below_top
+        self.decoders = nn.ModuleList(  # from the context of level i + 1 to the size of level i
+            make_decoder(context_dims[i + 1], c, dims[i + 1], strides[i + 1], r, n) for i in below_top
         )
         self.pre_quant_convs = nn.ModuleList(
             nn.Conv2d(c + (dims[i + 1] if i < top else 0), dim, 1) for i, dim in enumerate(dims)
         )
         self.quantizers = nn.ModuleList(level.quantizer.build() for level in config.levels)
-        self.upsamplers = nn.ModuleList(_bring_up(known[i + 1], dims[i], strides[i + 1]) for i in below_top)
-        self.decoder = make_decoder(known[0], c, image_channels, strides[0], r, n)
-        # Activations follow the weights: convolutions run faster so, and features already are rows for the quantizers.
+        self.upsamplers = nn.ModuleList(
+            _make_upsampler(context_dims[i + 1], dims[i], strides[i + 1]) for i in below_top
+        )
+        self.decoder = make_decoder(context_dims[0], c, image_channels, strides[0], r, n)
+        # Convolutions are faster in channels-last, and quantizers need channels last. Activations follow the weights.
         self.to(memory_format=torch.channels_last)
 
     @property
     def map_specs(self) -> tuple[MapSpec, ...]:
-        """The code maps of each level, finest first."""
+        """Codebook size and map size of each level, finest first."""
         specs, (height, width) = [], self.size
         for level, quantizer in zip(self.config.levels, self._quantizers(), strict=True):
             height, width = height // level.stride, width // level.stride
@@ -94,9 +124,9 @@ class Autoencoder(nn.Module):
         return tuple(specs)
 
     def forward(self, images: Float[Tensor, "b c h w"], quantize: bool = True) -> AutoencoderOutput:
-        """Reconstruct images; what each level adds to the training loss comes with its `QuantizerOutput`.
+        """Reconstruct images. `levels` of the output has the codes and the quantization loss of each level.
 
-        Not `quantized`, every level passes its features through as they are.
+        With `quantize=False`, features pass through all levels unquantized.
         """
         self._check_images(images)
         features = []
@@ -104,88 +134,101 @@ class Autoencoder(nn.Module):
             images = encoder(images)
             features.append(images)
         levels: list[QuantizerOutput] = []
-        known: Tensor | None = None
+        context: Tensor | None = None
         quantizers = self._quantizers()
         for index in reversed(range(len(features))):
-            joined = features[index]
-            if known is not None:
-                joined = torch.cat([self.decoders[index](known), joined], 1)
-            quantizer, latents = quantizers[index], self.pre_quant_convs[index](joined)
+            inputs = features[index]
+            if context is not None:
+                inputs = torch.cat([self.decoders[index](context), inputs], 1)
+            quantizer, latents = quantizers[index], self.pre_quant_convs[index](inputs)
             levels.insert(0, quantizer(latents) if quantize else quantizer.pass_through(latents))
-            known = self._add(index, levels[0].quantized, known)
-        return AutoencoderOutput(self.decoder(known), tuple(levels))
+            context = self._extend_context(index, levels[0].quantized, context)
+        return AutoencoderOutput(self.decoder(context), tuple(levels))
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> CodeMaps:
-        """The codes of images: int64 maps (B, H_l, W_l), finest level first."""
+        """Return the codes of images: int64 maps (B, H_l, W_l), finest level first."""
         return tuple(level.codes for level in self(images).levels)
 
     def decode_features(self, quantized: tuple[Float[Tensor, "b _ _ _"], ...]) -> Float[Tensor, "b c h w"]:
-        """Images from quantized features, finest level first."""
-        known: Tensor | None = None
+        """Return images, not clamped, from quantized features (B, D_l, H_l, W_l), finest level first."""
+        context: Tensor | None = None
         for index in reversed(range(len(quantized))):
-            known = self._add(index, quantized[index], known)
-        return self.decoder(known)
+            context = self._extend_context(index, quantized[index], context)
+        return self.decoder(context)
 
     @torch.no_grad()
     def decode(self, codes: CodeMaps, only: tuple[bool, ...] | None = None) -> Float[Tensor, "b c h w"]:
-        """Images in [-1, 1] from integer maps, finest level first; ValueError where shapes or values do not fit.
+        """Return images in [-1, 1] from integer maps (B, H_l, W_l), finest level first.
 
-        `only` names the levels that take part; any other is replaced by the mean of its own map, so that the picture
-        shows what the rest carries.
+        `only` selects the levels to decode. The features of each other level are replaced by their spatial mean, so the
+        image shows what the selected levels encode.
+
+        Raises:
+            ValueError: If map sizes are wrong or a code is outside of the codebook.
         """
         found = tuple(tuple(level.shape[1:]) for level in codes)
         expected = tuple(level.shape for level in self.map_specs)
         if found != expected:
             raise ValueError(f"expected code maps of sizes {expected}, finest first, got {found}")
-        values = []
+        features = []
         for index, (level, spec, quantizer) in enumerate(zip(codes, self.map_specs, self._quantizers(), strict=True)):
             if level.numel() and not 0 <= int(level.min()) <= int(level.max()) < spec.codebook_size:
                 raise ValueError(f"level {index}: codes must be in [0, {spec.codebook_size})")
-            value = quantizer.lookup(level)
-            takes_part = only is None or only[index]
-            values.append(value if takes_part else value.mean((2, 3), keepdim=True).expand_as(value))
-        return self.decode_features(tuple(values)).clamp(-1, 1)
+            quantized = quantizer.lookup(level)
+            if only is not None and not only[index]:
+                quantized = quantized.mean((2, 3), keepdim=True).expand_as(quantized)
+            features.append(quantized)
+        return self.decode_features(tuple(features)).clamp(-1, 1)
 
     @torch.no_grad()
     def reconstruct(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Images in [-1, 1] after a way through the codes and back."""
+        """Return reconstructions of images, clamped to [-1, 1]."""
         return self(images).images.clamp(-1, 1)
 
     def update_codebooks(self) -> None:
-        """Let the codebooks learn from the forward passes since the last call; once after every optimizer step."""
+        """Update all codebooks from the forward passes since the last call. Call once after every optimizer step."""
         for quantizer in self._quantizers():
             quantizer.update()
 
     def save(self, path: Path, **made_from: Any) -> None:
-        """Write weights, config and what they were made from to one safetensors file."""
-        metadata = {
-            "network": "autoencoder",
-            "config": self.config.plain(),
-            "size": self.size,
-            "image_channels": self.image_channels,
-            "made_from": made_from,
-        }
-        checkpoint.save(path, self.state_dict(), metadata)
+        """Write weights, config and provenance (`made_from`, JSON-serializable) to one safetensors file."""
+        stored = _StoredAutoencoder(
+            config=self.config, size=self.size, image_channels=self.image_channels, made_from=made_from
+        )
+        checkpoint.save(path, self.state_dict(), stored.plain())
+
+    @classmethod
+    def from_pretrained(cls, source: Path | str, device: torch.device | str = "cpu") -> "Autoencoder":
+        """Load the weights in a safetensors file, in a folder, or in a hub repository `OWNER/NAME`.
+
+        Returns the network in evaluation mode, without gradients.
+
+        Raises:
+            UserError: If there are no weights, or they are corrupted.
+        """
+        return cls.load(weights_file(source), device)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write model.safetensors, which contains weights and config, to a folder that `from_pretrained` reads."""
+        self.save(Path(folder) / WEIGHTS, **self.made_from)
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "Autoencoder":
-        """The network in a file that `save` wrote, in evaluation mode; `model.digest` is the file's SHA-256."""
-        tensors, metadata = checkpoint.load(path)
-        if metadata.get("network") != "autoencoder":
-            raise UserError(f"{path}: holds a {metadata.get('network')}, not an autoencoder")
-        config = AutoencoderConfig.parse(metadata["config"], str(path))
-        with torch.device("meta"):
-            height, width = metadata["size"]
-            model = config.build((height, width), metadata["image_channels"])
-        model = model.to_empty(device="cpu")
-        checkpoint.load_state_dict(model, tensors, path)
-        model.digest = files.digest(path)
+        """Load a file written by `save`. Returns the network in evaluation mode, without gradients, with its `digest`.
+
+        Raises:
+            UserError: If the file is missing, corrupted or not an autoencoder.
+        """
+        tensors, metadata = checkpoint.load(path, "autoencoder")
+        stored = _StoredAutoencoder.parse(metadata, str(path))
+        model = checkpoint.build_module(lambda: stored.config.build(stored.size, stored.image_channels), tensors, path)
+        model.digest, model.made_from = files.digest(path), stored.made_from
         return model.to(device).eval().requires_grad_(False)
 
-    def _add(self, index: int, values: Tensor, known: Tensor | None) -> Tensor:
-        """What is known at level `index`: the coarser levels brought to its size, then its own quantized map."""
-        return values if known is None else torch.cat([self.upsamplers[index](known), values], 1)
+    def _extend_context(self, index: int, quantized: Tensor, context: Tensor | None) -> Tensor:
+        """Concatenate the upsampled context of the coarser levels with the quantized map of level `index`."""
+        return quantized if context is None else torch.cat([self.upsamplers[index](context), quantized], 1)
 
     def _quantizers(self) -> list[Quantizer]:
         return [quantizer for quantizer in self.quantizers if isinstance(quantizer, Quantizer)]
@@ -196,10 +239,12 @@ class Autoencoder(nn.Module):
             raise ValueError(f"expected images (batch, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
 
 
-def _bring_up(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """Coarser maps to the size of the next finer level."""
+def _make_upsampler(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Return layers that upsample a coarser context to the size of the next finer level."""
     factors = prime_factors(stride)[::-1]
-    return upsample(inputs, [outputs] * len(factors), factors) if factors else nn.Conv2d(inputs, outputs, 1)
+    if not factors:
+        return nn.Conv2d(in_channels, out_channels, 1)
+    return upsample(in_channels, [out_channels] * len(factors), factors)
 
 
 def _check_size(config: AutoencoderConfig, size: tuple[int, int]) -> None:
@@ -210,6 +255,6 @@ def _check_size(config: AutoencoderConfig, size: tuple[int, int]) -> None:
         if length < total or length % total:
             lower = max(length // total, 1) * total
             raise UserError(
-                f"data.size: the {name} {length} does not divide by {total} (the product of all strides); "
-                f"the nearest sizes that do are {lower} and {lower + total}"
+                f"data.size: the {name} {length} is not divisible by {total}, the product of all strides. "
+                f"Use {lower} or {lower + total}."
             )

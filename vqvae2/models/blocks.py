@@ -1,12 +1,12 @@
-"""Convolutional stacks that shrink and grow maps by any whole factor, with residual blocks at the small end."""
+"""Convolutional encoders and decoders that downsample or upsample by any integer factor."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 
-class Residual(nn.Module):
-    """x + 1×1 conv(ReLU(3×3 conv(ReLU(x))))."""
+class ResidualBlock(nn.Module):
+    """x + conv1×1(ReLU(conv3×3(ReLU(x))))."""
 
     def __init__(self, channels: int, residual_channels: int) -> None:
         super().__init__()
@@ -22,48 +22,49 @@ class Residual(nn.Module):
 
 
 def make_encoder(
-    inputs: int, channels: int, stride: int, residual_channels: int, residual_layers: int
+    in_channels: int, channels: int, stride: int, residual_channels: int, residual_layers: int
 ) -> nn.Sequential:
-    """(B, inputs, H, W) to (B, channels, H / stride, W / stride): strided convolutions, a 3×3 one, residual blocks.
+    """Return an encoder (B, in_channels, H, W) → (B, channels, H / stride, W / stride).
 
-    The first strided convolution has half the channels, as in the reference networks of both papers.
+    Strided convolutions, a 3×3 convolution and residual blocks. The first strided convolution has half the channels, as
+    in the reference networks of both papers.
     """
     widths = [channels // 2, *[channels] * stride.bit_length()]
     layers: list[nn.Module] = []
     for factor, width in zip(prime_factors(stride), widths, strict=False):
-        layers += [nn.Conv2d(inputs, width, *_strided(factor)), nn.ReLU(inplace=True)]
-        inputs = width
-    layers.append(nn.Conv2d(inputs, channels, 3, padding=1))
-    layers += [Residual(channels, residual_channels) for _ in range(residual_layers)]
+        layers += [nn.Conv2d(in_channels, width, *_strided_conv_args(factor)), nn.ReLU(inplace=True)]
+        in_channels = width
+    layers.append(nn.Conv2d(in_channels, channels, 3, padding=1))
+    layers += [ResidualBlock(channels, residual_channels) for _ in range(residual_layers)]
     return nn.Sequential(*layers, nn.ReLU(inplace=True))
 
 
 def make_decoder(
-    inputs: int, channels: int, outputs: int, stride: int, residual_channels: int, residual_layers: int
+    in_channels: int, channels: int, out_channels: int, stride: int, residual_channels: int, residual_layers: int
 ) -> nn.Sequential:
-    """(B, inputs, h, w) to (B, outputs, h · stride, w · stride), the mirror image of `shrink`."""
-    layers: list[nn.Module] = [nn.Conv2d(inputs, channels, 3, padding=1)]
-    layers += [Residual(channels, residual_channels) for _ in range(residual_layers)]
+    """Return a decoder (B, in_channels, h, w) → (B, out_channels, h · stride, w · stride), mirroring `make_encoder`."""
+    layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1)]
+    layers += [ResidualBlock(channels, residual_channels) for _ in range(residual_layers)]
     layers.append(nn.ReLU(inplace=True))
     factors = prime_factors(stride)[::-1]
     if not factors:
-        return nn.Sequential(*layers, nn.Conv2d(channels, outputs, 3, padding=1))
+        return nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 3, padding=1))
     widths = [*[channels] * (len(factors) - 2), *[channels // 2] * (len(factors) > 1)]
-    return nn.Sequential(*layers, *upsample(channels, [*widths, outputs], factors))
+    return nn.Sequential(*layers, *upsample(channels, [*widths, out_channels], factors))
 
 
-def upsample(inputs: int, widths: Sequence[int], factors: Sequence[int]) -> nn.Sequential:
-    """Transposed convolutions, one per factor, each to its width, with ReLU between them; nothing for no factor."""
+def upsample(in_channels: int, widths: Sequence[int], factors: Sequence[int]) -> nn.Sequential:
+    """Return transposed convolutions, one per factor, with ReLU between them. `widths` are their output channels."""
     layers: list[nn.Module] = []
     for factor, width in zip(factors, widths, strict=True):
         layers += [nn.ReLU(inplace=True)] if layers else []
-        layers.append(nn.ConvTranspose2d(inputs, width, *_strided(factor)))
-        inputs = width
+        layers.append(nn.ConvTranspose2d(in_channels, width, *_strided_conv_args(factor)))
+        in_channels = width
     return nn.Sequential(*layers)
 
 
 def prime_factors(number: int) -> list[int]:
-    """Prime factors in rising order, none for 1: 12 → [2, 2, 3]."""
+    """Return the prime factors of a positive integer in ascending order: 12 → [2, 2, 3], 1 → []."""
     factors, divisor = [], 2
     while number > 1:
         while number % divisor == 0:
@@ -73,7 +74,7 @@ def prime_factors(number: int) -> list[int]:
     return factors
 
 
-def _strided(factor: int) -> tuple[int, int, int]:
-    """Kernel, stride and padding that change a size by exactly `factor`: 4, 2, 1 for two."""
+def _strided_conv_args(factor: int) -> tuple[int, int, int]:
+    """Return (kernel size, stride, padding) that resize by exactly `factor`, such as (4, 2, 1) for 2."""
     padding = factor // 2
     return factor + 2 * padding, factor, padding

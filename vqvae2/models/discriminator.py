@@ -1,4 +1,4 @@
-"""The patch discriminator (Isola et al. 2017, arXiv 1611.07004, appendix 6.1.2): is each patch of an image real?"""
+"""The PatchGAN discriminator (Isola et al. 2017, arXiv 1611.07004, appendix 6.1.2)."""
 
 import itertools
 import math
@@ -10,49 +10,59 @@ from torch import Tensor, nn
 from vqvae2.config import Config
 from vqvae2.errors import UserError
 
-_WIDEST = 8  # times the width of the first layer
+_MAX_CHANNEL_MULTIPLIER = 8
 
 
 class DiscriminatorConfig(Config):
-    """Settings of a patch discriminator; the defaults judge patches of 70 × 70 pixels."""
+    """Settings of a patch discriminator. The defaults have a receptive field of 70 × 70 pixels."""
 
-    channels: int = Field(default=64, ge=1, description="width of the first layer; it doubles, up to eight times this")
-    layers: int = Field(default=3, ge=1, le=6, description="layers that halve the size")
+    channels: int = Field(
+        default=64, ge=1, description="channels of the first layer; they double with each layer, up to eight times"
+    )
+    layers: int = Field(default=3, ge=1, le=6, description="layers of stride 2")
 
     def build(self, size: tuple[int, int], image_channels: int = 3) -> "PatchDiscriminator":
-        """The network for images of `size` (height, width), weights random; UserError where they are too small."""
-        needed = 3 * 2**self.layers
-        if min(size) < needed:
+        """Build the network with random weights for images of `size` (height, width).
+
+        Raises:
+            UserError: If the images are too small for the number of layers.
+        """
+        min_size = 3 * 2**self.layers
+        if min(size) < min_size:
             fits = int(math.log2(max(min(size) // 3, 1)))
+            fix = f"Use at most {fits} layers." if fits else "Set the adversarial weight to 0."
             raise UserError(
-                f"autoencoder.loss.adversarial.discriminator.layers: {self.layers} layers need images of {needed} "
-                f"pixels, these have {size[0]} × {size[1]}; "
-                + (f"at most {fits} layers fit" if fits else "no discriminator fits; set the adversarial weight to 0")
+                f"autoencoder.loss.adversarial.discriminator.layers: {self.layers} layers need images of at least "
+                f"{min_size} pixels, got {size[0]} × {size[1]}. {fix}"
             )
         return PatchDiscriminator(self, image_channels)
 
 
 class PatchDiscriminator(nn.Module):
-    """Scores each patch: high for real, low for reconstructed.
+    """Network that scores each patch of an image: high for real, low for reconstructed.
 
-    Groups of channels are normalised instead of batches, so a score depends on its image alone, and two processes
-    compute what one does.
+    It uses group normalization instead of batch normalization, so scores do not depend on the rest of the batch or on
+    the number of processes.
+
+    >>> import torch
+    >>> DiscriminatorConfig(channels=8).build((64, 64))(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 1, 6, 6])
     """
 
     def __init__(self, config: DiscriminatorConfig, image_channels: int = 3) -> None:
         super().__init__()
-        widths = [config.channels * min(2**layer, _WIDEST) for layer in range(config.layers + 1)]
+        widths = [config.channels * min(2**layer, _MAX_CHANNEL_MULTIPLIER) for layer in range(config.layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(image_channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for index, (inputs, outputs) in enumerate(itertools.pairwise(widths), 1):
+        for index, (in_channels, out_channels) in enumerate(itertools.pairwise(widths), 1):
             stride = 2 if index < config.layers else 1
-            # No bias before a normalisation, which brings its own.
-            layers.append(nn.Conv2d(inputs, outputs, 4, stride, 1, bias=False))
-            layers += [nn.GroupNorm(math.gcd(32, outputs), outputs), nn.LeakyReLU(0.2)]
+            # No bias: the normalization layer has one.
+            layers.append(nn.Conv2d(in_channels, out_channels, 4, stride, 1, bias=False))
+            layers += [nn.GroupNorm(math.gcd(32, out_channels), out_channels), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
         for module in self.body:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.02)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 _ _"]:
-        """A score for each patch of images in [-1, 1]."""
+        """Return one score per patch of images in [-1, 1]."""
         return self.body(images)

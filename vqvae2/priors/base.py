@@ -1,10 +1,11 @@
-"""What every prior is: an autoregressive model of one level's code map; one path trains, one samples."""
+"""The interface of priors: autoregressive models of one level's code maps, with a training and a sampling path."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,21 +13,31 @@ from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.config import Config
 
 
-class PriorSpec(Config):
-    """What a prior is of; read from the code store, never configured."""
+def _check_odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd")
+    return value
 
-    level: MapSpec
-    coarser: tuple[MapSpec, ...] = ()  # what conditions it, finest first
-    num_classes: int = 0  # number of labels; 0 where there are none
+
+OddKernelSize = Annotated[int, Field(ge=3), AfterValidator(_check_odd)]
+
+
+class PriorSpec(Config):
+    """Shapes of a prior's code maps and labels. Read from the code store, not configured."""
+
+    level: MapSpec  # the maps to model
+    coarser: tuple[MapSpec, ...] = ()  # the maps to condition on, finest first
+    num_classes: int = 0  # number of labels, 0 without labels
 
 
 class Prior(nn.Module, ABC):
-    """p(codes | coarser codes, label), one position after the other in raster order."""
+    """Base class of priors: p(codes | coarser codes, label), factorized over positions in raster order."""
 
-    config: Any  # what built it
-    digest: str | None = None  # SHA-256 of the file the weights came from
-    made_from: dict[str, Any]  # digests of what it was trained on
-    gradient_checkpointing = False  # whether training computes each block twice instead of keeping what is inside it
+    config: Any  # the config that built it
+    conditioner: nn.Module | None  # None without coarser levels and labels
+    digest: str | None = None  # SHA-256 of the file that the weights were loaded from
+    made_from: dict[str, Any]  # digests of the artifacts it was trained on
+    gradient_checkpointing = False  # recompute activations in the backward pass to save memory
 
     def __init__(self, spec: PriorSpec) -> None:
         super().__init__()
@@ -36,58 +47,66 @@ class Prior(nn.Module, ABC):
     def forward(
         self, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
     ) -> Float[Tensor, "b k h w"]:
-        """Logits of every position at once, for training.
+        """Return the logits of all positions, for training.
 
-        The logits at a position depend on `codes` at earlier positions only, on all of `coarser` (finest first), and on
-        the label; where the spec has classes, `labels=None` asks for the label-free distribution.
+        Logits depend on `codes` at earlier positions in raster order, on all of `coarser` (finest first), and on the
+        label. If the spec has classes, `labels=None` gives the unconditional distribution.
         """
 
-    @abstractmethod
+    @torch.inference_mode()
     def incremental_decoder(
         self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
     ) -> "IncrementalDecoder":
-        """The same logits one position at a time, for sampling, with folded copies of the weights."""
+        """Return a decoder that computes the same logits one position at a time, for sampling `batch` maps."""
+        return self._make_incremental_decoder(batch, self._condition(batch, coarser, labels))
 
-    def _run(self, block: nn.Module, *inputs: Any) -> Any:
-        """One block of the forward pass, with gradient checkpointing (Chen et al. 2016) where asked for."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    @abstractmethod
+    def _make_incremental_decoder(self, batch: int, condition: Tensor | None) -> "IncrementalDecoder": ...
 
-    def _check_coarser(self, coarser: CodeMaps) -> None:
+    def _condition(self, batch: int, coarser: CodeMaps, labels: Int[Tensor, " b"] | None) -> Tensor | None:
+        """Return conditioning features (B, C, h, w), None without coarser levels and labels."""
         expected = tuple(level.shape for level in self.spec.coarser)
         found = tuple(tuple(codes.shape[1:]) for codes in coarser)
         if found != expected:
             raise ValueError(f"expected coarser code maps of sizes {expected}, finest first, got {found}")
+        return None if self.conditioner is None else self.conditioner(batch, coarser, labels)
+
+    def _run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """Call a block, with gradient checkpointing (Chen et al. 2016) if enabled."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 Column = int | Tensor
 
 
 class IncrementalDecoder(ABC):
-    """A walk over the positions of one batch of maps in raster order, computing each position once.
+    """Decoder of a batch of maps in raster order that computes each position once.
 
-    for row in range(height):
-        steps.begin_row(row)
-        for column in range(width):
-            logits = steps.logits(column)       # float (B, K)
-            steps.set_codes(column, codes)           # int64 (B,), what was chosen there
+    Usage::
 
-    A column is a number, or an int64 tensor (1,) on the device: with it a position is the same operations on the same
-    memory wherever it is, so that a GPU can record it once and replay it.
+        for row in range(height):
+            decoder.begin_row(row)
+            for column in range(width):
+                logits = decoder.logits(column)      # float (B, K)
+                decoder.set_codes(column, codes)     # int64 (B,), sampled from the logits
+
+    A column is an integer or an int64 tensor (1,) on the device. With a tensor, all positions run the same operations
+    on the same memory, so they can be captured in one CUDA graph.
     """
 
     @abstractmethod
     def begin_row(self, row: int) -> None:
-        """Evaluate all that finished rows contribute to this row, for every column at once."""
+        """Compute the contribution of the finished rows to all columns of `row`."""
 
     @abstractmethod
     def logits(self, column: Column) -> Float[Tensor, "b k"]:
-        """Logits at this column of the current row."""
+        """Return the logits at a column of the current row."""
 
     @abstractmethod
     def set_codes(self, column: Column, codes: Int[Tensor, " b"]) -> None:
-        """Put the codes chosen at this column in place."""
+        """Set the codes at a column of the current row."""
 
 
 @torch.inference_mode()
@@ -98,19 +117,19 @@ def incremental_logits(
     labels: Int[Tensor, " b"] | None = None,
     as_tensors: bool = False,
 ) -> Float[Tensor, "b k h w"]:
-    """The logits of `forward`, found by walking: for checking that the two paths agree.
+    """Compute the logits of `Prior.forward` with the incremental decoder, to test that both paths agree.
 
-    `as_tensors` gives columns as they are on a GPU.
+    `as_tensors` passes columns as tensors, as on a GPU.
     """
     batch, height, width = codes.shape
-    steps = prior.incremental_decoder(batch, coarser, labels)
+    decoder = prior.incremental_decoder(batch, coarser, labels)
     rows = []
     for row in range(height):
-        steps.begin_row(row)
+        decoder.begin_row(row)
         columns = []
-        for number in range(width):
-            column = torch.tensor([number]) if as_tensors else number
-            columns.append(steps.logits(column).clone())
-            steps.set_codes(column, codes[:, row, number])
+        for index in range(width):
+            column = torch.tensor([index]) if as_tensors else index
+            columns.append(decoder.logits(column).clone())
+            decoder.set_codes(column, codes[:, row, index])
         rows.append(torch.stack(columns, -1))
     return torch.stack(rows, 2)

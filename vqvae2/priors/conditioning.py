@@ -1,4 +1,4 @@
-"""What a prior is conditioned on, made into one feature map: the coarser levels' codes and the label."""
+"""Conditioning features of a prior, from the codes of the coarser levels and the label."""
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +12,20 @@ from vqvae2.priors.layers import upsample_to
 
 
 class Conditioner(nn.Module):
-    """Coarser code maps and labels to features (B, channels, h, w) at the size of the finest coarser level.
+    """Network from coarser code maps and labels to features (B, channels, h, w) at the finest coarser level's size.
 
-    From the coarsest level down, each map's embeddings join the features repeated from above; a residual stack follows.
-    Labels are added at every position; without coarser maps they alone make a 1 × 1 map. It runs once a batch.
+    From the coarsest level on, the upsampled features are added to each level's code embeddings. A residual stack and
+    the label embedding, added at all positions, follow. Without coarser levels, the label embedding is a 1 × 1 map.
     """
 
-    def __init__(self, spec: PriorSpec, channels: int, kernel: int, layers: int, dropout: float) -> None:
+    def __init__(self, spec: PriorSpec, channels: int, kernel_size: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.spec = spec
         self.embeddings = nn.ModuleList(nn.Embedding(level.codebook_size, channels) for level in spec.coarser)
-        # The last entry stands for "no label": what guidance and label dropout ask for.
+        # The last entry is the null label, for label dropout and classifier-free guidance.
         self.labels = nn.Embedding(spec.num_classes + 1, channels) if spec.num_classes else None
-        stack = [weight_norm(nn.Conv2d(channels, channels, kernel, padding=kernel // 2))]
-        stack += [_Residual(channels, kernel, dropout) for _ in range(layers)]
+        stack = [weight_norm(nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2))]
+        stack += [_GatedResidualBlock(channels, kernel_size, dropout) for _ in range(layers)]
         self.stack = nn.Sequential(*stack) if spec.coarser else nn.Identity()
 
     def forward(self, batch: int, coarser: CodeMaps, labels: Int[Tensor, " b"] | None) -> Float[Tensor, "b c h w"]:
@@ -44,19 +44,31 @@ class Conditioner(nn.Module):
 
     @classmethod
     def if_needed(
-        cls, spec: PriorSpec, channels: int, kernel: int, layers: int, dropout: float
+        cls, spec: PriorSpec, channels: int, kernel_size: int, layers: int, dropout: float
     ) -> "Conditioner | None":
-        """A conditioner where the spec has anything to condition on."""
-        return cls(spec, channels, kernel, layers, dropout) if spec.coarser or spec.num_classes else None
+        """Return a conditioner, or None if the spec has neither coarser levels nor labels."""
+        return cls(spec, channels, kernel_size, layers, dropout) if spec.coarser or spec.num_classes else None
 
 
-class _Residual(nn.Module):
-    """The gated residual block without causality: it sees whole neighbourhoods."""
+class ConditionRows:
+    """Conditioning features of each row of a finer map, for sampling."""
 
-    def __init__(self, channels: int, kernel: int, dropout: float) -> None:
+    def __init__(self, condition: Float[Tensor, "b c h w"] | None, height: int) -> None:
+        self.condition = None if condition is None else condition.permute(2, 3, 0, 1).contiguous()  # (h, w, B, C)
+        self.height = height  # of the finer map
+
+    def __getitem__(self, row: int) -> Float[Tensor, "w b c"] | None:
+        """Return the features above row `row` of the finer map, None without conditioning."""
+        return None if self.condition is None else self.condition[row * len(self.condition) // self.height]
+
+
+class _GatedResidualBlock(nn.Module):
+    """Non-causal gated residual block."""
+
+    def __init__(self, channels: int, kernel_size: int, dropout: float) -> None:
         super().__init__()
-        self.first = weight_norm(nn.Conv2d(channels, channels, kernel, padding=kernel // 2))
-        self.second = weight_norm(nn.Conv2d(channels, 2 * channels, kernel, padding=kernel // 2))
+        self.first = weight_norm(nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2))
+        self.second = weight_norm(nn.Conv2d(channels, 2 * channels, kernel_size, padding=kernel_size // 2))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

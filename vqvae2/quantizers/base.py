@@ -1,4 +1,4 @@
-"""What every quantizer is: features in, integer codes and quantized features out; and how gradients pass through it."""
+"""The interface of quantizers, and gradient estimators for the non-differentiable quantization step."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -10,19 +10,18 @@ from torch import Tensor, nn
 
 
 class QuantizerOutput(NamedTuple):
-    """What a quantizer makes of features (B, D, *spatial)."""
+    """Output of a quantizer for features (B, D, *spatial)."""
 
-    quantized: Float[Tensor, "b d *spatial"]  # quantized features, float32; gradients reach the input through them
-    codes: Int[Tensor, "b *spatial"]  # int64, in [0, number of codes)
-    loss: Float[Tensor, ""]  # what training adds to the reconstruction term, weights applied
-    loss_terms: dict[str, Float[Tensor, ""]]  # the parts of the loss, unweighted, for the log
+    quantized: Float[Tensor, "b d *spatial"]  # float32; gradients pass through to the input features
+    codes: Int[Tensor, "b *spatial"]  # int64, in [0, codebook_size)
+    loss: Float[Tensor, ""]  # weighted quantization loss, to add to the reconstruction loss
+    loss_terms: dict[str, Float[Tensor, ""]]  # unweighted, detached parts of the loss, for logging
 
 
 class Quantizer(nn.Module, ABC):
-    """Maps each feature vector to one of `codes` integers. Works in float32 whatever the mixed precision.
+    """Base class of quantizers, which map each feature vector to one of `codebook_size` integers.
 
-    Example: a 64-dimensional quantizer of 512 codes maps features (8, 64, 32, 32) to values of the same shape and codes
-    (8, 32, 32) in [0, 512).
+    Quantizers compute in float32, also under autocast.
     """
 
     codebook_size: int
@@ -30,38 +29,45 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Float[Tensor, "b d *spatial"]) -> QuantizerOutput:
-        """Quantize features; raises ValueError where their width is not `dim`."""
+        """Quantize features.
+
+        Raises:
+            ValueError: If the features do not have `code_dim` channels.
+        """
 
     def pass_through(self, features: Float[Tensor, "b d *spatial"]) -> QuantizerOutput:
-        """Features as they are, for the start of training; the codes are all 0 and mean nothing."""
-        self._check_width(features)
-        # Every parameter takes part in every step: processes that share a gradient wait for all of them.
-        untouched = sum((parameter.sum() * 0 for parameter in self.parameters()), features.new_zeros(()).float())
+        """Return the features unquantized, with placeholder codes of 0. Used for the first steps of training."""
+        self._check_features(features)
+        # DDP expects every parameter to receive a gradient in every step.
+        zero = sum((parameter.sum() * 0 for parameter in self.parameters()), features.new_zeros(()).float())
         codes = torch.zeros(features.shape[:1] + features.shape[2:], dtype=torch.int64, device=features.device)
-        return QuantizerOutput(features.float(), codes, untouched, {})
+        return QuantizerOutput(features.float(), codes, zero, {})
 
     @abstractmethod
     def lookup(self, codes: Int[Tensor, "b *spatial"]) -> Float[Tensor, "b d *spatial"]:
-        """The quantized features that codes stand for."""
+        """Return the quantized features of codes."""
 
     def update(self) -> None:
-        """Take in what the forward passes since the last call have seen; call it once after every optimizer step."""
+        """Update the codebook from the forward passes since the last call. Call once after every optimizer step."""
 
-    def _check_width(self, features: Tensor) -> None:
+    def _check_features(self, features: Tensor) -> None:
         if features.ndim < 2 or features.shape[1] != self.code_dim:
             raise ValueError(f"expected features (batch, {self.code_dim}, ...), got {tuple(features.shape)}")
 
 
 def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
-    """The value of `quantized` with the gradient of `latents` (van den Oord et al. 2017, section 3.1)."""
+    """Return `quantized`, with the identity as its gradient with respect to `latents`.
+
+    The straight-through estimator (van den Oord et al. 2017, section 3.1).
+    """
     return latents + (quantized - latents).detach()
 
 
 def rotation_trick(latents: Tensor, quantized: Tensor) -> Tensor:
-    """The value of `quantized`; its gradient is rotated and scaled back onto `latents` along the last dimension.
+    """Return `quantized`, with a rotation and scaling as its gradient with respect to `latents`.
 
-    The rotation trick (Fifty et al. 2024, arXiv 2410.06424, eq. 4): both directions enter as constants, so the gradient
-    keeps its angle to the quantized vector instead of being copied.
+    The rotation maps each latent vector (last dimension) onto its quantized vector and is treated as a constant, so the
+    gradient keeps its angle to the quantized vector (Fifty et al. 2024, arXiv 2410.06424, eq. 4).
     """
     source = F.normalize(latents.detach(), dim=-1)
     target = F.normalize(quantized.detach(), dim=-1)

@@ -1,4 +1,4 @@
-"""A codebook that learns by the gradient of a loss (van den Oord et al. 2017, eq. 3, the second term)."""
+"""A codebook trained by gradient descent (van den Oord et al. 2017, eq. 3, second term)."""
 
 from typing import Literal
 
@@ -10,20 +10,32 @@ from vqvae2.quantizers.codebook import CodebookConfig, CodebookQuantizer, mean_s
 
 
 class GradientConfig(CodebookConfig):
-    """Settings of a loss-based codebook."""
+    """Settings of a codebook trained by gradient descent.
+
+    >>> config = GradientConfig(codebook_size=512, code_dim=64)
+    >>> type(config.build()).__name__
+    'GradientQuantizer'
+    """
 
     kind: Literal["gradient"] = "gradient"
 
     def build(self) -> "GradientQuantizer":
-        """The quantizer, with a random codebook."""
+        """Build the quantizer with a random codebook."""
         return GradientQuantizer(self)
 
 
 class GradientQuantizer(CodebookQuantizer):
-    """Codebook that the optimizer moves: ‖sg[z] − e‖² pulls each code to the features that choose it.
+    """Codebook trained by the optimizer with the codebook loss ‖sg[z] − e‖².
 
-    `restarted` (K,) tells which codes the latest update has put elsewhere; an optimizer's moments of these rows belong
-    to the vectors before.
+    `restarted` is a (K,) bool mask of the codes that the last `update` replaced, None if it replaced none. The
+    optimizer's moments of these rows are stale and should be reset.
+
+    >>> quantizer = GradientConfig(codebook_size=512, code_dim=64).build()
+    >>> output = quantizer(torch.randn(8, 64, 16, 16))
+    >>> output.quantized.shape, output.codes.shape
+    (torch.Size([8, 64, 16, 16]), torch.Size([8, 16, 16]))
+    >>> sorted(output.loss_terms)
+    ['codebook', 'commitment']
     """
 
     def __init__(self, config: GradientConfig) -> None:
@@ -37,12 +49,12 @@ class GradientQuantizer(CodebookQuantizer):
         super().update()
 
     @property
-    def vectors(self) -> Tensor:
+    def codebook(self) -> Tensor:
         return F.normalize(self.embedding, dim=-1) if self.config.cosine else self.embedding
 
-    def _codebook_loss(self, rows: Tensor, quantized: Tensor) -> Tensor:
-        return mean_square(rows - quantized)
+    def _codebook_loss(self, latents: Tensor, quantized: Tensor) -> Tensor:
+        return mean_square(latents - quantized)
 
-    def _set_vectors(self, vectors: Tensor, usage: Tensor, where: Tensor) -> None:
-        self.embedding.copy_(torch.where(where[:, None], vectors, self.embedding))
-        self.restarted = where
+    def _replace_codes(self, vectors: Tensor, cluster_size: Tensor, mask: Tensor) -> None:
+        self.embedding.copy_(torch.where(mask[:, None], vectors, self.embedding))
+        self.restarted = mask

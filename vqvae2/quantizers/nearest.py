@@ -1,62 +1,63 @@
-"""Nearest codebook vectors in bounded memory, and k-means on top of it."""
+"""Nearest-neighbor lookup in bounded memory, and k-means clustering."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# A block of distances that stays in a processor's cache is fastest there; a GPU wants large products.
+# On a CPU, a block of distances should fit into the cache; a GPU needs large matrix products.
 _CPU_BLOCK_BYTES = 4 * 2**20
 _GPU_BLOCK_BYTES = 256 * 2**20
 
 
 @torch.no_grad()
-def nearest(
-    rows: Float[Tensor, "n d"], vectors: Float[Tensor, "k d"], block_bytes: int | None = None
+def nearest_codes(
+    vectors: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], block_bytes: int | None = None
 ) -> Int[Tensor, " n"]:
-    """Index of the vector nearest to each row in Euclidean distance (van den Oord et al. 2017, eq. 1).
+    """Return the index of the nearest code to each vector in Euclidean distance (van den Oord et al. 2017, eq. 1).
 
-    The n × k distances are made in blocks of at most `block_bytes`, so memory does not grow with the number of rows.
+    The n × k distances are computed in blocks of at most `block_bytes`, so memory does not grow with n.
     """
     if block_bytes is None:
-        block_bytes = _CPU_BLOCK_BYTES if rows.device.type == "cpu" else _GPU_BLOCK_BYTES
-    block = max(1, block_bytes // (rows.element_size() * len(vectors)))
-    half_norms = vectors.square().sum(1) / 2  # argmin ‖x − e‖² = argmin ‖e‖² / 2 − x·e
-    result = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-    for start in range(0, len(rows), block):
-        part = rows[start : start + block]
-        torch.argmin(torch.addmm(half_norms, part, vectors.T, alpha=-1), dim=1, out=result[start : start + block])
-    return result
+        block_bytes = _CPU_BLOCK_BYTES if vectors.device.type == "cpu" else _GPU_BLOCK_BYTES
+    block_rows = max(1, block_bytes // (vectors.element_size() * len(codebook)))
+    half_norms = codebook.square().sum(1) / 2  # argmin ‖x − e‖² = argmin ‖e‖² / 2 − x·e
+    codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    for start in range(0, len(vectors), block_rows):
+        block = vectors[start : start + block_rows]
+        distances = torch.addmm(half_norms, block, codebook.T, alpha=-1)
+        torch.argmin(distances, dim=1, out=codes[start : start + block_rows])
+    return codes
 
 
 @torch.no_grad()
 def cluster_sums(
-    rows: Float[Tensor, "n d"], codes: Int[Tensor, " n"], count: int
+    vectors: Float[Tensor, "n d"], codes: Int[Tensor, " n"], codebook_size: int
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k d"]]:
-    """How many rows have each of `count` codes, and the sum of those rows."""
-    counts = torch.bincount(codes, minlength=count).to(rows.dtype)
-    sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(0, codes, rows)
+    """Return the number of vectors assigned to each code, and their sums."""
+    counts = torch.bincount(codes, minlength=codebook_size).to(vectors.dtype)
+    sums = vectors.new_zeros(codebook_size, vectors.shape[1]).index_add_(0, codes, vectors)
     return counts, sums
 
 
 @torch.no_grad()
 def kmeans(
-    rows: Float[Tensor, "n d"], count: int, iterations: int, generator: torch.Generator
+    vectors: Float[Tensor, "n d"], num_clusters: int, iterations: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, " k"]]:
-    """Lloyd's algorithm: `count` centres of `rows` and how many rows each one has.
+    """Cluster vectors with Lloyd's algorithm. Return the centers, and the number of vectors assigned to each.
 
-    It starts from random rows; a centre that loses all its rows starts again from a random one.
+    Centers start at random vectors. A center without vectors restarts at a random one.
     """
-    centres = rows[_random_rows(len(rows), count, generator)]
-    counts = torch.zeros(count, device=rows.device)
+    centers = vectors[_random_indices(len(vectors), num_clusters, generator)]
+    counts = torch.zeros(num_clusters, device=vectors.device)
     for _ in range(iterations):
-        counts, sums = cluster_sums(rows, nearest(rows, centres), count)
-        fresh = rows[_random_rows(len(rows), count, generator)]
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], fresh)
-    return centres, counts
+        counts, sums = cluster_sums(vectors, nearest_codes(vectors, centers), num_clusters)
+        random_vectors = vectors[_random_indices(len(vectors), num_clusters, generator)]
+        centers = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], random_vectors)
+    return centers, counts
 
 
-def _random_rows(available: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` random indices, all different where there are enough."""
+def _random_indices(available: int, count: int, generator: torch.Generator) -> Tensor:
+    """Return `count` random indices below `available`, distinct if possible."""
     if available >= count:
         return torch.randperm(available, generator=generator)[:count]
     return torch.randint(available, (count,), generator=generator)

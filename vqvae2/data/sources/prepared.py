@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from vqvae2.code_maps import Count
+from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
 from vqvae2.data import lmdb_store
 from vqvae2.data.image_io import MODES, UnreadableImageError, decode
@@ -31,7 +31,7 @@ class PreparedHeader(Config):
     format: int = 1
     source: str  # `data.path` it was made from
     data: str  # digest of its names and labels
-    size: tuple[Count, Count]  # height and width that every image just covers
+    size: tuple[PositiveInt, PositiveInt]  # height and width that every image just covers
     channels: Literal[1, 3, 4] = 3
     encoding: Encoding = "jpeg"
     quality: int | None = Field(default=95, ge=1, le=100)  # of jpeg and webp
