@@ -77,7 +77,7 @@ def test_run_does_all_stages_and_the_second_time_skips_them(
     before = contents(tmp_path / "run")
     assert main(command) == 0
     again = capsys.readouterr().out
-    assert again.count("finished") == 4
+    assert again.count("already complete") == 4
     assert again.splitlines()[-8:] == first.splitlines()[-8:]
     assert contents(tmp_path / "run") == before
 
@@ -152,7 +152,7 @@ def test_reconstruct_writes_originals_beside_reconstructions(finished_run: Path,
 def test_the_module_and_the_console_command_are_the_same() -> None:
     result = subprocess.run([sys.executable, "-m", "vqvae2", "nonsense"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.startswith("vqvae2: 'nonsense' is not a command; the commands are ")
+    assert result.stderr.startswith("vqvae2: nonsense: no such command.")
     assert "demo, " in result.stderr
     assert main(["--version"]) == main(["--help"]) == main([]) == 0
 
@@ -240,7 +240,7 @@ def test_sigterm_outside_training_says_how_to_go_on(finished_run: Path, tmp_path
     process.terminate()
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "stopped by SIGTERM; what is finished is kept, and the same command goes on with the rest" in printed
+    assert "stopped by SIGTERM; completed work is kept; run the same command again to resume" in printed
     assert "Traceback" not in printed
 
 
@@ -250,7 +250,7 @@ def test_missing_stages_are_named(tiny_config: Path, tmp_path: Path, capsys: pyt
     common = [str(tiny_config), "--run", str(run)]
     fails(capsys, ["extract-codes", *common], "no such weights file")
     fails(capsys, ["train-prior", *common, "--level", "top"], "no code store")
-    fails(capsys, ["train-prior", *common, "--level", "middle"], "'middle' is not one of bottom, top")
+    fails(capsys, ["train-prior", *common, "--level", "middle"], "no level 'middle'", "bottom, top")
     fails(capsys, ["sample", str(run)], "no such weights file")
 
 

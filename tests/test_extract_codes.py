@@ -35,7 +35,7 @@ def run(tmp_path: Path, finished_run: Path) -> Run:
     settings = copy.deepcopy(read_yaml(tmp_path / "tiny.yaml"))
     settings["data"] = {"path": str(tmp_path / "images"), "size": 32, "num_workers": 0, "val_fraction": 0.05}
     folder = RunFolder(tmp_path / "run")
-    folder.autoencoder.mkdir(parents=True)
+    folder.autoencoder.path.mkdir(parents=True)
     folder.autoencoder_weights.write_bytes((finished_run / "autoencoder" / "model.safetensors").read_bytes())
     return Run(RunConfig.parse(settings, "test"), folder)
 

@@ -168,7 +168,7 @@ def test_training_on_a_full_disk_keeps_its_checkpoints_and_goes_on_when_there_is
     assert 0 < len(kept) < 20
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert main([*command, "--run", str(run)]) == 0
-    assert f"going on from step {int(kept[-1])}" in capsys.readouterr().out
+    assert f"resuming from step {int(kept[-1])}" in capsys.readouterr().out
     for name, tensor in weights(tmp_path / "run" / "autoencoder").items():
         assert torch.equal(weights(run / "autoencoder")[name], tensor), name
 

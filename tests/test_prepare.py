@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.report.inspect_store import main as inspect
+from sampling.report.inspect_store import main as inspect_main
 from tests.test_code_store import header as code_header
 from tests.test_code_store import write as write_codes
 from train.stages.prepare import main as prepare_main
@@ -24,6 +24,10 @@ from vqvae2.errors import UserError
 
 def prepare(arguments: list[str]) -> None:
     run_command(prepare_main, arguments, "vqvae2 prepare")
+
+
+def inspect(arguments: list[str]) -> None:
+    run_command(inspect_main, arguments, "vqvae2 inspect")
 
 
 def fill(folder: Path, count: int = 12) -> Path:
