@@ -98,9 +98,11 @@ def test_too_many_are_one_error_that_lists_them(folder: Path, num_workers: int) 
         list(load_batches(images, SequentialBatchSampler(len(images), 7), num_workers))
     text = str(error.value)
     assert "\n" not in text
-    assert text.startswith("data.path: 3 of 39 images cannot be read as images, more than data.max_unreadable_fraction = 0.06")
+    assert text.startswith(
+        "data.path: 3 of 39 images cannot be read as images, more than data.max_unreadable_fraction = 0.06"
+    )
     assert [text.count(f"/{number:02d}.png") for number in BAD] == [1, 1, 1]
-    assert text.endswith("(no image format is recognised in it); remove or replace them")
+    assert text.endswith("(unknown image format). Remove or replace them.")
 
 
 def test_an_error_lists_the_first_twenty(folder: Path) -> None:

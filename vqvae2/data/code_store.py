@@ -39,7 +39,7 @@ class CodeHeader(Config):
     classes: tuple[str, ...] = ()  # class names, empty without labels
     split: str
     source: str  # `data.path` of the data set
-    data: str = ""  # digest of the names and labels of the images, independent of where they are stored
+    data: str = ""  # digest of the names and labels of the images, not of their location
     flip: bool = False  # whether records 2k and 2k + 1 are image k and its mirror image
     autoencoder: str  # digest of the weights that encoded the images
     unreadable: tuple[int, ...] = ()  # records without codes, which readers skip; set by `finish`

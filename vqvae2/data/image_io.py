@@ -69,37 +69,39 @@ def read_image(
     Raises:
         UnreadableImageError: If the file is not an image, or is truncated or corrupted.
     """
-    picture = decode(file, size, channels, name)
+    image = decode_image(file, size, channels, name)
     height, width = size
-    scale = max(height / picture.height, width / picture.width)
-    pixels = np.array(picture, dtype=np.uint8) if scale == 1.0 else _resize(picture, size, scale, crop_position)
+    scale = max(height / image.height, width / image.width)
+    pixels = np.array(image, dtype=np.uint8) if scale == 1.0 else _resize(image, size, scale, crop_position)
     spare = pixels.shape[0] - height, pixels.shape[1] - width
     top, left = (int(extra * share + 0.5) for extra, share in zip(spare, crop_position[::-1], strict=True))
     return np.ascontiguousarray(pixels[top : top + height, left : left + width].reshape(height, width, channels))
 
 
 def _resize(
-    picture: Image.Image, size: tuple[int, int], scale: float, crop_position: tuple[float, float]
+    image: Image.Image, size: tuple[int, int], scale: float, crop_position: tuple[float, float]
 ) -> UInt8[np.ndarray, "h w *c"]:
     """Resize by `scale` with antialiased bicubic interpolation: the whole image, or only the crop."""
-    height, width = max(round(picture.height * scale), size[0]), max(round(picture.width * scale), size[1])
+    height, width = max(round(image.height * scale), size[0]), max(round(image.width * scale), size[1])
     # Pillow weights colors by alpha, and can resize only the crop of a very elongated image.
-    if picture.mode == "RGBA" or height * width > _MAX_RESIZED_AREA * size[0] * size[1]:
+    if image.mode == "RGBA" or height * width > _MAX_RESIZED_AREA * size[0] * size[1]:
         # The quotients can exceed the sides by rounding.
-        across, down = min(size[1] / scale, picture.width), min(size[0] / scale, picture.height)
-        left, top = (picture.width - across) * crop_position[0], (picture.height - down) * crop_position[1]
-        box = (left, top, min(left + across, picture.width), min(top + down, picture.height))
+        across, down = min(size[1] / scale, image.width), min(size[0] / scale, image.height)
+        left, top = (image.width - across) * crop_position[0], (image.height - down) * crop_position[1]
+        box = (left, top, min(left + across, image.width), min(top + down, image.height))
         return np.array(
-            picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0), dtype=np.uint8
+            image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0), dtype=np.uint8
         )
     # The same filter as Pillow's in half the time. Results differ by at most one level of 255.
-    channels = len(picture.getbands())
-    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels))
+    channels = len(image.getbands())
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(image.height, image.width, channels))
     resized = F.interpolate(pixels.permute(2, 0, 1)[None], [height, width], mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def decode(file: Path | bytes | Image.Image, size: tuple[int, int], channels: int, name: object = None) -> Image.Image:
+def decode_image(
+    file: Path | bytes | Image.Image, size: tuple[int, int], channels: int, name: object = None
+) -> Image.Image:
     """Decode a whole image, upright, in the mode of `channels`. JPEGs are decoded at a scale sufficient for `size`.
 
     Raises:
@@ -130,8 +132,8 @@ def decode(file: Path | bytes | Image.Image, size: tuple[int, int], channels: in
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     image = _to_8bit(image)
     if channels != 4 and image.has_transparency_data:
-        picture = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", picture.size, _BACKGROUND), picture)
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, _BACKGROUND), rgba)
     elif image.mode == MODES[channels]:
         image.load()
         return image

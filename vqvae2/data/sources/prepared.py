@@ -14,7 +14,7 @@ from pydantic import Field
 from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
 from vqvae2.data import lmdb_store
-from vqvae2.data.image_io import MODES, UnreadableImageError, decode
+from vqvae2.data.image_io import MODES, UnreadableImageError, decode_image
 from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.base import Source
 from vqvae2.errors import UserError
@@ -151,16 +151,16 @@ class PreparedWriter:
 
 def encode_image(file: Path | bytes | Image.Image, header: PreparedHeader, name: str) -> bytes:
     """Resize an image to the smallest size that covers `header.size`, and encode it as a record. Nothing is cropped."""
-    picture = decode(file, header.size, header.channels, name)
-    scale = max(header.size[0] / picture.height, header.size[1] / picture.width)
+    image = decode_image(file, header.size, header.channels, name)
+    scale = max(header.size[0] / image.height, header.size[1] / image.width)
     if scale != 1.0:
-        size = round(picture.width * scale), round(picture.height * scale)
-        picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        size = round(image.width * scale), round(image.height * scale)
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     if header.encoding == "raw":
-        return _RAW + struct.pack("<3I", *picture.size, len(picture.getbands())) + picture.tobytes()
+        return _RAW + struct.pack("<3I", *image.size, len(image.getbands())) + image.tobytes()
     stream = io.BytesIO()
     quality = {} if header.quality is None else {"quality": header.quality}
-    picture.save(stream, header.encoding, **quality)
+    image.save(stream, header.encoding, **quality)
     return stream.getvalue()
 
 
