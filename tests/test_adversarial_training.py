@@ -158,7 +158,7 @@ def test_missing_weights_are_one_line_before_anything_is_trained(
     assert main(["train-autoencoder", str(config), "--run", str(tmp_path / "run"), *wanting]) == 2
     said = capsys.readouterr().err.strip()
     assert "autoencoder.loss.perceptual.weights" in said
-    assert "absent.pth is missing" in said
+    assert "absent.pth: no such file" in said
     assert "\n" not in said
     assert not (tmp_path / "run" / "autoencoder").exists()
 

@@ -161,7 +161,7 @@ def test_the_module_and_the_console_command_are_the_same() -> None:
     ("override", "words"),
     [
         (["--data.pth", "x"], ["--data.pth", "--data.path"]),
-        (["--data.path", "/does/not/exist"], ["/does/not/exist", "missing"]),
+        (["--data.path", "/does/not/exist"], ["/does/not/exist", "no such folder"]),
         (["--data.size", "36"], ["data.size", "36", "32 or 40"]),
         (["--autoencoder.training.batch-size", "0"], ["batch_size", "greater than or equal to 1"]),
     ],
