@@ -128,7 +128,7 @@ def _from_file(path: Path, device: torch.device) -> Classifier:
 
 
 def _from_torchvision(name: str, device: torch.device) -> Classifier:
-    # Loads the file as tensors only; get_model would unpickle anything, but then reads the verified file from the cache.
+    # Reads the file as tensors only. get_model would unpickle anything, but then finds the verified file in the cache.
     weights = torchvision_weights(name, label=f"--classifier {name}", alternative=f"give {_OWN}")
     network = torchvision.models.get_model(name, weights=weights.entry, progress=False)
     network = network.to(device).eval().requires_grad_(False)
