@@ -161,7 +161,7 @@ def test_the_module_and_the_console_command_are_the_same() -> None:
     ("override", "words"),
     [
         (["--data.pth", "x"], ["--data.pth", "--data.path"]),
-        (["--data.path", "/does/not/exist"], ["/does/not/exist", "missing"]),
+        (["--data.path", "/does/not/exist"], ["/does/not/exist", "no such folder"]),
         (["--data.size", "36"], ["data.size", "36", "32 or 40"]),
         (["--autoencoder.training.batch-size", "0"], ["batch_size", "greater than or equal to 1"]),
     ],
@@ -185,14 +185,14 @@ def test_bad_images_are_one_line(tiny_config: Path, tmp_path: Path, capsys: pyte
     common = ["train-autoencoder", str(tiny_config), "--data.labels", "none", "--data.num_workers", "1"]
     empty = tmp_path / "empty"
     empty.mkdir()
-    fails(capsys, [*common, "--run", str(tmp_path / "a"), "--data.path", str(empty)], "empty", "holds no images")
+    fails(capsys, [*common, "--run", str(tmp_path / "a"), "--data.path", str(empty)], "no images in", "empty")
     cut = images(tmp_path / "cut")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(cut / "cut.jpg")
     (cut / "cut.jpg").write_bytes((cut / "cut.jpg").read_bytes()[:900])
-    fails(capsys, [*common, "--run", str(tmp_path / "b"), "--data.path", str(cut)], "cut.jpg", "remove or replace it")
+    fails(capsys, [*common, "--run", str(tmp_path / "b"), "--data.path", str(cut)], "cut.jpg", "Remove or replace it")
     text = images(tmp_path / "text")
     (text / "text.png").write_text("this is a text")
-    fails(capsys, [*common, "--run", str(tmp_path / "c"), "--data.path", str(text)], "text.png", "remove or replace it")
+    fails(capsys, [*common, "--run", str(tmp_path / "c"), "--data.path", str(text)], "text.png", "Remove or replace it")
 
 
 def test_a_run_of_a_different_config_is_refused_and_stays_as_it_was(
@@ -223,10 +223,10 @@ def test_a_store_of_a_different_autoencoder_is_refused_and_stays_as_it_was(
     shutil.copytree(finished_run / "prior-bottom", other / "prior-bottom")
     before = contents(other)
     for command in (["extract-codes"], ["run"]):
-        fails(capsys, [*command, str(tiny_config), "--run", str(other)], "codes/train", "delete this folder")
+        fails(capsys, [*command, str(tiny_config), "--run", str(other)], "codes/train", "Delete this folder")
     shutil.rmtree(other / "prior-top")
     command = ["train-prior", str(tiny_config), "--run", str(other), "--level", "top"]
-    fails(capsys, command, "codes/train", "delete this folder")
+    fails(capsys, command, "codes/train", "Delete this folder")
     fails(capsys, ["sample", str(other)], "prior-bottom/model.safetensors", "train this prior again")
     assert before.items() >= contents(other).items()
 

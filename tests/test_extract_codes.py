@@ -84,7 +84,7 @@ def test_a_moved_data_folder_is_gone_on_with_and_other_images_are_not(run: Run, 
 
     (tmp_path / "moved" / "000.png").rename(tmp_path / "moved" / "new.png")
     unfinish(run.folder.code_store("train") / "data.mdb", run.folder.code_store("train"))
-    with pytest.raises(UserError, match="holds the codes of something else"):
+    with pytest.raises(UserError, match="codes of other images or another autoencoder"):
         extract_codes(moved)
 
 
