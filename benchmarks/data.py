@@ -2,7 +2,7 @@
 
     python -m benchmarks.data [--photographs FOLDER ...] [--names 1000000] [--files 20000] [--records 200000]
 
-Everything is single-threaded. ImageDataset are read at 256 px and compared with torchvision's ImageFolder, Resize, CenterCrop
+Everything is single-threaded. Images are read at 256 px and compared with torchvision's ImageFolder, Resize, CenterCrop
 and ToTensor. The code store is compared with pickled int64 records in LMDB. Both sides alternate in the same run. Their
 rates are based on CPU time, so that they do not depend on other load, and are the best of several repetitions.
 """

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from sampling.editing import sample_variants
-from sampling.labels import require_labels
 from sampling.masks import HALVES, keep_coarsest, keep_masked, read_mask
 from sampling.output_folder import check_folder, check_new, next_free_folder, read_manifest
 from sampling.params import ClassLabels, SamplingParams
@@ -130,7 +129,6 @@ def variations(options: VariationsOptions) -> None:
 
 def _load(options: EditOptions) -> tuple[VQVAE2Pipeline, UInt8[Tensor, "b c h w"]]:
     pipeline = VQVAE2Pipeline.from_pretrained(options.run, processes().device or "cpu", options.batch_size)
-    require_labels(options.classes, pipeline.class_names)
     size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
     return pipeline, torch.stack([hwc_to_chw(read_image(path, size, channels)) for path in options.images])
 

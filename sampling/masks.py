@@ -61,14 +61,14 @@ def keep_masked(codes: CodeMaps, mask: Bool[Tensor, "..."], maps: Sequence[MapSp
 
 
 def keep_coarsest(codes: CodeMaps, count: int) -> tuple[PartialCodes, ...]:
-    """Keep all codes of the `count` coarsest levels, and none of the finer levels; 0 keeps none.
+    """Keep all codes of the `count` coarsest levels, and none of the finer levels.
 
     Raises:
-        UserError: If no level would be left to sample.
+        UserError: If no level would be kept, or none left to sample.
     """
-    if len(codes) == 1 and count:
+    if len(codes) == 1:
         raise UserError("keep_levels: this model has one level, so nothing would be left to sample")
-    if not 0 <= count < len(codes):
+    if not 1 <= count < len(codes):
         raise UserError(f"keep_levels: must be between 1 and {len(codes) - 1}, not {count}")
     finer = len(codes) - count
     return tuple(

@@ -72,12 +72,11 @@ class VQVAE2Pipeline:
         """
         folder = RunFolder(pipeline_folder(source))
         autoencoder = Autoencoder.load(folder.autoencoder_weights, device)
-        priors = tuple(
-            load_prior(folder.prior_weights(name), device) for name in level_names(len(autoencoder.map_specs))
-        )
-        for index, (name, prior) in enumerate(zip(level_names(len(priors)), priors, strict=True)):
-            _check_prior(folder, name, index, prior, autoencoder)
-        return cls(autoencoder, priors, _class_names(folder), batch_size)
+        priors: list[Prior] = []
+        for index, name in enumerate(level_names(len(autoencoder.map_specs))):
+            priors.append(load_prior(folder.prior_weights(name), device))
+            _check_prior(folder, name, index, priors[-1], autoencoder)
+        return cls(autoencoder, tuple(priors), _class_names(folder), batch_size)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the networks to a folder that `from_pretrained` reads: safetensors files and model_index.json."""

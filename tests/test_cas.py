@@ -105,7 +105,7 @@ def test_evaluate_command_reports_cas_and_reuses_classifiers(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     run = shutil.copytree(finished_run, tmp_path / "run")
-    command = ["evaluate", str(run), "--cas", "--cas-real", "--cas-steps", "2", "--cas-batch-size", "4"]
+    command = ["evaluate", str(run), "--cas.enabled", "--cas.real", "--cas.steps", "2", "--cas.batch-size", "4"]
     capsys.readouterr()
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -138,15 +138,20 @@ def test_invalid_options_give_one_line_errors(
 ) -> None:
     before = contents(finished_run)
     evaluate = ["evaluate", str(finished_run)]
-    fails(capsys, [*evaluate, "--cas-steps", "5"], "--cas-steps", "add it")
-    fails(capsys, [*evaluate, "--cas-real"], "--cas-real", "add it")
-    fails(capsys, [*evaluate, "--cas", "--cas-steps", "0"], "steps", "greater than or equal to 1")
-    fails(capsys, [*evaluate, "--cas", "--cas-model", "vgg16"], "model", "resnet18")
-    fails(capsys, [*evaluate, "--cas", "--samples", str(tmp_path)], "manifest.json", "no such file")
+    fails(capsys, [*evaluate, "--cas.steps", "5"], "--cas.steps", "--cas.enabled")
+    fails(capsys, [*evaluate, "--cas.real"], "--cas.real", "--cas.enabled")
+    fails(capsys, [*evaluate, "--cas.enabled", "--cas.steps", "0"], "steps", "greater than or equal to 1")
+    fails(capsys, [*evaluate, "--cas.enabled", "--cas.model", "vgg16"], "model", "resnet18")
+    fails(capsys, [*evaluate, "--cas.enabled", "--samples", str(tmp_path)], "manifest.json", "no such file")
     samples = shutil.copytree(finished_run / "samples", tmp_path / "samples")
     manifest = json.loads((samples / "manifest.json").read_text())
     (samples / "manifest.json").write_text(json.dumps(manifest | {"labels": None, "class_names": []}))
-    fails(capsys, [*evaluate, "--cas", "--samples", str(samples)], str(samples), "no labels", "data.labels")
+    fails(capsys, [*evaluate, "--cas.enabled", "--samples", str(samples)], str(samples), "no labels", "data.labels")
     (samples / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["a", "b"]}))
-    fails(capsys, [*evaluate, "--cas", "--samples", str(samples)], "2 classes", "the 10 classes of the run's images")
+    fails(
+        capsys,
+        [*evaluate, "--cas.enabled", "--samples", str(samples)],
+        "2 classes",
+        "the 10 classes of the run's images",
+    )
     assert contents(finished_run) == before

@@ -54,7 +54,7 @@ def test_missing_weights_error_names_url_and_path(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     with pytest.raises(
-        UserError, match=r"cannot load the weights \(no network\). Download https://.*pth to .*safetensors"
+        UserError, match=r"cannot download the weights of \w+ \(no network\). Put https://.*pth at .*safetensors"
     ):
         load_classifier(NAME)
 
@@ -67,10 +67,10 @@ def test_pickled_code_in_weights_is_not_executed(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = cached_weights(tmp_path)
     torch.save({"weight": Program()}, path)
-    with pytest.raises(UserError, match="cannot load the weights"):
+    with pytest.raises(UserError, match="cannot download the weights"):
         load_classifier(NAME)
     path.write_bytes(pickle.dumps(Program(), protocol=2))
-    with pytest.raises(UserError, match="cannot load the weights"):
+    with pytest.raises(UserError, match="cannot download the weights"):
         load_classifier(NAME)
     assert not (tmp_path / "ran").exists()
 
@@ -107,7 +107,7 @@ def test_damaged_files_give_one_line_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="architecture"):
         load_classifier(str(path))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged weights file"):
+    with pytest.raises(UserError, match="corrupted weights file"):
         load_classifier(str(path))
 
 

@@ -153,7 +153,6 @@ def test_the_module_and_the_console_command_are_the_same() -> None:
     result = subprocess.run([sys.executable, "-m", "vqvae2", "nonsense"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("vqvae2: nonsense: no such command.")
-    assert "demo, " in result.stderr
     assert main(["--version"]) == main(["--help"]) == main([]) == 0
 
 
@@ -227,7 +226,7 @@ def test_a_store_of_a_different_autoencoder_is_refused_and_stays_as_it_was(
     shutil.rmtree(other / "prior-top")
     command = ["train-prior", str(tiny_config), "--run", str(other), "--level", "top"]
     fails(capsys, command, "codes/train", "Delete this folder")
-    fails(capsys, ["sample", str(other)], "prior-bottom/model.safetensors", "train this prior again")
+    fails(capsys, ["sample", str(other)], "prior-bottom/model.safetensors", "Train this prior again")
     assert before.items() >= contents(other).items()
 
 
@@ -263,5 +262,5 @@ def test_a_folder_that_is_no_run_is_left_alone(
 
 
 def test_wrong_sampling_settings_are_one_line(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(capsys, ["sample", str(finished_run), "--classes", "99"], "class 99 does not exist", "0 to 9")
-    fails(capsys, ["sample", str(finished_run), "--top-p", "1.5"], "top_p", "less than or equal to 1")
+    fails(capsys, ["sample", str(finished_run), "--classes", "99"], "no class 99", "0 to 9")
+    fails(capsys, ["sample", str(finished_run), "--top-p", "1.5"], "--top-p", "less than or equal to 1")

@@ -80,7 +80,7 @@ def test_a_misspelt_override_says_what_was_meant(tiny_config: Path) -> None:
     with pytest.raises(UserError, match=r"--data\.pth.*--data\.path") as error:
         parse(RunConfig, ["--data.pth", "x"], "vqvae2 run", RunConfig.load(tiny_config))
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"data\.labels"):
+    with pytest.raises(UserError, match=r"--data\.labels: must be one of none, folder"):
         parse(RunConfig, ["--data.labels", "x"], "vqvae2 run", RunConfig.load(tiny_config))
 
 

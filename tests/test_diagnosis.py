@@ -142,7 +142,7 @@ def test_warnings_are_printed_and_shown_in_the_report(run: Path, capsys: pytest.
 
 
 def test_invalid_runs_give_one_line_errors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(capsys, ["diagnose", str(run), "--count", "0"], "--count 0", "at least 1")
+    fails(capsys, ["diagnose", str(run), "--count", "0"], "--count", "greater than or equal to 1")
     shutil.rmtree(run / "codes" / "val")
     fails(capsys, ["diagnose", str(run)], "codes/val", "no code store")
     assert not (run / "diagnosis").exists()

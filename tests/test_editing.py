@@ -124,16 +124,15 @@ def test_what_cannot_be_edited_is_said(pipeline: VQVAE2Pipeline) -> None:
     images = pictures()
     with pytest.raises(UserError, match=r"mask: its size is \(16, 32\), but the model's images are 32 × 32"):
         inpaint(pipeline, images, torch.ones(16, 32, dtype=torch.bool), [0])
-    with pytest.raises(UserError, match="has class labels: say which"):
+    with pytest.raises(UserError, match="this model is class-conditional"):
         inpaint(pipeline, images, read_mask("top-half", (32, 32)))
     with pytest.raises(UserError, match="no class 10"):
         variations(pipeline, images, class_labels=[10])
     for count in (0, 2):
-        with pytest.raises(UserError, match=f"1 to 1 can be kept, not {count}"):
+        with pytest.raises(UserError, match=f"must be between 1 and 1, not {count}"):
             variations(pipeline, images, count, class_labels=[0])
-    one_level = VQVAE2Pipeline(pipeline.autoencoder, pipeline.priors[1:])
     with pytest.raises(UserError, match="one level"):
-        variations(one_level, images)
+        keep_coarsest(pipeline.autoencoder.encode(images)[1:], 1)
 
 
 def test_the_commands_write_a_grid_and_overwrite_nothing(
@@ -192,13 +191,13 @@ def test_bad_requests_are_one_line(finished_run: Path, tmp_path: Path, capsys: p
     Image.new("L", (31, 32)).save(tmp_path / "small.png")
     fails(capsys, [*command, "--keep", str(tmp_path / "small.png")], "small.png", "32 × 31", "32 × 32")
     Image.new("L", (32, 32), 255).save(tmp_path / "white.png")
-    fails(capsys, [*command, "--keep", str(tmp_path / "white.png")], "white.png", "nothing to sample")
+    fails(capsys, [*command, "--keep", str(tmp_path / "white.png")], "white.png", "nothing is left to sample")
     (tmp_path / "text.png").write_text("no picture")
     fails(capsys, [*command, "--keep", str(tmp_path / "text.png")], "text.png", "not a readable picture")
     fails(
         capsys,
         ["variations", str(finished_run), str(image), "--classes", "0", "--keep-levels", "2"],
-        "1 to 1 can be kept",
+        "must be between 1 and 1",
     )
     fails(capsys, ["variations", str(finished_run), str(tmp_path / "gone.png"), "--classes", "0"], "gone.png")
     assert contents(finished_run) == before

@@ -14,9 +14,10 @@ from sampling.evaluation.evaluate import EvaluationConfig, evaluate_run
 from sampling.evaluation.features import summarize_features
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageFolder
+from sampling.run_config import RunConfig
 from tests.inception_fixture import extractor, fill, two_processes
 from vqvae2 import files
-from vqvae2.data.images import DataConfig, open_datasets
+from vqvae2.data.images import open_datasets
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
 
@@ -33,7 +34,7 @@ def evaluate(run: Path, weights: Path, **settings: Any) -> dict[str, Any]:
 
 def test_validation_reference_uses_transformed_images(run: Path, inception_weights: Path) -> None:
     metrics = evaluate(run, inception_weights)
-    _, held_out = open_datasets(DataConfig.load(run / "config.yaml", "data"))
+    _, held_out = open_datasets(RunConfig.load_resolved(run / "config.yaml").data)
     reference = GaussianStatistics(2048)
     reference.update(extractor()(torch.stack([held_out[index].image for index in range(len(held_out))])).features)
     folder = ImageFolder(run / "samples" / "images")

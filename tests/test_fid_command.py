@@ -184,7 +184,7 @@ def test_feature_summary_round_trip_and_plain_statistics(sets: tuple[Path, Path]
     assert loaded.statistics.count == N
     summary.statistics.save(tmp_path / "plain.npz")
     assert FeatureSummary.load(tmp_path / "plain.npz").features is None
-    np.savez(tmp_path / "odd.npz", **summary.statistics.arrays(), features=np.zeros((3, 5), np.float32))
+    np.savez(tmp_path / "odd.npz", **summary.statistics.to_arrays(), features=np.zeros((3, 5), np.float32))
     with pytest.raises(UserError, match=r"odd\.npz: `features`"):
         FeatureSummary.load(tmp_path / "odd.npz")
 
@@ -285,4 +285,4 @@ def test_damaged_npz_raises(sets: tuple[Path, Path], tmp_path: Path) -> None:
 def test_invalid_options_raise(sets: tuple[Path, Path], tmp_path: Path) -> None:
     assert "--batch-size" in error_of("--batch-size", 0, *sets)
     assert "--device nonsense: not a torch device" in error_of("--device", "nonsense", *sets)
-    assert "none.pth is missing" in error_of("--inception-weights", tmp_path / "none.pth", *sets)
+    assert "none.pth: no such file" in error_of("--inception-weights", tmp_path / "none.pth", *sets)

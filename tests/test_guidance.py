@@ -139,7 +139,7 @@ def test_guidance_is_refused_where_it_would_mean_nothing(finished_run: Path) -> 
     priors: tuple[Prior, ...] = (build(coarser=((5, 4),)), build())
     with pytest.raises(UserError, match="guidance_scale 2: the prior of level bottom has no class labels"):
         VQVAE2Pipeline(pipeline.autoencoder, priors)(1, guidance_scale=2)
-    with pytest.raises(UserError, match="no level is named 'middle'. The levels are bottom, top"):
+    with pytest.raises(UserError, match=r"no level is named 'middle'\. The levels are bottom, top"):
         pipeline(1, temperature={"middle": 0.5})
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae2 import Autoencoder
 from vqvae2.__main__ import main
 from vqvae2.errors import UserError
 from vqvae2.models.importing import import_autoencoder

@@ -198,7 +198,7 @@ def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
     assert [learning_rate(settings, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert learning_rate(settings, 60) == pytest.approx(0.5)
     assert learning_rate(settings, 109) < 0.001
-    with pytest.raises(ValueError, match=r"warmup_steps \(12\) must be fewer than steps \(12\)"):
+    with pytest.raises(ValueError, match=r"warmup_steps \(12\) must be less than steps \(12\)"):
         config(warmup_steps=12)
 
 

@@ -295,7 +295,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, backbone: Path) -
     torch.save([1, 2], numbers)
     for path, message in (
         (tmp_path / "absent", "no such file"),
-        (tmp_path, "directory"),
+        (tmp_path, "is a folder"),
         (damaged, "corrupted"),
         (program, "corrupted, or not a weights-only file"),
         (numbers, "not a state dict"),

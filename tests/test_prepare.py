@@ -81,7 +81,7 @@ def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> Non
         "import train.stages.prepare as p\n"
         "write = W.write\n"
         "def slowly(*a): write(*a); print('written', flush=True); time.sleep(60)\n"
-        "W.write = slowly; p.main(sys.argv[1:])"
+        "W.write = slowly; p.main(p.PrepareOptions.from_arguments(sys.argv[1:], 'x'))"
     )
     process = subprocess.Popen([sys.executable, "-c", slow, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

@@ -147,8 +147,8 @@ def test_invalid_options_give_one_line_errors_and_write_nothing(
         fails(
             capsys,
             [*sample, f"--keep-fraction={fraction}", "--classifier", str(classifier_path)],
+            "--keep-fraction",
             fraction,
-            "at most 1",
         )
     both = [*sample, "--keep-fraction", "0.5", "--classifier"]
     fails(capsys, [*both, "resnet51"], "resnet51", "neither a file", "resnet50")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from sampling.report.formatting import format_duration
 from sampling.report.picture import load_picture
 from sampling.report.report import write_report
+from sampling.run_config import RunConfig
 from vqvae2 import files
 from vqvae2.__main__ import main
 from vqvae2.errors import UserError
@@ -182,9 +182,9 @@ def test_report_escapes_names_and_values(run: Path, tmp_path: Path) -> None:
         hostile / "evaluation" / "metrics.json",
         lambda metrics: metrics["protocol"].update({HOSTILE: HOSTILE, '"><b>': {HOSTILE: [HOSTILE]}}),
     )
-    settings = yaml.safe_load((hostile / "config.yaml").read_text())
-    settings["data"]["path"] = f"/images/x{HOSTILE}"
-    (hostile / "config.yaml").write_text(yaml.safe_dump(settings))
+    config = RunConfig.load_resolved(hostile / "config.yaml")
+    data = config.data.model_copy(update={"path": f"/images/x{HOSTILE}"})
+    (hostile / "config.yaml").write_text(config.model_copy(update={"data": data}).yaml())
     report = Page(write_report(hostile))
     report.check_self_contained()
     assert len(report.pictures()) == 7
@@ -272,7 +272,7 @@ def test_invalid_runs_give_one_line_errors(run: Path, tmp_path: Path, capsys: py
     with pytest.raises(UserError, match=r"summary\.json: not valid JSON"):
         write_report(run)
     (run / "config.yaml").write_text("data: {size: 32}\n")
-    with pytest.raises(UserError, match=r"config\.yaml: not the config of a run"):
+    with pytest.raises(UserError, match=r"config\.yaml: truncated"):
         write_report(run)
     assert not (run / "report.html").exists()
 

@@ -106,7 +106,7 @@ class DiscriminatorObjective(nn.Module):
 
 
 class CodebookUsageTracker:
-    """Codebook usage of the training batches since the last call of `take`, counted on the device without host waits."""
+    """Codebook usage of the training batches since the last call of `take`, counted on the device."""
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.sizes = sizes  # number of codes of each level, finest first

@@ -70,7 +70,7 @@ def diagnostic_rows(
     codes_of_row = {"reconstruction": codes}
     for kept in reversed(range(len(codes))):
         name = f"true-{pipeline.levels[-kept]}" if kept else "sampled"
-        known = keep_coarsest(codes, kept)
+        known = keep_coarsest(codes, kept) if kept else ()
         codes_of_row[name] = pipeline.sample_codes(images, labels, seed, SamplingParams(), known)
     return {name: to_uint8(pipeline.autoencoder.decode(maps)).cpu() for name, maps in codes_of_row.items()}
 

@@ -50,7 +50,11 @@ class EvaluateOptions(Options, EvaluationConfig):
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        return parse_with_run_defaults(cls, "evaluation", arguments, prog)
+        options = parse_with_run_defaults(cls, "evaluation", arguments, prog)
+        unused = [argument for argument in arguments if argument.startswith("--cas.")]
+        if unused and not options.cas.enabled:
+            raise UserError(f"{unused[0]}: has no effect without --cas.enabled. Add it.")
+        return options
 
     @property
     def config(self) -> EvaluationConfig:
@@ -70,30 +74,39 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
         UserError: If the samples, the run or the reference are missing or damaged.
     """
     folder = RunFolder.existing(run)
+    process = processes()
+    score = None
+    if config.cas.enabled and process.is_main_process:  # opened first, because it may fail
+        score = cas.ClassificationAccuracyScore.open(folder, samples, config.cas)
+    metrics = _stored_metrics(folder, config, samples) or _measure(folder, config, samples)
+    if process.is_main_process:
+        if score:
+            metrics["cas"] = score.measure(process.device or "cpu")
+        files.write_json(folder.metrics, metrics)
+    return metrics
+
+
+def _stored_metrics(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, Any] | None:
+    """Return the metrics of an earlier, complete evaluation of the same artifacts, if there is one."""
+    metrics = files.read_json(folder.metrics) if folder.metrics.is_file() else None
+    if metrics and metrics["made_from"] == _made_from(folder, config, samples) and metrics["fid"]["value"] is not None:
+        return metrics
+    return None
+
+
+def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, Any]:
     made_from = _made_from(folder, config, samples)
-    if folder.metrics.is_file():
-        metrics = files.read_json(folder.metrics)
-        if metrics["made_from"] == made_from and metrics["fid"]["value"] is not None:
-            return metrics
     metrics = {
         "made_from": made_from,
         **_training_metrics(folder),
         **cas.previous_score(folder.metrics, made_from["samples"]),
     }
-    process = processes()
     try:
         weights = Path(config.inception_weights) if config.inception_weights else None
-        extractor = load_inception(weights, device=torch.device(process.device or "cpu"))
+        extractor = load_inception(weights, device=torch.device(processes().device or "cpu"))
     except WeightsUnavailableError as error:
-        metrics["fid"] = {"value": None, "text": f"not measured: {error}"}
-    else:
-        metrics |= _image_metrics(folder, config, samples, extractor)
-    if config.cas.enabled and process.is_main_process:
-        score = cas.ClassificationAccuracyScore.open(folder, samples, config.cas)
-        metrics["cas"] = score.measure(process.device or "cpu")
-    if process.is_main_process:
-        files.write_json(folder.metrics, metrics)
-    return metrics
+        return metrics | {"fid": {"value": None, "text": f"not measured: {error}"}}
+    return metrics | _image_metrics(folder, config, samples, extractor)
 
 
 def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, str | None]:

@@ -43,7 +43,8 @@ autoencoder:
       - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 8}}
       - {stride: 2, quantizer: {kind: gradient, codebook_size: 12, code_dim: 8}}
   training:
-    {steps: 120, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40, checkpoint_every: 10}
+    {steps: 120, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40,
+     checkpoint_every: 10}
 extract_codes: {flip: true}
 priors:
   top: &prior
