@@ -21,6 +21,7 @@ from train.loop import train
 from train.run import Run
 from train.stages.autoencoder import AutoencoderStage
 from vqvae2.__main__ import main
+from vqvae2.command_line import parse
 from vqvae2.errors import Stopped
 from vqvae2.run_folder import RunFolder
 
@@ -60,8 +61,8 @@ def trained(config: Path, folder: Path, *settings: str, stop_at: int | None = No
             os.kill(os.getpid(), signal.SIGTERM)
 
     stage.after_update = stop
-    train(stage, run.config.autoencoder.training, run.folder.autoencoder, num_workers=0)
-    newest = max((run.folder.autoencoder / "checkpoints").iterdir())
+    train(stage, run.config.autoencoder.training, run.folder.autoencoder.path, num_workers=0)
+    newest = max(run.folder.autoencoder.checkpoints.iterdir())
     return {name: tensor.clone() for name, tensor in load_file(newest / "state.safetensors").items()}
 
 
@@ -159,7 +160,7 @@ def test_missing_weights_are_one_line_before_anything_is_trained(
     assert main(["train-autoencoder", str(config), "--run", str(tmp_path / "run"), *wanting]) == 2
     said = capsys.readouterr().err.strip()
     assert "autoencoder.loss.perceptual.weights" in said
-    assert "absent.pth is missing" in said
+    assert "absent.pth: no such file" in said
     assert "\n" not in said
     assert not (tmp_path / "run" / "autoencoder").exists()
 

@@ -126,7 +126,7 @@ def test_batches_leave_the_store_as_narrow_as_they_lie_in_it(tmp_path: Path) -> 
 def test_a_stopped_writer_is_gone_on_with(tmp_path: Path) -> None:
     wanted = header(200, (300, 3, 2))
     write(tmp_path, wanted, only=[0, 2])
-    with pytest.raises(UserError, match="unfinished; run `vqvae2 extract-codes` again"):
+    with pytest.raises(UserError, match=r"unfinished code store\. Run `vqvae2 extract-codes` again"):
         CodeStore.open(tmp_path)
     writer = CodeWriter(tmp_path, wanted)
     assert writer.missing_values() == [1, 3]
@@ -145,7 +145,7 @@ def test_the_map_grows_on_demand(tmp_path: Path) -> None:
 def test_another_header_is_refused_and_the_old_records_stay(tmp_path: Path) -> None:
     wanted = header(70, (300, 3, 2))
     write(tmp_path, wanted, only=[0])
-    with pytest.raises(UserError, match="codes of something else"):
+    with pytest.raises(UserError, match="codes of other images or another autoencoder"):
         CodeWriter(tmp_path, wanted.model_copy(update={"autoencoder": "b" * 64}))
     writer = CodeWriter(tmp_path, wanted)
     assert writer.missing_values() == [1]
@@ -153,10 +153,10 @@ def test_another_header_is_refused_and_the_old_records_stay(tmp_path: Path) -> N
 
 
 def test_missing_and_damaged_stores_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no code store; make it with `vqvae2 extract-codes`"):
+    with pytest.raises(UserError, match=r"no code store\. Create it with `vqvae2 extract-codes`"):
         CodeStore.open(tmp_path / "missing")
     (tmp_path / "data.mdb").write_bytes(b"no database" * 1000)
-    with pytest.raises(UserError, match="damaged code store"):
+    with pytest.raises(UserError, match="corrupted code store"):
         CodeStore.open(tmp_path)
     foreign = tmp_path / "foreign"
     lmdb.open(str(foreign)).close()

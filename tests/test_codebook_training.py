@@ -9,7 +9,7 @@ import torch
 from tests.conftest import TINY
 from tests.inception_fixture import two_processes
 from train.losses import CodebookUsageTracker
-from train.run import open_run
+from train.run import RunOptions, open_run
 from train.stages.autoencoder import AutoencoderObjective, AutoencoderStage, reset_moments
 from vqvae2.data.images import ImageSample
 from vqvae2.models import AutoencoderConfig, LevelConfig
@@ -89,7 +89,7 @@ def test_the_first_steps_pass_features_through_and_the_codebooks_start_from_what
 ) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY.replace("steps: 6,", "steps: 20,"))
-    run, _ = open_run("train-autoencoder", [str(config), "--run", str(tmp_path / "run")], "")
+    run = open_run(RunOptions.from_arguments([str(config), "--run", str(tmp_path / "run")], "vqvae2 train-autoencoder"))
     assert run.config.autoencoder.training.first_quantized_step == 2, (
         "a tenth of the steps, where that is fewer than 100"
     )
@@ -102,7 +102,7 @@ def test_the_first_steps_pass_features_through_and_the_codebooks_start_from_what
     assert all(parameter.grad is not None for parameter in stage.network.parameters()), "processes share gradients"
     stage.network.update_codebooks()
     assert not any(bool(level.initialized) for level in stage.network.quantizers)
-    assert stage.gathered() == {}
+    assert stage.logged_values() == {}
     stage.before_update(2)
     _, terms = stage.objective(batch)
     assert {"commitment_bottom", "commitment_top"} <= terms.keys()

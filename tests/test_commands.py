@@ -77,7 +77,7 @@ def test_run_does_all_stages_and_the_second_time_skips_them(
     before = contents(tmp_path / "run")
     assert main(command) == 0
     again = capsys.readouterr().out
-    assert again.count("finished") == 4
+    assert again.count("already complete") == 4
     assert again.splitlines()[-8:] == first.splitlines()[-8:]
     assert contents(tmp_path / "run") == before
 
@@ -152,7 +152,7 @@ def test_reconstruct_writes_originals_beside_reconstructions(finished_run: Path,
 def test_the_module_and_the_console_command_are_the_same() -> None:
     result = subprocess.run([sys.executable, "-m", "vqvae2", "nonsense"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.startswith("vqvae2: 'nonsense' is not a command; the commands are ")
+    assert result.stderr.startswith("vqvae2: nonsense: no such command.")
     assert "demo, " in result.stderr
     assert main(["--version"]) == main(["--help"]) == main([]) == 0
 
@@ -161,7 +161,7 @@ def test_the_module_and_the_console_command_are_the_same() -> None:
     ("override", "words"),
     [
         (["--data.pth", "x"], ["--data.pth", "--data.path"]),
-        (["--data.path", "/does/not/exist"], ["/does/not/exist", "missing"]),
+        (["--data.path", "/does/not/exist"], ["/does/not/exist", "no such folder"]),
         (["--data.size", "36"], ["data.size", "36", "32 or 40"]),
         (["--autoencoder.training.batch-size", "0"], ["batch_size", "greater than or equal to 1"]),
     ],
@@ -185,14 +185,14 @@ def test_bad_images_are_one_line(tiny_config: Path, tmp_path: Path, capsys: pyte
     common = ["train-autoencoder", str(tiny_config), "--data.labels", "none", "--data.num_workers", "1"]
     empty = tmp_path / "empty"
     empty.mkdir()
-    fails(capsys, [*common, "--run", str(tmp_path / "a"), "--data.path", str(empty)], "empty", "holds no images")
+    fails(capsys, [*common, "--run", str(tmp_path / "a"), "--data.path", str(empty)], "no images in", "empty")
     cut = images(tmp_path / "cut")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(cut / "cut.jpg")
     (cut / "cut.jpg").write_bytes((cut / "cut.jpg").read_bytes()[:900])
-    fails(capsys, [*common, "--run", str(tmp_path / "b"), "--data.path", str(cut)], "cut.jpg", "remove or replace it")
+    fails(capsys, [*common, "--run", str(tmp_path / "b"), "--data.path", str(cut)], "cut.jpg", "Remove or replace it")
     text = images(tmp_path / "text")
     (text / "text.png").write_text("this is a text")
-    fails(capsys, [*common, "--run", str(tmp_path / "c"), "--data.path", str(text)], "text.png", "remove or replace it")
+    fails(capsys, [*common, "--run", str(tmp_path / "c"), "--data.path", str(text)], "text.png", "Remove or replace it")
 
 
 def test_a_run_of_a_different_config_is_refused_and_stays_as_it_was(
@@ -223,10 +223,10 @@ def test_a_store_of_a_different_autoencoder_is_refused_and_stays_as_it_was(
     shutil.copytree(finished_run / "prior-bottom", other / "prior-bottom")
     before = contents(other)
     for command in (["extract-codes"], ["run"]):
-        fails(capsys, [*command, str(tiny_config), "--run", str(other)], "codes/train", "delete this folder")
+        fails(capsys, [*command, str(tiny_config), "--run", str(other)], "codes/train", "Delete this folder")
     shutil.rmtree(other / "prior-top")
     command = ["train-prior", str(tiny_config), "--run", str(other), "--level", "top"]
-    fails(capsys, command, "codes/train", "delete this folder")
+    fails(capsys, command, "codes/train", "Delete this folder")
     fails(capsys, ["sample", str(other)], "prior-bottom/model.safetensors", "train this prior again")
     assert before.items() >= contents(other).items()
 
@@ -240,7 +240,7 @@ def test_sigterm_outside_training_says_how_to_go_on(finished_run: Path, tmp_path
     process.terminate()
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "stopped by SIGTERM; what is finished is kept, and the same command goes on with the rest" in printed
+    assert "stopped by SIGTERM; completed work is kept; run the same command again to resume" in printed
     assert "Traceback" not in printed
 
 
@@ -250,7 +250,7 @@ def test_missing_stages_are_named(tiny_config: Path, tmp_path: Path, capsys: pyt
     common = [str(tiny_config), "--run", str(run)]
     fails(capsys, ["extract-codes", *common], "no such weights file")
     fails(capsys, ["train-prior", *common, "--level", "top"], "no code store")
-    fails(capsys, ["train-prior", *common, "--level", "middle"], "'middle' is not one of bottom, top")
+    fails(capsys, ["train-prior", *common, "--level", "middle"], "no level 'middle'", "bottom, top")
     fails(capsys, ["sample", str(run)], "no such weights file")
 
 

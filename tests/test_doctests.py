@@ -7,6 +7,10 @@ import pytest
 import torch
 
 MODULES = [
+    "vqvae2.data.code_store",
+    "vqvae2.data.index",
+    "vqvae2.data.samplers",
+    "vqvae2.data.scenes.landscapes",
     "vqvae2.metrics.codebook_usage",
     "vqvae2.metrics.frechet",
     "vqvae2.models.autoencoder",

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from sampling.editing import inpaint, sample_variants, variations
-from sampling.masks import HALVES, keep_masked, read_mask
+from sampling.logits import sample_codes
+from sampling.masks import HALVES, keep_coarsest, keep_masked, read_mask
 from sampling.params import LevelSamplingParams, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.sample_level import Noise, PartialCodes, sample_level
@@ -61,7 +62,7 @@ def test_given_codes_are_fed_and_the_others_are_a_naive_samplers(kind: str, part
         for column in range(6):
             with torch.no_grad():
                 logits = prior(codes, given["coarser"])[:, :, row, column]
-            chosen = LevelSamplingParams()(logits, variates[column])
+            chosen = sample_codes(logits, variates[column], LevelSamplingParams())
             codes[:, row, column] = torch.where(keep[:, row, column], given["codes"][:, row, column], chosen)
     assert torch.equal(found, codes)
     assert torch.equal(found[keep], given["codes"][keep])
@@ -121,11 +122,11 @@ def test_images_are_completed_and_varied_in_python(pipeline: VQVAE2Pipeline) -> 
 
 def test_what_cannot_be_edited_is_said(pipeline: VQVAE2Pipeline) -> None:
     images = pictures()
-    with pytest.raises(UserError, match=r"mask of size \(16, 32\); the images of this run are 32 × 32"):
+    with pytest.raises(UserError, match=r"mask: its size is \(16, 32\), but the model's images are 32 × 32"):
         inpaint(pipeline, images, torch.ones(16, 32, dtype=torch.bool), [0])
     with pytest.raises(UserError, match="has class labels: say which"):
         inpaint(pipeline, images, read_mask("top-half", (32, 32)))
-    with pytest.raises(UserError, match="class 10 does not exist"):
+    with pytest.raises(UserError, match="no class 10"):
         variations(pipeline, images, class_labels=[10])
     for count in (0, 2):
         with pytest.raises(UserError, match=f"1 to 1 can be kept, not {count}"):
@@ -158,7 +159,7 @@ def test_the_commands_write_a_grid_and_overwrite_nothing(
     assert main(command) == 0
     assert contents(run) == before
     fails(capsys, [*command, "--seed", "1", "--out", str(folder)], "other settings", "--out")
-    fails(capsys, [*command, "--out", str(run / "codes")], "codes", "something else", "--out")
+    fails(capsys, [*command, "--out", str(run / "codes")], "codes", "not empty", "--out")
     assert contents(run) == before
     assert main([*command, "--seed", "1"]) == 0
     assert contents(run).items() > before.items()
@@ -185,9 +186,9 @@ def test_bad_requests_are_one_line(finished_run: Path, tmp_path: Path, capsys: p
     before = contents(finished_run)
     (image,) = image_files(tmp_path / "images", 1).iterdir()
     command = ["inpaint", str(finished_run), str(image)]
-    fails(capsys, [*command, "--keep", "upper-half"], "--keep upper-half", "top-half", "nor a picture")
-    fails(capsys, [*command, "--keep", "top-half"], "class labels", "--classes", "0 to 9")
-    fails(capsys, [*command, "--keep", "top-half", "--classes", "10"], "class 10 does not exist")
+    fails(capsys, [*command, "--keep", "upper-half"], "--keep upper-half", "top-half", "or a picture")
+    fails(capsys, [*command, "--keep", "top-half"], "class-conditional", "--classes", "0 to 9")
+    fails(capsys, [*command, "--keep", "top-half", "--classes", "10"], "no class 10")
     Image.new("L", (31, 32)).save(tmp_path / "small.png")
     fails(capsys, [*command, "--keep", str(tmp_path / "small.png")], "small.png", "32 × 31", "32 × 32")
     Image.new("L", (32, 32), 255).save(tmp_path / "white.png")

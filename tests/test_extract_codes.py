@@ -35,7 +35,7 @@ def run(tmp_path: Path, finished_run: Path) -> Run:
     settings = copy.deepcopy(read_yaml(tmp_path / "tiny.yaml"))
     settings["data"] = {"path": str(tmp_path / "images"), "size": 32, "num_workers": 0, "val_fraction": 0.05}
     folder = RunFolder(tmp_path / "run")
-    folder.autoencoder.mkdir(parents=True)
+    folder.autoencoder.path.mkdir(parents=True)
     folder.autoencoder_weights.write_bytes((finished_run / "autoencoder" / "model.safetensors").read_bytes())
     return Run(RunConfig.parse(settings, "test"), folder)
 
@@ -84,7 +84,7 @@ def test_a_moved_data_folder_is_gone_on_with_and_other_images_are_not(run: Run, 
 
     (tmp_path / "moved" / "000.png").rename(tmp_path / "moved" / "new.png")
     unfinish(run.folder.code_store("train") / "data.mdb", run.folder.code_store("train"))
-    with pytest.raises(UserError, match="holds the codes of something else"):
+    with pytest.raises(UserError, match="codes of other images or another autoencoder"):
         extract_codes(moved)
 
 

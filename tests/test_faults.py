@@ -134,7 +134,7 @@ class Killed:
 def test_a_killed_worker_is_one_line() -> None:
     with pytest.raises(
         UserError,
-        match=r"a process that reads data has died .*(killed by signal|exited unexpectedly).* data\.num_workers lower",
+        match=r"a worker process died .*(killed by signal|exited unexpectedly).*Use fewer workers",
     ):
         list(load_batches(Killed(), SequentialBatchSampler(8, 2), num_workers=1))
 
@@ -147,7 +147,7 @@ def test_data_that_is_gone_between_two_stages_is_one_line_and_the_first_stage_st
     assert main(["train-autoencoder", *common]) == 0
     before = contents(tmp_path / "run")
     folder.rename(tmp_path / "moved")
-    fails(capsys, ["extract-codes", *common], f"data.path: {folder} is missing; give a folder of images")
+    fails(capsys, ["extract-codes", *common], f"data.path: no such folder: {folder}. Give a folder of images")
     after = contents(tmp_path / "run")
     assert {name: after[name] for name in before} == before
     (tmp_path / "moved").rename(folder)
@@ -168,7 +168,7 @@ def test_training_on_a_full_disk_keeps_its_checkpoints_and_goes_on_when_there_is
     assert 0 < len(kept) < 20
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert main([*command, "--run", str(run)]) == 0
-    assert f"going on from step {int(kept[-1])}" in capsys.readouterr().out
+    assert f"resuming from step {int(kept[-1])}" in capsys.readouterr().out
     for name, tensor in weights(tmp_path / "run" / "autoencoder").items():
         assert torch.equal(weights(run / "autoencoder")[name], tensor), name
 

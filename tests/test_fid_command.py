@@ -14,6 +14,7 @@ from sampling.evaluation import fid
 from sampling.evaluation.features import FeatureSummary, KeepOptions, summarize_features, summarize_features_cached
 from sampling.evaluation.image_sets import ImageBatch, ImageFolder, open_image_set
 from tests.inception_fixture import extractor, fill, pytorch_fid_command, two_processes, weights
+from vqvae2.command_line import run_command
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
 from vqvae2.metrics.inception_score import inception_score
@@ -34,7 +35,11 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def command(*arguments: object) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        fid.main(["--inception-weights", str(weights()), "--num-workers", "0", "--device", "cpu", *map(str, arguments)])
+        run_command(
+            fid.main,
+            ["--inception-weights", str(weights()), "--num-workers", "0", "--device", "cpu", *map(str, arguments)],
+            "vqvae2 fid",
+        )
     return printed.getvalue()
 
 
@@ -63,7 +68,7 @@ def test_statistics_files_are_interchangeable_with_pytorch_fid(sets: tuple[Path,
     with pytest.raises(UserError, match="already exists"):
         command("--dims", 64, "--save-stats", second, tmp_path / "ours")
     # Two statistics files need no Inception weights.
-    fid.main(["--dims", "64", str(tmp_path / "ours.npz"), str(tmp_path / "theirs.npz")])
+    run_command(fid.main, ["--dims", "64", str(tmp_path / "ours.npz"), str(tmp_path / "theirs.npz")], "vqvae2 fid")
 
 
 def test_few_images_and_other_weights_are_reported(sets: tuple[Path, Path], tmp_path: Path) -> None:

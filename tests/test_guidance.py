@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from sampling.guidance import ClassifierFreeGuidance
+from sampling.logits import sample_codes
 from sampling.params import LevelSamplingParams, SamplingConfig, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.report.report import format_value
@@ -85,7 +86,7 @@ def test_guided_codes_are_those_of_two_full_passes(kind: str, scale: float) -> N
                 conditional = prior(codes, coarser, labels)[:, :, row, column]
                 unconditional = prior(codes, coarser, None)[:, :, row, column]
             logits = unconditional + scale * (conditional - unconditional)
-            codes[:, row, column] = LevelSamplingParams()(logits, variates[column])
+            codes[:, row, column] = sample_codes(logits, variates[column], LevelSamplingParams())
     assert torch.equal(found, codes)
     for part in ([2], [1, 0]):
         some = tuple(level[part] for level in coarser)
@@ -136,9 +137,9 @@ def test_guidance_is_refused_where_it_would_mean_nothing(finished_run: Path) -> 
     with pytest.raises(UserError, match="guidance_scale 3: the prior of level top was trained without label dropout"):
         pipeline(1, guidance_scale={"top": 3})
     priors: tuple[Prior, ...] = (build(coarser=((5, 4),)), build())
-    with pytest.raises(UserError, match="guidance_scale 2: the prior of level bottom knows no class labels"):
+    with pytest.raises(UserError, match="guidance_scale 2: the prior of level bottom has no class labels"):
         VQVAE2Pipeline(pipeline.autoencoder, priors)(1, guidance_scale=2)
-    with pytest.raises(UserError, match="no level 'middle'; the levels are bottom, top"):
+    with pytest.raises(UserError, match="no level is named 'middle'. The levels are bottom, top"):
         pipeline(1, temperature={"middle": 0.5})
 
 
@@ -150,7 +151,7 @@ def test_the_command_takes_values_by_level(
     sample = ["sample", str(run)]
     fails(capsys, [*sample, "--guidance-scale", "2"], "guidance_scale 2", "label dropout")
     fails(capsys, [*sample, "--top-p", "top=1.5"], "top_p.top", "less than or equal to 1")
-    fails(capsys, [*sample, "--top-k", "middle=3"], "no level 'middle'", "bottom, top")
+    fails(capsys, [*sample, "--top-k", "middle=3"], "no level is named 'middle'", "bottom, top")
     fails(capsys, [*sample, "--temperature", "top=cold"], "--temperature", "numbers per level such as top=1,bottom=2")
     assert contents(run) == before
     for level in ("bottom", "top"):

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import vqvae2
 from vqvae2.__main__ import main
 from vqvae2.errors import UserError
 from vqvae2.models.importing import import_autoencoder
@@ -100,7 +99,7 @@ def test_codes_and_reconstructions_are_the_peers(peer: Peer, tmp_path: Path, for
     torch.save({"model": state, "step": 7} if form == "model" else state, tmp_path / "peer.pt")
     out = tmp_path / "ours.safetensors"
     assert main(["import-vqvae", str(tmp_path / "peer.pt"), str(out), "--size", "32", "48"]) == 0
-    ours = vqvae2.load(out)
+    ours = Autoencoder.from_pretrained(out)
     assert (ours.config.channels, ours.config.residual_channels, ours.config.residual_layers) == (C, R, 2)
     images = torch.rand(3, 3, 32, 48) * 2 - 1
     with torch.no_grad():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from train.loop import TrainingStage, train
+from train.lr_schedule import learning_rate
 from vqvae2.errors import Stopped, UserError
 from vqvae2.training_config import TrainingConfig
 
@@ -96,7 +97,9 @@ def entries(folder: Path) -> list[dict[str, float]]:
 def test_stopping_and_going_on_gives_the_weights_of_one_run_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     summary = train(Line(), config(), straight, num_workers=0)
-    with pytest.raises(Stopped, match=rf"stopped by SIGTERM at step {stop_at}; .*same command goes on") as stopped:
+    with pytest.raises(
+        Stopped, match=rf"stopped by SIGTERM at step {stop_at}; .*same command again to resume"
+    ) as stopped:
         train(Line(stop_at), config(), broken, num_workers=0)
     assert stopped.value.status == 143
     again = train(Line(), config(), broken, num_workers=0)
@@ -130,7 +133,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path: Pat
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(bytes(content))
-    with pytest.warns(UserWarning, match="00000012: damaged checkpoint; using the one before it"):
+    with pytest.warns(UserWarning, match="00000012: damaged checkpoint; using the previous one"):
         train(Line(), config(), straight, num_workers=0)
     for name, tensor in expected.items():
         assert torch.equal(tensor, newest(straight)[name]), name
@@ -173,7 +176,7 @@ def test_validation_sees_the_averaged_weights_and_training_goes_on_with_its_own(
     stage = Line()
     train(stage, config(steps=10, validate_every=10), tmp_path, num_workers=0)
     tensors = newest(tmp_path)
-    averaged, latest = tensors["average/layer.weight"], tensors["objective/layer.weight"]
+    averaged, latest = tensors["ema/layer.weight"], tensors["objective/layer.weight"]
     assert not torch.equal(averaged, latest)
     assert torch.equal(stage.objective.layer.weight, latest)
     assert entries(tmp_path)[-1]["validation/weight"] == pytest.approx(float(averaged.sum()))
@@ -192,9 +195,9 @@ TRAINING_KEYS = {"step", "train/loss", "train/error", "train/learning_rate"}
 
 def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
     settings = config(steps=110, warmup_steps=10, schedule="cosine", learning_rate=1.0)
-    assert [settings.rate(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert settings.rate(60) == pytest.approx(0.5)
-    assert settings.rate(109) < 0.001
+    assert [learning_rate(settings, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert learning_rate(settings, 60) == pytest.approx(0.5)
+    assert learning_rate(settings, 109) < 0.001
     with pytest.raises(ValueError, match=r"warmup_steps \(12\) must be fewer than steps \(12\)"):
         config(warmup_steps=12)
 

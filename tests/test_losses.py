@@ -17,6 +17,7 @@ from sampling.run_config import RunConfig
 from tests.conftest import TINY
 from train.losses import AdversarialLoss, DiscriminatorObjective, PerceptualLoss, make_perceptual_loss
 from train.stages.autoencoder import AutoencoderObjective
+from vqvae2.command_line import parse
 from vqvae2.config import read_yaml
 from vqvae2.data.images import ImageSample
 from vqvae2.errors import UserError
@@ -78,8 +79,11 @@ def test_the_default_is_the_mean_squared_error_and_configs_without_the_section_s
     assert experiment.autoencoder.loss == AutoencoderLossConfig()
     assert experiment.autoencoder.loss.terms == ("reconstruction",)
     settings = {"pixel": "l1", "perceptual.weight": "0.5", "adversarial.weight": "0.1", "adversarial.start": "9"}
-    changed = experiment.override(
-        [part for key, value in settings.items() for part in (f"--autoencoder.loss.{key}", value)]
+    changed = parse(
+        RunConfig,
+        [part for key, value in settings.items() for part in (f"--autoencoder.loss.{key}", value)],
+        "vqvae2 run",
+        experiment,
     )
     assert changed.autoencoder.loss.terms == ("l1", "perceptual", "adversarial", "discriminator")
     assert changed.autoencoder.loss.adversarial.start == 9
@@ -90,7 +94,7 @@ def test_an_adversary_and_fp16_are_refused_together(tmp_path: Path) -> None:
     data = read_yaml(tmp_path / "config.yaml")
     data["autoencoder"]["loss"] = {"adversarial": {"weight": 0.1}}
     data["autoencoder"]["training"]["mixed_precision"] = "fp16"
-    with pytest.raises(UserError, match=r"autoencoder: loss.adversarial: .* use bf16"):
+    with pytest.raises(UserError, match=r"autoencoder: training.mixed_precision: fp16 .* Use bf16"):
         RunConfig.parse(data, "config.yaml")
 
 
@@ -187,9 +191,9 @@ def level(index: int) -> Term:
 
 
 def judged(objective: AutoencoderObjective, levels: tuple[QuantizerOutput, ...], terms: dict[str, Tensor]) -> Tensor:
-    assert objective.adversary is not None
-    assert objective.adversary.latest is not None
-    return DiscriminatorObjective(objective.adversary.discriminator)(objective.adversary.latest)[0]
+    assert objective.adversarial is not None
+    assert objective.adversarial.latest is not None
+    return DiscriminatorObjective(objective.adversarial.discriminator)(objective.adversarial.latest)[0]
 
 
 @pytest.mark.parametrize(
@@ -277,9 +281,7 @@ def test_weights_that_cannot_be_fetched_are_one_line_with_their_place(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", fail)
-    with pytest.raises(
-        UserError, match=r"weights of vgg16 .*no network.*; put https\S+vgg16-\S+ at \S+vgg16-"
-    ) as error:
+    with pytest.raises(UserError, match=r"weights of vgg16 .*no network.*Put https\S+vgg16-\S+ at \S+vgg16-") as error:
         make_perceptual_loss(PerceptualLossConfig(weight=1), SIZE)
     assert "\n" not in str(error.value)
     assert "autoencoder.loss.perceptual.weights" in str(error.value)
@@ -292,11 +294,11 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, backbone: Path) -
     torch.save({"features.0.weight": torch.zeros(2, 2)}, foreign)
     torch.save([1, 2], numbers)
     for path, message in (
-        (tmp_path / "absent", "is missing"),
-        (tmp_path, "is a folder"),
-        (damaged, "is damaged"),
-        (program, "is damaged, or not a file of weights alone"),
-        (numbers, "is not a state dict"),
+        (tmp_path / "absent", "no such file"),
+        (tmp_path, "directory"),
+        (damaged, "corrupted"),
+        (program, "corrupted, or not a weights-only file"),
+        (numbers, "not a state dict"),
         (foreign, r"torchvision's squeezenet1_1 \(`features.0.weight` has shape \(2, 2\), not \(64, 3, 3, 3\)\)"),
     ):
         with pytest.raises(UserError, match=rf"autoencoder\.loss\.perceptual\.weights: .*{message}"):
@@ -305,5 +307,5 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, backbone: Path) -
 
 def test_images_too_small_for_the_perceptual_network_are_refused(distance: PerceptualLoss, backbone: Path) -> None:
     assert distance(torch.zeros(1, 3, 17, 17), torch.ones(1, 3, 17, 17)).isfinite()
-    with pytest.raises(UserError, match=r"squeeze needs images of 17 pixels or more, these have 32 × 16"):
+    with pytest.raises(UserError, match=r"squeeze needs images of at least 17 pixels, these are 32 × 16"):
         make_perceptual_loss(PerceptualLossConfig(weight=1, network="squeeze", weights=str(backbone)), (32, 16))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sampling.pipeline import VQVAE2Pipeline
 from sampling.sample import SamplingConfig, sample_run
 from tests.test_commands import contents
 from tests.test_priors import build, inputs
+from vqvae2.priors.toom_cook import IncrementalRowConv
 
 KINDS = ["pixelsnail", "pixelcnn", "transformer"]
 
@@ -31,12 +33,8 @@ def test_the_estimate_is_what_a_whole_walk_holds(kind: str, settings: dict[str, 
             for column in range(6):
                 steps.logits(column)
                 steps.set_codes(column, given["codes"][:, row, column])
-        rows = memory._finished_rows
-        try:
-            memory._finished_rows = lambda walk: 0  # they are there by now
-            return memory._held(steps)
-        finally:
-            memory._finished_rows = rows
+        with mock.patch.object(IncrementalRowConv, "max_cache_bytes", 0):  # the cached rows exist by now
+            return memory._reachable_bytes(steps)
 
     found = {batch: decoder_bytes(prior, batch) for batch in (1, 2, 5)}
     assert found[5] - found[2] == 3 * (found[2] - found[1]) > 0

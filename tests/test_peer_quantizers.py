@@ -135,12 +135,13 @@ def test_fsq_codes_values_and_gradients_are_the_peers(grid: tuple[int, ...]) -> 
 
 CONFIGS = st.one_of(
     st.builds(
-        EMAConfig, codebook_size=st.integers(1, 9), code_dim=st.just(3), kmeans_init=st.booleans(), cosine=st.booleans(),
-        codebook_dim=st.sampled_from([None, 2]), gradient_estimator=st.sampled_from(["straight-through", "rotation"]),
+        EMAConfig, codebook_size=st.integers(1, 9), code_dim=st.just(3), kmeans_init=st.booleans(),
+        cosine=st.booleans(), codebook_dim=st.sampled_from([None, 2]),
+        gradient_estimator=st.sampled_from(["straight-through", "rotation"]),
     ),
     st.builds(
-        GradientConfig, codebook_size=st.integers(1, 9), code_dim=st.just(3), kmeans_init=st.booleans(), cosine=st.booleans(),
-        codebook_dim=st.sampled_from([None, 2]),
+        GradientConfig, codebook_size=st.integers(1, 9), code_dim=st.just(3), kmeans_init=st.booleans(),
+        cosine=st.booleans(), codebook_dim=st.sampled_from([None, 2]),
     ),
     st.builds(FSQConfig, grid=st.lists(st.integers(2, 5), min_size=1, max_size=3).map(tuple), code_dim=st.just(3)),
 )  # fmt: skip

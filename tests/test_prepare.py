@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sampling.report.inspect_store import main as inspect
+from sampling.report.inspect_store import main as inspect_main
 from tests.test_code_store import header as code_header
 from tests.test_code_store import write as write_codes
 from train.stages.prepare import main as prepare_main
@@ -24,6 +24,10 @@ from vqvae2.errors import UserError
 
 def prepare(arguments: list[str]) -> None:
     run_command(prepare_main, arguments, "vqvae2 prepare")
+
+
+def inspect(arguments: list[str]) -> None:
+    run_command(inspect_main, arguments, "vqvae2 inspect")
 
 
 def fill(folder: Path, count: int = 12) -> Path:
@@ -73,7 +77,8 @@ def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> Non
     out = tmp_path / "killed"
     command = [str(folder), str(out), "--size", "16", "--num-workers", "1"]
     slow = (
-        "import sys, time; from vqvae2.data.sources.prepared import PreparedWriter as W; import train.stages.prepare as p\n"
+        "import sys, time; from vqvae2.data.sources.prepared import PreparedWriter as W\n"
+        "import train.stages.prepare as p\n"
         "write = W.write\n"
         "def slowly(*a): write(*a); print('written', flush=True); time.sleep(60)\n"
         "W.write = slowly; p.main(sys.argv[1:])"
@@ -83,7 +88,7 @@ def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> Non
     assert process.stdout.readline() == b"written\n"
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=20)  # its worker leaves too, and closes what it inherited
-    with pytest.raises(UserError, match="is unfinished; run the same `vqvae2 prepare` again"):
+    with pytest.raises(UserError, match=r"is unfinished\. Run the same `vqvae2 prepare` again"):
         open_datasets(DataConfig(path=str(out), size=16))
     assert len(records(out)) == 1 + 64
     prepare(command)
@@ -116,7 +121,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(UserError, match=r"1 of 12 images .*0001\.png"):
         prepare([str(folder), str(tmp_path / "y"), "--size", "16", "--num-workers", "0"])
     write_codes(tmp_path / "codes", code_header(3, (4, 2, 2)))
-    with pytest.raises(UserError, match="is a code store; give images"):
+    with pytest.raises(UserError, match=r"is a code store\. Give images"):
         open_datasets(DataConfig(path=str(tmp_path / "codes"), size=16))
     capsys.readouterr()
     with pytest.raises(UserError, match="neither a code store nor prepared images"):

@@ -37,7 +37,7 @@ def test_another_seed_gives_another_order() -> None:
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(UserError, match="batch_size 8 does not divide by 3 processes × 1"):
+    with pytest.raises(UserError, match="batch_size: 8 is not divisible by 3 processes × 1"):
         keys(world_size=3)
 
 

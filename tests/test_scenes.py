@@ -80,7 +80,7 @@ def test_extreme_frames(index: int, height: int, width: int) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(7, 64), (64, 7), (0, 0), (-3, 64)])
 def test_too_small_a_picture_is_refused_in_one_line(height: int, width: int) -> None:
-    with pytest.raises(UserError, match=f"{height} x {width} pixels is too small") as refusal:
+    with pytest.raises(UserError, match=f"got {height} × {width}") as refusal:
         scenes.render(0, height, width)
     assert "\n" not in str(refusal.value)
     assert "8" in str(refusal.value)

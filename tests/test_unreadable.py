@@ -98,14 +98,16 @@ def test_too_many_are_one_error_that_lists_them(folder: Path, num_workers: int) 
         list(load_batches(images, SequentialBatchSampler(len(images), 7), num_workers))
     text = str(error.value)
     assert "\n" not in text
-    assert text.startswith("data.path: 3 of 39 images cannot be read as images, more than the share of 0.06")
+    assert text.startswith(
+        "data.path: 3 of 39 images cannot be read as images, more than data.max_unreadable_fraction = 0.06"
+    )
     assert [text.count(f"/{number:02d}.png") for number in BAD] == [1, 1, 1]
-    assert text.endswith("(no image format is recognised in it); remove or replace them")
+    assert text.endswith("(unknown image format). Remove or replace them.")
 
 
 def test_an_error_lists_the_first_twenty(folder: Path) -> None:
     images = opened(folder)
-    with pytest.raises(UserError, match=r"20\.png and 10 more; remove") as error:
+    with pytest.raises(UserError, match=r"20\.png and 10 more. Remove") as error:
         images.check_unreadable_fraction(list(range(20)) + list(range(29, 39)))
     assert str(error.value).count(".png") == 20
 

@@ -173,6 +173,6 @@ def _describe_validation(error: ValidationError, arguments: Sequence[str]) -> st
     if re.fullmatch(r"[\w.]+", field):
         paths = [name for name in given if name == field or name.endswith(f".{field}")]
         if paths:
-            return paths[0] + text.removeprefix(field)
+            return f"--{paths[0].replace('_', '-')}{text.removeprefix(field)}"
     sections = sorted({name.rpartition(".")[0] for name in given if "." in name}, key=len)
     return f"{sections[-1]}: {text}" if sections and not re.match(r"[\w.]+:", text) else text

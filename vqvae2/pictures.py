@@ -59,15 +59,15 @@ def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_
     font = ImageFont.load_default(_CAPTION)
     captions = [name.encode("utf-8", "replace").decode("utf-8") for name in rows]
     margin = _CAPTION + int(max(font.getlength(name) for name in captions))
-    picture = Image.new(grid.mode, (margin + grid.width, grid.height), (255,) * len(grid.getbands()))
-    picture.paste(grid, (margin, 0))
-    draw = ImageDraw.Draw(picture)
+    canvas = Image.new(grid.mode, (margin + grid.width, grid.height), (255,) * len(grid.getbands()))
+    canvas.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(canvas)
     step = images.shape[2] + _BORDER
     ink = (0, 0, 0, 255)[: len(grid.getbands())]
     for row, name in enumerate(captions):
         draw.text((_CAPTION // 2, _BORDER + row * step + step // 2), name, ink, font, anchor="lm")
     with files.atomic_write(path) as partial:
-        picture.save(partial, format="PNG")
+        canvas.save(partial, format="PNG")
 
 
 def interleave_rows(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tensor, int]:

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.data.code_store import CodeStore
-from vqvae2.data.images import DataConfig
+from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.samplers import SequentialBatchSampler
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedSource, read_header
 from vqvae2.errors import UserError

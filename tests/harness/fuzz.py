@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.harness.kills import photographs, start, wait
+from vqvae2.__main__ import COMMANDS
 from vqvae2.data.code_store import CodeStore
 
 CONFIG = """

@@ -18,7 +18,7 @@ from vqvae2.data.image_io import UnreadableImageError
 from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.data.sources import open_source
-from vqvae2.data.sources.prepared import PreparedHeader, PreparedWriter, encode
+from vqvae2.data.sources.prepared import PreparedHeader, PreparedWriter, encode_image
 from vqvae2.errors import UserError
 
 _PER_TRANSACTION = 64  # images; what a kill loses is the batches that workers have at hand
@@ -60,7 +60,7 @@ class Encoded(Dataset[tuple[Tensor, list[int]]]):
     def _encode(self, number: int) -> bytes:
         source = self.images.source
         try:
-            return encode(source.open(number, self.header.size), self.header, source.describe(number))
+            return encode_image(source.open(number, self.header.size), self.header, source.describe(number))
         except UnreadableImageError as error:
             self.images.mark_unreadable(number, error)
             return b""

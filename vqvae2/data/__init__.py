@@ -1,1 +1,1 @@
-"""Images, codes, and the order in which training sees them."""
+"""Image data sets, code stores and samplers."""

@@ -1,9 +1,8 @@
-"""The code store: the code maps of every image, in LMDB, as raw little-endian integers with a JSON header.
+"""Code stores: the code maps of all images of a split in LMDB, as little-endian integers with a JSON header.
 
-Records of fixed size stand `RECORDS_PER_VALUE` together in one LMDB value, so that pages are full; a reader takes slices of the
-memory map and copies only the records it was asked for. Beside each value lie the names of its images. Nothing is
-pickled. Batches leave the store as narrow as they lie in it, an eighth or a quarter of int64: `widen` makes indices of
-them on the device.
+One LMDB value holds `RECORDS_PER_VALUE` records of fixed size, which fills pages well. A reader copies only the
+requested records from the memory map. The names of the images are stored next to each value. Nothing is pickled.
+Batches keep narrow integer types, at most half of int64; convert them on the device with `to_int64`.
 """
 
 import hashlib
@@ -25,33 +24,34 @@ from vqvae2.data import lmdb_store
 from vqvae2.errors import UserError
 
 RECORDS_PER_VALUE = 64  # records in one LMDB value
-UNREADABLE_LABEL = -2  # the label of a record whose image could not be read; −1 is no label
+UNREADABLE_LABEL = -2  # label of a record whose image could not be read; −1 means no label
 _HEADER = b"header"
 _FORMAT = 3
+_FIX = "Delete the folder and run `vqvae2 extract-codes`."
 
 
 class CodeHeader(Config):
-    """What a code store holds and what it was made from."""
+    """Contents and provenance of a code store."""
 
     format: int = _FORMAT
     levels: tuple[MapSpec, ...]  # finest first
-    count: int  # records, those of unreadable images included
-    classes: tuple[str, ...] = ()  # names of the labels; empty without labels
+    count: int  # number of records, including those of unreadable images
+    classes: tuple[str, ...] = ()  # class names, empty without labels
     split: str
-    source: str  # the data set, `data.path`
-    data: str = ""  # digest of the names and labels of its images, which say what they are wherever they lie
-    flip: bool = False  # whether record 2k is image k and record 2k + 1 its mirror image
-    autoencoder: str  # digest of the weights that made the codes
-    unreadable: tuple[int, ...] = ()  # records without codes, which readers never see; known in the end
+    source: str  # `data.path` of the data set
+    data: str = ""  # digest of the names and labels of the images, not of their location
+    flip: bool = False  # whether records 2k and 2k + 1 are image k and its mirror image
+    autoencoder: str  # digest of the weights that encoded the images
+    unreadable: tuple[int, ...] = ()  # records without codes, which readers skip; set by `finish`
     complete: bool = False
 
     def __len__(self) -> int:
-        """Records that hold codes."""
+        """Return the number of records with codes."""
         return self.count - len(self.unreadable)
 
     @property
     def record_dtype(self) -> np.dtype[Any]:
-        """One image's label (−1 for none) and code maps, finest first."""
+        """Structured dtype of a record: the label (−1 for none) and the code maps, finest first."""
         maps = [
             (
                 f"level{index}",
@@ -64,62 +64,94 @@ class CodeHeader(Config):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must agree for one extraction to go on with another: not where the images lie."""
+        """Fields that must be equal to resume an extraction. The location of the images is not one of them."""
         return self.model_dump(mode="json", exclude={"source", "unreadable", "complete"})
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the codes were made from: the same images, split and autoencoder give the same codes."""
+        """SHA-256 of the provenance. Stores of the same images, split and autoencoder have the same digest."""
         made_from = self.identity | {"unreadable": self.unreadable}
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
     def check_autoencoder(self, digest: str | None, path: Path) -> None:
-        """UserError where the store at `path` was made by other weights than those with this digest."""
+        """Check that the store at `path` was made with the autoencoder of this digest.
+
+        Raises:
+            UserError: If it was made with another one.
+        """
         if digest != self.autoencoder:
             raise UserError(
-                f"{path}: holds codes of the autoencoder {self.autoencoder[:12]}…, but the run's autoencoder is "
-                f"{str(digest)[:12]}…; delete this folder and run `vqvae2 extract-codes`"
+                f"{path}: codes of the autoencoder {self.autoencoder[:12]}…, but the run's autoencoder is "
+                f"{str(digest)[:12]}…. Delete this folder and run `vqvae2 extract-codes`."
             )
 
 
 class CodeBatch(NamedTuple):
-    """The codes of one image or of a batch."""
+    """Codes and labels of one image or a batch."""
 
-    codes: tuple[Int[Tensor, "*b h w"], ...]  # finest level first; int64, or what fits them until they are widened
-    label: Int[Tensor, "*b"]  # −1 where there are no labels
+    codes: tuple[Int[Tensor, "*b h w"], ...]  # finest level first; a narrow integer type or int64
+    label: Int[Tensor, "*b"]  # −1 without labels
 
 
 def to_int64(batch: CodeBatch) -> CodeBatch:
-    """A batch with codes and labels as int64, on the device that they are on."""
+    """Convert codes and labels to int64 on their device."""
     return CodeBatch(tuple(level.long() for level in batch.codes), batch.label.long())
 
 
 class CodeStore(Dataset[CodeBatch]):
-    """Reads a complete store; safe to hand to worker processes, each of which opens the file for itself."""
+    """Data set of the records of a finished store. Worker processes each open the file on their own.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> levels = tuple(MapSpec(codebook_size=512, height=side, width=side) for side in (8, 4))
+    >>> header = CodeHeader(levels=levels, count=3, split="train", source="photos", autoencoder="0" * 64)
+    >>> writer = CodeWriter(Path(folder.name), header)
+    >>> codes = [torch.full((3, *level.shape), 7) for level in levels]
+    >>> writer.write(0, codes, labels=torch.tensor([-1, -1, -1]), names=["a.png", "b.png", "c.png"])
+    >>> writer.finish()
+
+    >>> store = CodeStore.open(Path(folder.name))
+    >>> len(store), store.image_name(2)
+    (3, 'c.png')
+    >>> batch = store.read([0, 2])
+    >>> [tuple(level.shape) for level in batch.codes], batch.label.tolist()
+    ([(2, 8, 8), (2, 4, 4)], [-1, -1])
+
+    >>> lmdb_store.close_reader(Path(folder.name))
+    >>> folder.cleanup()
+    """
 
     def __init__(self, path: Path, header: CodeHeader) -> None:
         self.path, self.header = path, header
-        # The k-th unreadable record stands before every readable one from number (record − k) on.
         self._count = len(header)
-        self._scratch: np.ndarray | None = None  # records as they are stored; new pages for every batch cost more
+        self._scratch: np.ndarray | None = None  # reused, because allocating new pages for each batch is slower
+        # The k-th unreadable record precedes all readable records with an index of at least (record − k).
         self._shifts = np.array(header.unreadable, np.int64) - np.arange(len(header.unreadable))
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """The store at `path`; UserError where it is missing, unfinished or not a code store."""
+        """Open the store at `path`.
+
+        Raises:
+            UserError: If it is missing, unfinished, corrupted or not a code store.
+        """
         store = cls(path, cls.read_header(path))
         if not (store.header.complete and lmdb_store.is_sealed(path)):
-            raise UserError(f"{path}: this code store is unfinished; run `vqvae2 extract-codes` again to complete it")
+            raise UserError(f"{path}: unfinished code store. Run `vqvae2 extract-codes` again to complete it.")
         return store
 
     @staticmethod
     def read_header(path: Path) -> CodeHeader:
-        """What the store at `path` says of itself, complete or not."""
+        """Return the header of the finished or unfinished store at `path`.
+
+        Raises:
+            UserError: If it is missing, corrupted or not a code store.
+        """
         if not (path / "data.mdb").is_file():
-            raise UserError(f"{path}: no code store; make it with `vqvae2 extract-codes`")
+            raise UserError(f"{path}: no code store. Create it with `vqvae2 extract-codes`.")
         header = lmdb_store.get(lmdb_store.open_reader(path), _HEADER)
         if header is None:
-            raise UserError(f"{path}: not a code store (it has no header); delete the folder and extract again")
+            raise UserError(f"{path}: not a code store (no header). Delete the folder and run `vqvae2 extract-codes`.")
         return _parse(header, path)
 
     def __len__(self) -> int:
@@ -130,57 +162,64 @@ class CodeStore(Dataset[CodeBatch]):
         return CodeBatch(tuple(level[0] for level in batch.codes), batch.label[0])
 
     def read(self, indices: Sequence[int]) -> CodeBatch:
-        """The codes (B, H_l, W_l) and labels (B,) of these images, int64."""
+        """Return int64 codes (B, H_l, W_l) and labels (B,) of the given records."""
         return to_int64(self.__getitems__(indices))
 
     def __getitems__(self, keys: Sequence[Any]) -> CodeBatch:
-        """A batch, collated already, not widened yet."""
+        """Return a collated batch with narrow integer types."""
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         dtype = self.header.record_dtype
         size, scratch = dtype.itemsize, self._scratch
-        self._scratch = None  # another thread makes its own
+        self._scratch = None  # other threads allocate their own
         if scratch is None or len(scratch) < len(indices):
             scratch = np.empty(len(indices), dtype)
         batch, target = scratch[: len(indices)], memoryview(scratch.view(np.uint8).data)
         numbers, offsets = np.divmod(self._records(indices), RECORDS_PER_VALUE)
-        values, place = lmdb_store.cached_values(self.path), 0
+        values, position = lmdb_store.cached_values(self.path), 0
         for number, start in zip(numbers.tolist(), (offsets * size).tolist(), strict=True):
             value = values[number]
             if value is None or len(value) < start + size:
-                raise UserError(f"{self.path}: damaged code store (value {number} is missing); delete the folder")
-            target[place : place + size] = value[start : start + size]
-            place += size
+                raise UserError(f"{self.path}: corrupted code store (value {number} is missing or truncated). {_FIX}")
+            target[position : position + size] = value[start : start + size]
+            position += size
         maps = tuple(
-            _tensor(batch[f"level{index}"], level.codebook_size) for index, level in enumerate(self.header.levels)
+            _to_narrow_tensor(batch[f"level{index}"], level.codebook_size)
+            for index, level in enumerate(self.header.levels)
         )
         labels = torch.from_numpy(batch["label"].copy())
         self._scratch = scratch
         return CodeBatch(maps, labels)
 
     def image_name(self, index: int) -> str:
-        """The name of the image that a record is of, as the data set has it."""
+        """Return the name of the image of a record."""
         number, offset = divmod(self._record(index), RECORDS_PER_VALUE)
         names = lmdb_store.get(lmdb_store.open_reader(self.path), _names_key(number)) or b""
         return (names.decode("utf-8", "surrogateescape").split("\0") + [""] * RECORDS_PER_VALUE)[offset]
 
     def is_mirrored(self, index: int) -> bool:
-        """Whether a record is of the mirror image."""
+        """Return whether a record has the codes of the mirror image."""
         return self.header.flip and self._record(index) % 2 == 1
 
     def _record(self, index: int) -> int:
-        """Where image `index` stands, counting the unreadable ones before it."""
+        """Return the record number of one index."""
         return int(self._records([index])[0])
 
     def _records(self, indices: Sequence[int]) -> NDArray[np.int64]:
-        """Where images stand, counting the unreadable ones before them."""
+        """Return record numbers of indices, which do not count unreadable records."""
         chosen = np.asarray(indices, np.int64)
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < self._count:
-            raise IndexError(f"records {chosen.min()} to {chosen.max()} of {self._count}")
+            raise IndexError(f"indices {chosen.min()} to {chosen.max()} out of range for {self._count} records")
         return chosen + np.searchsorted(self._shifts, chosen, side="right") if len(self._shifts) else chosen
 
 
 class CodeWriter:
-    """Writes a store value by value; what a stopped writer left is kept, and `missing` says what to go on with."""
+    """Writer of a code store, one value of `RECORDS_PER_VALUE` records at a time. See `CodeStore` for an example.
+
+    Values of an interrupted writer are kept, and `missing_values` returns the remaining ones.
+
+    Raises:
+        UserError: If the folder has another code store.
+    """
 
     def __init__(self, path: Path, header: CodeHeader) -> None:
         self.path, self.header = path, header
@@ -188,12 +227,12 @@ class CodeWriter:
         found = lmdb_store.get(self.environment, _HEADER)
         if found is not None and _parse(found, path).identity != header.identity:
             self.environment.close()
-            raise UserError(f"{path}: holds the codes of something else; delete the folder and extract again")
+            raise UserError(f"{path}: codes of other images or another autoencoder. {_FIX}")
         if found is None:
             self._put(_HEADER, header.model_dump_json().encode())
 
     def missing_values(self) -> list[int]:
-        """Numbers of the values that are not there yet; value v holds records [64 v, 64 v + 64)."""
+        """Return the numbers of the values not yet written. Value v holds the records [64 v, 64 v + 64)."""
         with self.environment.begin() as transaction:
             total = -(-self.header.count // RECORDS_PER_VALUE)
             return [number for number in range(total) if transaction.get(lmdb_store.encode_key(number)) is None]
@@ -201,19 +240,19 @@ class CodeWriter:
     def write(
         self, number: int, codes: Sequence[Int[Tensor, "n h w"]], labels: Int[Tensor, " n"], names: Sequence[str] = ()
     ) -> None:
-        """Write one whole value, in a transaction of its own; a label `UNREADABLE_LABEL` leaves a record without codes."""
+        """Write one value in its own transaction. Records with the label `UNREADABLE_LABEL` get no codes."""
         records = np.zeros(len(labels), self.header.record_dtype)
         records["label"] = labels.cpu().numpy()
-        there = records["label"] != UNREADABLE_LABEL
+        readable = records["label"] != UNREADABLE_LABEL
         for index, level in enumerate(codes):
-            records[f"level{index}"][there] = level.cpu().numpy()[there]
+            records[f"level{index}"][readable] = level.cpu().numpy()[readable]
         entries = [(lmdb_store.encode_key(number), records.tobytes())]
         if names:
             entries.append((_names_key(number), "\0".join(names).encode("utf-8", "surrogateescape")))
         lmdb_store.put(self.environment, entries)
 
     def unreadable_records(self) -> list[int]:
-        """Records written without codes."""
+        """Return the numbers of the records without codes."""
         record, found = self.header.record_dtype, []
         with self.environment.begin(buffers=True) as transaction:
             for number in range(-(-self.header.count // RECORDS_PER_VALUE)):
@@ -222,35 +261,34 @@ class CodeWriter:
         return found
 
     def finish(self) -> None:
-        """Mark the store complete, close and seal it."""
-        assert not self.missing_values(), "a store is finished when every value is there"
+        """Mark the store as complete, close and seal it."""
+        assert not self.missing_values(), "values are missing"
         done = self.header.model_copy(update={"unreadable": tuple(self.unreadable_records()), "complete": True})
         self._put(_HEADER, done.model_dump_json().encode())
         self.close()
         lmdb_store.seal(self.path)
 
     def close(self) -> None:
-        """Close the file; the store can be reopened to go on."""
+        """Close the file. A new writer can resume."""
         self.environment.close()
 
     def _put(self, key: bytes, value: bytes) -> None:
         lmdb_store.put(self.environment, [(key, value)])
 
 
-def _tensor(field: np.ndarray, codes: int) -> Tensor:
-    """A field of records in the narrowest type that every device converts: torch can do little with uint16."""
-    kind = np.uint8 if codes <= 2**8 else np.int16 if codes <= 2**15 else np.int32
+def _to_narrow_tensor(field: np.ndarray, codebook_size: int) -> Tensor:
+    """Convert a field of records to the narrowest type that torch supports on all devices (not uint16)."""
+    kind = np.uint8 if codebook_size <= 2**8 else np.int16 if codebook_size <= 2**15 else np.int32
     return torch.from_numpy(field.astype(kind))
 
 
 def _parse(header: bytes, path: Path) -> CodeHeader:
     data = json.loads(header)
     if "autoencoder" not in data:
-        raise UserError(f"{path}: not a code store; it holds {data.get('kind', 'something else')}")
+        raise UserError(f"{path}: not a code store, but {data.get('kind', 'another database')}. Check the path.")
     if data.get("format") != _FORMAT:
         raise UserError(
-            f"{path}: a code store of format {data.get('format')}, and this version reads {_FORMAT}; "
-            "delete the folder and run `vqvae2 extract-codes`"
+            f"{path}: code store of format {data.get('format')}; this version reads format {_FORMAT}. {_FIX}"
         )
     return CodeHeader.parse(data, str(path))
 

@@ -1,11 +1,11 @@
-"""One image file to pixels: the only decoder and the only image transform, whatever the pixels came from.
+"""Decoding and resizing of images. All sources use these functions.
 
-Every kind of picture has a defined way to 8 bits a channel:
-- EXIF orientation is applied, colour profiles are ignored, CMYK is converted by the plain formula;
-- 16-bit grey and RGB are scaled to 8 bits, never clipped; floating-point and wider pixels are unreadable;
-- transparency, of a palette too, is kept with four channels and laid over white with one or three;
-- of an animation or several pages, the first counts;
-- a picture of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` is unreadable: it may be a decompression bomb.
+Conversion to 8 bits per channel:
+- EXIF orientation is applied. Color profiles are ignored. CMYK is converted with Pillow's formula.
+- 16-bit grayscale and RGB are scaled to 8 bits. Floating-point and wider integer pixels are unreadable.
+- Transparency is kept with four channels, and composited over white with one or three channels.
+- Only the first frame or page is used.
+- Images with more pixels than `PIL.Image.MAX_IMAGE_PIXELS` are unreadable, as possible decompression bombs.
 """
 
 import io
@@ -23,20 +23,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vqvae2.errors import UserError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_BACKGROUND = (255, 255, 255, 255)  # what shows through transparent pixels
-# How much larger than wanted a JPEG is decoded at least: against the full scale this changes photographs by 46 dB PSNR.
-_OVERSIZE = 1.5
-_LONG = 4  # times the area that is wanted: a picture that would cover more is cropped while it is resized
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-# What Pillow's decoders raise for damaged files; the last ones only for the oddest.
-_DAMAGE = (*_BOMB, OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError)
+_BACKGROUND = (255, 255, 255, 255)  # RGBA color behind transparent pixels
+# JPEGs are decoded at a reduced scale that is at least this many times the target size. The result differs from
+# full-scale decoding by 46 dB PSNR on photographs.
+_MIN_JPEG_SCALE = 1.5
+_MAX_RESIZED_AREA = 4  # multiple of the target area; larger results are cropped during resizing instead of after it
+_BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# Exceptions that Pillow's decoders raise for corrupted files.
+_DECODE_ERRORS = (
+    *_BOMB_ERRORS,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    LookupError,
+    TypeError,
+)
 
 
 class UnreadableImageError(UserError):
-    """A file that should be an image and is none; `reason` says why."""
+    """A file that cannot be decoded as an image."""
 
     def __init__(self, name: object, reason: object) -> None:
-        super().__init__(f"{name}: cannot be read as an image ({reason}); remove or replace it")
+        super().__init__(f"{name}: cannot be read as an image ({reason}). Remove or replace it.")
         self.name, self.reason = str(name), " ".join(str(reason).split())
 
     def __reduce__(self) -> tuple[type["UnreadableImageError"], tuple[str, str]]:
@@ -50,80 +61,87 @@ def read_image(
     crop_position: tuple[float, float] = (0.5, 0.5),
     name: object = None,
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Decode an image, upright, and resize it with antialiasing so that it just covers `size`; crop what juts out.
+    """Decode an image, resize it with antialiasing to the smallest size that covers `size`, and crop it to `size`.
 
-    `crop_position` places the crop from (0, 0), left and top, to (1, 1), right and bottom. JPEGs are decoded at a reduced scale
-    where that is still `_OVERSIZE` times the size. Raises `UnreadableImageError` with the `name` (the path) where the file is no
-    image or is cut short.
+    `size` is (height, width). `crop_position` is the horizontal and vertical position of the crop, from (0, 0) for the
+    top left to (1, 1) for the bottom right. `name` is used in errors, the path by default.
+
+    Raises:
+        UnreadableImageError: If the file is not an image, or is truncated or corrupted.
     """
-    picture = decode(file, size, channels, name)
+    image = decode_image(file, size, channels, name)
     height, width = size
-    scale = max(height / picture.height, width / picture.width)
-    pixels = np.array(picture, dtype=np.uint8) if scale == 1.0 else _resize(picture, size, scale, crop_position)
+    scale = max(height / image.height, width / image.width)
+    pixels = np.array(image, dtype=np.uint8) if scale == 1.0 else _resize(image, size, scale, crop_position)
     spare = pixels.shape[0] - height, pixels.shape[1] - width
-    upper, left = (int(extra * at + 0.5) for extra, at in zip(spare, crop_position[::-1], strict=True))
-    return np.ascontiguousarray(pixels[upper : upper + height, left : left + width].reshape(height, width, channels))
+    top, left = (int(extra * share + 0.5) for extra, share in zip(spare, crop_position[::-1], strict=True))
+    return np.ascontiguousarray(pixels[top : top + height, left : left + width].reshape(height, width, channels))
 
 
 def _resize(
-    picture: Image.Image, size: tuple[int, int], scale: float, crop_position: tuple[float, float]
+    image: Image.Image, size: tuple[int, int], scale: float, crop_position: tuple[float, float]
 ) -> UInt8[np.ndarray, "h w *c"]:
-    """The picture `scale` times as large, by bicubic interpolation with antialiasing: all of it, or just what `crop_position`
-    will leave of it."""
-    height, width = max(round(picture.height * scale), size[0]), max(round(picture.width * scale), size[1])
-    # Pillow weighs colours by their opacity, and need not make what a very long picture would be cropped to.
-    if picture.mode == "RGBA" or height * width > _LONG * size[0] * size[1]:
-        # Rounding may put a quotient above the side it comes from.
-        across, down = min(size[1] / scale, picture.width), min(size[0] / scale, picture.height)
-        left, upper = (picture.width - across) * crop_position[0], (picture.height - down) * crop_position[1]
-        box = (left, upper, min(left + across, picture.width), min(upper + down, picture.height))
+    """Resize by `scale` with antialiased bicubic interpolation: the whole image, or only the crop."""
+    height, width = max(round(image.height * scale), size[0]), max(round(image.width * scale), size[1])
+    # Pillow weights colors by alpha, and can resize only the crop of a very elongated image.
+    if image.mode == "RGBA" or height * width > _MAX_RESIZED_AREA * size[0] * size[1]:
+        # The quotients can exceed the sides by rounding.
+        across, down = min(size[1] / scale, image.width), min(size[0] / scale, image.height)
+        left, top = (image.width - across) * crop_position[0], (image.height - down) * crop_position[1]
+        box = (left, top, min(left + across, image.width), min(top + down, image.height))
         return np.array(
-            picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0), dtype=np.uint8
+            image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0), dtype=np.uint8
         )
-    # The same filter in integers as Pillow's, equal to one level in 255, in half its time.
-    channels = len(picture.getbands())
-    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels))
+    # The same filter as Pillow's in half the time. Results differ by at most one level of 255.
+    channels = len(image.getbands())
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(image.height, image.width, channels))
     resized = F.interpolate(pixels.permute(2, 0, 1)[None], [height, width], mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def decode(file: Path | bytes | Image.Image, size: tuple[int, int], channels: int, name: object = None) -> Image.Image:
-    """The whole picture, upright, in the mode of `channels`; JPEGs at a reduced scale that leaves enough."""
+def decode_image(
+    file: Path | bytes | Image.Image, size: tuple[int, int], channels: int, name: object = None
+) -> Image.Image:
+    """Decode a whole image, upright, in the mode of `channels`. JPEGs are decoded at a scale sufficient for `size`.
+
+    Raises:
+        UnreadableImageError: If the file is not an image, or is truncated or corrupted.
+    """
     name = name if name is not None else file if isinstance(file, Path) else "an image"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata and the like: not worth a line for every epoch
+            warnings.simplefilter("ignore")  # such as corrupted metadata, which would be repeated in each epoch
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(file, Image.Image):
                 return _convert(file, channels)
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                wanted = int(_OVERSIZE * max(size))
-                image.draft(None, (wanted, wanted))  # before EXIF turns the picture
+                wanted = int(_MIN_JPEG_SCALE * max(size))
+                image.draft(None, (wanted, wanted))  # before the EXIF orientation is applied
                 return _convert(ImageOps.exif_transpose(image), channels)
-    except _DAMAGE as error:
+    except _DECODE_ERRORS as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         reason: object = error
         if isinstance(error, UnidentifiedImageError):
-            reason = "no image format is recognised in it"
-        elif isinstance(error, _BOMB):
-            reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb"
+            reason = "unknown image format"
+        elif isinstance(error, _BOMB_ERRORS):
+            reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, a possible decompression bomb"
         raise UnreadableImageError(name, reason) from None
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
-    image = _eight_bits(image)
+    image = _to_8bit(image)
     if channels != 4 and image.has_transparency_data:
-        picture = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", picture.size, _BACKGROUND), picture)
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, _BACKGROUND), rgba)
     elif image.mode == MODES[channels]:
         image.load()
         return image
     return image.convert(MODES[channels])
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits, which Pillow would clip; it scales 16-bit RGB itself."""
+def _to_8bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grayscale to 8 bits. Pillow would clip it. It scales 16-bit RGB on its own."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     if not image.mode.startswith("I"):

@@ -1,7 +1,6 @@
-"""Images as tensors: any source of pictures, split by a stable hash, through one transform.
+"""Image data sets: images of any source, split by a hash of their names, resized and cropped.
 
-Workers hand out uint8 (C, H, W), a quarter of the memory of floats; `to_float` makes them float32 in [-1, 1] on the
-device.
+Samples are uint8 (C, H, W), a quarter of the memory of float32. `to_float` converts a batch to [-1, 1] on the device.
 """
 
 import logging
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 
 from vqvae2.config import Config
 from vqvae2.data.image_io import UnreadableImageError, read_image
-from vqvae2.data.index import Integers, StringTable
+from vqvae2.data.index import IntArray, StringTable
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.base import Source
 from vqvae2.errors import UserError
@@ -26,36 +25,38 @@ from vqvae2.pictures import hwc_to_chw
 
 __all__ = ["DataConfig", "ImageDataset", "ImageSample", "open_datasets", "read_image", "to_float", "to_rgb", "to_uint8"]
 
-_LISTED = 20  # unreadable images that an error names
+_MAX_LISTED = 20  # unreadable images listed in an error message
 _log = logging.getLogger(__name__)
 _warned: dict[tuple[str, int, int], Tensor] = {}
 
 
 class DataConfig(Config):
-    """Where images come from and how they become tensors."""
+    """Settings of the image data set."""
 
     path: str = Field(
         default="scenes",
-        description="a folder of images, a .zip or .tar of them, shards as `a{000..123}.tar`, a folder that `vqvae2 "
-        "prepare` wrote, torchvision:NAME, huggingface:NAME, or `scenes`, the built-in data set",
+        description="a folder of images, a .zip or .tar archive, shards such as `a{000..123}.tar`, a folder written by "
+        "`vqvae2 prepare`, torchvision:NAME, huggingface:NAME, or `scenes`, the built-in data set",
     )
-    size: int | tuple[int, int] = Field(default=256, description="side of a square, or height and width, in pixels")
-    channels: Literal[1, 3, 4] = Field(default=3, description="1 grey, 3 RGB, 4 RGBA")
+    size: int | tuple[int, int] = Field(default=256, description="image size in pixels: side, or height and width")
+    channels: Literal[1, 3, 4] = Field(default=3, description="1 for grayscale, 3 for RGB, 4 for RGBA")
     labels: Literal["none", "folder"] = Field(
-        default="none", description="`folder`: the first folder in a path is its class, or what the data set says"
+        default="none", description="`folder`: the first folder of an image's path, or the label of the data set"
     )
-    val_fraction: float = Field(default=0.05, gt=0, lt=1, description="share of images that is held out")
+    val_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction of images held out for validation")
     max_unreadable_fraction: float = Field(
-        default=0.01, ge=0, lt=1, description="share of images that may be unreadable, and are skipped"
+        default=0.01, ge=0, lt=1, description="fraction of images that may be unreadable and are skipped"
     )
-    crop: Literal["center", "random"] = "center"
+    crop: Literal["center", "random"] = Field(default="center", description="crop of training images")
     flip: bool = Field(default=False, description="mirror half of the training images")
-    num_scenes: int = Field(default=4096, ge=2, description="how many pictures `scenes` has")
-    num_workers: int = Field(default=2, ge=0, description="processes that decode images; 0 decodes in the main one")
+    num_scenes: int = Field(default=4096, ge=2, description="number of images of `scenes`")
+    num_workers: int = Field(
+        default=2, ge=0, description="worker processes that decode images; 0 decodes in the main process"
+    )
 
     @property
     def source(self) -> str:
-        """The path as sources take it, with the number of built-in pictures."""
+        """The path in the form that `open_source` expects, with the number of built-in scenes."""
         return f"scenes:{self.num_scenes}" if self.path == "scenes" else self.path
 
     @property
@@ -65,115 +66,129 @@ class DataConfig(Config):
 
 
 class ImageSample(NamedTuple):
-    """One image as workers hand it out."""
+    """An image and its label."""
 
     image: UInt8[Tensor, "c h w"]
-    label: int  # −1 where there are no labels
+    label: int  # −1 without labels
 
 
 class ImageDataset(Dataset[ImageSample]):
-    """One split of a data set, in a stable order; `images[i]` is untouched, `images[i, draw]` is augmented by `draw`.
+    """One split of a data set, in a fixed order.
 
-    `classes` are the names of the labels (empty without labels), `names` what tells the images apart.
+    `dataset[i]` is the center crop of image i. `dataset[i, seed]` is augmented with the random `seed`. `classes` are
+    the class names, empty without labels.
 
-    In the place of an unreadable image stands the next readable one, so what stands there depends on the number alone
-    and training can be resumed; `read` says None instead. Each is named in one warning, whichever worker finds it, and
-    `UserError` lists them when they are more than the share that `data.max_unreadable_fraction` allows.
+    An unreadable image is replaced by the next readable one, so samples depend only on the index, and training can
+    resume. `read` returns None instead. Each unreadable image is logged once over all workers.
+
+    Raises:
+        UserError: When more than `data.max_unreadable_fraction` of the images turn out to be unreadable.
     """
 
-    def __init__(self, config: DataConfig, source: Source, chosen: Integers) -> None:
-        self.config, self.source, self.chosen = config, source, chosen
+    def __init__(self, config: DataConfig, source: Source, indices: IntArray) -> None:
+        self.config, self.source, self.indices = config, source, indices
         self.classes: tuple[str, ...] = source.index.classes if config.labels == "folder" else ()
-        self._unreadable = _flags(len(chosen))
-        # One command opens its images once for every stage, and is to name an unreadable one once.
-        known = config.path, len(chosen), zlib.crc32(source.index.hashes[chosen].tobytes())
-        self._warned = _warned.setdefault(known, _flags(len(chosen)))
+        self._unreadable = _shared_flags(len(indices))
+        # A command opens the images once per stage, but should warn only once about each.
+        split_id = config.path, len(indices), zlib.crc32(source.index.hashes[indices].tobytes())
+        self._warned = _warned.setdefault(split_id, _shared_flags(len(indices)))
 
     @property
     def names(self) -> StringTable:
-        """What tells the images apart."""
-        return self.source.index.names.take(self.chosen)
+        """Unique names of the images, usually their paths in the source."""
+        return self.source.index.names.take(self.indices)
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.indices)
 
     def __getitem__(self, key: int | tuple[int, int]) -> ImageSample:
-        index, draw = key if isinstance(key, tuple) else (key, None)
-        for at in range(index, index + len(self)):
-            item = self.read(at % len(self), draw)
-            if item is not None:
-                return item
-        raise AssertionError("more unreadable images than any share allows")
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        for candidate in range(index, index + len(self)):
+            sample = self.read(candidate % len(self), seed)
+            if sample is not None:
+                return sample
+        raise AssertionError("unreachable: `read` raises before all images are unreadable")
 
-    def read(self, index: int, draw: int | None = None) -> ImageSample | None:
-        """As `images[index]` or `images[index, draw]`, but None for an unreadable image."""
+    def read(self, index: int, seed: int | None = None) -> ImageSample | None:
+        """Return the same as `dataset[index]` or `dataset[index, seed]`, but None for an unreadable image."""
         if self._unreadable[index]:
             return None
-        number = int(self.chosen[index])
+        number = int(self.indices[index])
         try:
             file = self.source.open(number, self.config.shape)
             name = None if isinstance(file, Path) else self.source.describe(number)
-            image = read_image(file, self.config.shape, self.config.channels, self._crop_position(draw), name)
+            image = read_image(file, self.config.shape, self.config.channels, self._crop_position(seed), name)
         except UnreadableImageError as error:
             self.mark_unreadable(index, error)
             return None
-        if draw is not None and self.config.flip and draw & 1:
+        if seed is not None and self.config.flip and seed & 1:
             image = image[:, ::-1]
         return ImageSample(hwc_to_chw(image), self.label(index))
 
     def label(self, index: int) -> int:
-        """The label of an image, −1 where there are none."""
-        return int(self.source.index.labels[self.chosen[index]]) if self.classes else -1
+        """Return the label of an image, −1 without labels."""
+        return int(self.source.index.labels[self.indices[index]]) if self.classes else -1
 
     def digest(self) -> str:
-        """SHA-256 of names and labels: what the images are, wherever they lie."""
-        return self.source.index.digest(self.chosen)
+        """Return the SHA-256 of names and labels. It does not depend on where the images are stored."""
+        return self.source.index.digest(self.indices)
 
-    def check_unreadable_fraction(self, unreadable: Integers | list[int], reason: str = "") -> None:
-        """UserError where these are more unreadable images than `data.max_unreadable_fraction` allows."""
+    def check_unreadable_fraction(self, unreadable: IntArray | list[int], reason: str = "") -> None:
+        """Check the number of unreadable images, given their indices.
+
+        Raises:
+            UserError: If it exceeds `data.max_unreadable_fraction`.
+        """
         if len(unreadable) <= self.config.max_unreadable_fraction * len(self):
             return
-        listed = ", ".join(self.source.describe(int(self.chosen[index])) for index in unreadable[:_LISTED])
-        more = f" and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
+        listed = ", ".join(self.source.describe(int(self.indices[index])) for index in unreadable[:_MAX_LISTED])
+        more = f" and {len(unreadable) - _MAX_LISTED} more" if len(unreadable) > _MAX_LISTED else ""
         raise UserError(
-            f"data.path: {len(unreadable)} of {len(self)} images cannot be read as images, more than the share of "
-            f"{self.config.max_unreadable_fraction:g} that data.max_unreadable_fraction allows: {listed}{more}{reason}; remove or replace "
-            f"{'them' if len(unreadable) > 1 else 'it'}"
+            f"data.path: {len(unreadable)} of {len(self)} images cannot be read as images, more than "
+            f"data.max_unreadable_fraction = {self.config.max_unreadable_fraction:g} allows: {listed}{more}{reason}. "
+            f"Remove or replace {'them' if len(unreadable) > 1 else 'it'}."
         )
 
     def mark_unreadable(self, index: int, error: UnreadableImageError) -> None:
-        """Remember that an image is unreadable, and say so once; UserError where that makes too many."""
+        """Mark an image as unreadable, with a warning the first time.
+
+        Raises:
+            UserError: If there are too many unreadable images.
+        """
         self._unreadable[index] = 1
         if not self._warned[index]:
             self._warned[index] = 1
             _log.warning("vqvae2: warning: %s: cannot be read as an image (%s); skipped", error.name, error.reason)
         self.check_unreadable_fraction(torch.nonzero(self._unreadable).flatten().numpy(), f" ({error.reason})")
 
-    def _crop_position(self, draw: int | None) -> tuple[float, float]:
-        if draw is None or self.config.crop == "center":
+    def _crop_position(self, seed: int | None) -> tuple[float, float]:
+        if seed is None or self.config.crop == "center":
             return 0.5, 0.5
-        across, down = np.random.default_rng(draw).random(2)
-        return float(across), float(down)
+        horizontal, vertical = np.random.default_rng(seed).random(2)
+        return float(horizontal), float(vertical)
 
 
 def open_datasets(config: DataConfig, cache: Path | None = None) -> tuple[ImageDataset, ImageDataset]:
-    """The training and the validation split; UserError where there are no images.
+    """Open the training and the validation split of a data set.
 
-    The index of a large source is kept in the file `cache`, where one is given, and used again while nothing changes.
+    `cache` is an optional file for the index of a large source. It is reused until the source changes.
+
+    Raises:
+        UserError: If the source cannot be read, has fewer than two images, or lacks the requested labels.
     """
     source = open_source(config.source, cache)
     index = source.index
     if len(index) < 2:
-        raise UserError(f"data.path: {config.path} holds one image; two are needed, one to train on, one held out")
-    if config.labels == "folder" and (loose := np.flatnonzero(index.labels < 0)).size:
-        name = source.describe(int(loose[0]))
-        raise UserError(f"data.labels: `folder`, but {name} lies in no class folder; use `none`")
+        raise UserError(f"data.path: only one image in {config.path}. Training and validation need at least one each.")
+    if config.labels == "folder" and (unlabeled := np.flatnonzero(index.labels < 0)).size:
+        name = source.describe(int(unlabeled[0]))
+        raise UserError(f"data.labels: {name} is not in a class folder. Move it into one, or use `none`.")
     training, held_out = index.split(config.val_fraction)
     return ImageDataset(config, source, training), ImageDataset(config, source, held_out)
 
 
-def _flags(count: int) -> Tensor:
-    """One flag an image, in memory that worker processes share."""
+def _shared_flags(count: int) -> Tensor:
+    """Return one flag per image in memory shared with worker processes."""
     return torch.zeros(count, dtype=torch.uint8).share_memory_()
 
 
@@ -183,10 +198,10 @@ def to_rgb(images: Shaped[Tensor, "b c h w"]) -> Shaped[Tensor, "b 3 h w"]:
 
 
 def to_float(images: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
-    """0 … 255 to float32 in [-1, 1]."""
+    """Convert uint8 images to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
-    """[-1, 1] to 0 … 255, rounded, clipped."""
+    """Convert images in [-1, 1] to uint8, with rounding and clipping."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

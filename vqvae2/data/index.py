@@ -1,7 +1,7 @@
-"""The index of a data set: which images it has, their labels, and on which side of the split each one is.
+"""The index of a data set: names, labels and split of its images.
 
-A million names are one array of bytes and one of offsets, not a million objects; on disk the index is a safetensors
-file that readers map into memory, so that opening it costs nothing and worker processes share it.
+Names are stored in one byte array and one offset array, not as Python objects. The index file is a safetensors file
+that is memory-mapped, so opening it is fast and worker processes share it.
 """
 
 import hashlib
@@ -19,28 +19,35 @@ from vqvae2 import files
 
 _FORMAT = 1
 _TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
-Integers = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
 
 class StringTable(Sequence[str]):
-    """Strings in one array of bytes; `ends` are the offsets behind each, `chosen` which of them and in what order."""
+    """Strings in one array of UTF-8 bytes.
 
-    def __init__(self, text: NDArray[np.uint8], ends: Integers, chosen: Integers | None = None) -> None:
-        self.text, self.ends, self.chosen = text, ends, chosen
+    `ends` are the end offsets of the strings. `indices` optionally selects and orders them.
+
+    >>> table = StringTable.from_strings(["cat.png", "dog.png", "eel.png"])
+    >>> table[1], list(table.take(np.array([2, 0])))
+    ('dog.png', ['eel.png', 'cat.png'])
+    """
+
+    def __init__(self, text: NDArray[np.uint8], ends: IntArray, indices: IntArray | None = None) -> None:
+        self.text, self.ends, self.indices = text, ends, indices
 
     @classmethod
     def from_strings(cls, strings: Sequence[str]) -> Self:
-        """A table of these names."""
+        """Build a table from strings."""
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         text = np.frombuffer(b"".join(encoded), np.uint8)
-        return cls(text, np.cumsum([len(name) for name in encoded], dtype=np.int64))
+        return cls(text, np.cumsum([len(string) for string in encoded], dtype=np.int64))
 
-    def take(self, chosen: Integers) -> "StringTable":
-        """A view of the names at these positions."""
-        return StringTable(self.text, self.ends, chosen if self.chosen is None else self.chosen[chosen])
+    def take(self, indices: IntArray) -> "StringTable":
+        """Return a view of the strings at these indices."""
+        return StringTable(self.text, self.ends, indices if self.indices is None else self.indices[indices])
 
     def __len__(self) -> int:
-        return len(self.ends if self.chosen is None else self.chosen)
+        return len(self.ends if self.indices is None else self.indices)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -49,9 +56,9 @@ class StringTable(Sequence[str]):
     def __getitem__(self, index: int | slice) -> "str | StringTable":
         if isinstance(index, slice):
             return self.take(np.arange(*index.indices(len(self)), dtype=np.int64))
-        at = range(len(self))[index] if self.chosen is None else int(self.chosen[index])
-        start = int(self.ends[at - 1]) if at else 0
-        return self.text[start : int(self.ends[at])].tobytes().decode("utf-8", "surrogateescape")
+        row = range(len(self))[index] if self.indices is None else int(self.indices[index])
+        start = int(self.ends[row - 1]) if row else 0
+        return self.text[start : int(self.ends[row])].tobytes().decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
@@ -59,14 +66,14 @@ class StringTable(Sequence[str]):
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """What is known of every image of a source without opening it, sorted by name."""
+    """Metadata of all images of a source, sorted by name."""
 
     names: StringTable
-    labels: NDArray[np.int32]  # positions in `classes`; −1 where an image has none
-    hashes: NDArray[np.uint64]  # of the names; they decide the split
+    labels: NDArray[np.int32]  # indices into `classes`, −1 for images without a label
+    hashes: NDArray[np.uint64]  # of the names; they determine the split
     classes: tuple[str, ...]
-    columns: dict[str, Integers] = field(default_factory=dict)  # where the source finds each image
-    stamp: dict[str, Any] = field(default_factory=dict)  # the state of the source that was scanned
+    columns: dict[str, IntArray] = field(default_factory=dict)  # location of each image in the source
+    stamp: dict[str, Any] = field(default_factory=dict)  # state of the source when it was scanned
 
     @classmethod
     def build(
@@ -77,7 +84,7 @@ class ImageIndex:
         stamp: dict[str, Any] | None = None,
         classes: tuple[str, ...] | None = None,
     ) -> Self:
-        """Sort by name. An image's class is its first folder unless `class_names` gives one, or None."""
+        """Build an index, sorted by name. The default class of an image is the first folder of its name."""
         order = sorted(range(len(names)), key=names.__getitem__)
         if class_names is None:
             class_names = [name.split("/", 1)[0] if "/" in name else None for name in names]
@@ -96,32 +103,33 @@ class ImageIndex:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, chosen: Integers, columns: dict[str, Integers] | None = None) -> "ImageIndex":
-        """The index of these images alone, in its own memory."""
+    def take(self, indices: IntArray, columns: dict[str, IntArray] | None = None) -> "ImageIndex":
+        """Return a copy of the index with only these images."""
         return ImageIndex(
-            StringTable.from_strings(list(self.names.take(chosen))),
-            self.labels[chosen],
-            self.hashes[chosen],
+            StringTable.from_strings(list(self.names.take(indices))),
+            self.labels[indices],
+            self.hashes[indices],
             self.classes,
-            {name: column[chosen] for name, column in self.columns.items()} if columns is None else columns,
+            {name: column[indices] for name, column in self.columns.items()} if columns is None else columns,
         )
 
-    def split(self, share: float) -> tuple[Integers, Integers]:
-        """Positions of training and held-out images; a side depends on the name alone, so more files move none.
+    def split(self, val_fraction: float) -> tuple[IntArray, IntArray]:
+        """Return the indices of training and validation images, `val_fraction` of them for validation.
 
-        At least one image is on each side, for data sets so small that chance would leave one empty.
+        The split depends only on the hash of the name, so adding images does not move others. Each split has at least
+        one image.
         """
-        places = self.hashes.astype(np.float64) / 2**64
-        order = np.argsort(places, kind="stable")
-        held_out = places <= max(share, places[order[0]])
+        quantiles = self.hashes.astype(np.float64) / 2**64
+        order = np.argsort(quantiles, kind="stable")
+        held_out = quantiles <= max(val_fraction, quantiles[order[0]])
         held_out[order[-1]] = False
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
-    def digest(self, chosen: Integers) -> str:
-        """SHA-256 of the names and labels of these images, in their order."""
-        sha = hashlib.sha256(np.ascontiguousarray(self.labels[chosen], "<i4").tobytes())
+    def digest(self, indices: IntArray) -> str:
+        """Return the SHA-256 of the names and labels of these images, in this order."""
+        sha = hashlib.sha256(np.ascontiguousarray(self.labels[indices], "<i4").tobytes())
         sha.update("\0".join(self.classes).encode("utf-8", "surrogateescape"))
-        for name in self.names.take(chosen):
+        for name in self.names.take(indices):
             sha.update(b"\0" + name.encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
 
@@ -137,7 +145,7 @@ class ImageIndex:
 
     @classmethod
     def load(cls, path: Path) -> "ImageIndex | None":
-        """The index in a file, mapped into memory; None where there is none, or a damaged one."""
+        """Load an index file, memory-mapped. Return None if it is missing or corrupted."""
         try:
             data = np.asarray(np.memmap(path, np.uint8, "r"))
             start = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -160,7 +168,7 @@ class ImageIndex:
 
 
 def _digest(header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of the header, and of the name and bytes of every array."""
+    """Return the SHA-256 of the header and of the name and bytes of every array."""
     sha = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(arrays):
         sha.update(f"\0{name}\0{arrays[name].dtype}\0".encode())

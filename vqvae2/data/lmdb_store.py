@@ -1,8 +1,8 @@
-"""LMDB as this project uses it: one reader a process and file, writers whose map grows when it is full, and seals.
+"""LMDB databases with one reader per process and file, writers that grow the map when it is full, and checksums.
 
-LMDB trusts its file: a damaged page can give other records, or end the process. So a finished database is sealed:
-beside it lies the digest of its bytes. A reader compares size and modification time, as make does, and recomputes the
-digest where they differ.
+LMDB does not verify its file: a corrupted page can return wrong records or crash the process. A finished database is
+therefore sealed with the SHA-256 of its file in `seal.json`. A reader compares size and modification time with the
+seal, and recomputes the checksum if they differ.
 """
 
 import os
@@ -20,10 +20,10 @@ KEY_BYTES = 8
 _GROWTH = 64 * 2**20  # bytes by which a full map grows
 
 
-class Views(dict[int, "memoryview | None"]):
-    """Values by number, each a view of the memory map that is looked up once; None where there is no such value.
+class ValueCache(dict[int, "memoryview | None"]):
+    """Values by number, as cached views of the memory map. A missing value is None.
 
-    Never kept by a caller: closing the reader takes away the memory that they show.
+    Callers must not keep views: they become invalid when the reader is closed.
     """
 
     def __init__(self, environment: lmdb.Environment) -> None:
@@ -39,143 +39,156 @@ class Views(dict[int, "memoryview | None"]):
 
 
 class _Reader(NamedTuple):
-    process: int
+    pid: int
     environment: lmdb.Environment
-    views: Views
+    values: ValueCache
 
 
-# LMDB wants a file opened once in a process, and anew in a forked one.
+# LMDB requires that a process opens a file only once, and that a forked process opens it again.
 _readers: dict[Path, _Reader] = {}
 
 
 def encode_key(number: int) -> bytes:
-    """The key of a value that has a number: values lie in the order of their numbers."""
+    """Return the key of a numbered value. Keys sort in numerical order."""
     return number.to_bytes(KEY_BYTES, "big")
 
 
-def cached_values(path: Path) -> Views:
-    """The numbered values of the finished code store at `path`."""
+def cached_values(path: Path) -> ValueCache:
+    """Return the numbered values of the finished code store at `path`."""
     open_reader(path)
-    return _readers[path.absolute()].views
+    return _readers[path.absolute()].values
 
 
-def open_reader(path: Path, kind: str = "code store; delete the folder and extract again") -> lmdb.Environment:
-    """This process's handle for reading the database at `path`; UserError where it is no database, or damaged."""
+def open_reader(
+    path: Path, kind: str = "code store", fix: str = "Delete the folder and run `vqvae2 extract-codes`."
+) -> lmdb.Environment:
+    """Return this process's read-only environment of the database at `path`. Errors name its `kind` and the `fix`.
+
+    Raises:
+        UserError: If there is no database, or it is corrupted.
+    """
     path = path.absolute()
-    found = _readers.get(path)
-    if found is None or found.process != os.getpid():
+    reader = _readers.get(path)
+    if reader is None or reader.pid != os.getpid():
         close_reader(path)
-        what, mend = kind.split("; ", 1)
         try:
-            _check_seal(path)
+            _verify_seal(path)
             environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=512)
             _check_length(path, environment)
         except (lmdb.Error, ValueError) as error:
-            raise UserError(f"{path}: damaged {what} ({error}); {mend}") from None
-        found = _readers[path] = _Reader(os.getpid(), environment, Views(environment))
-    return found.environment
+            raise UserError(f"{path}: corrupted {kind} ({error}). {fix}") from None
+        reader = _readers[path] = _Reader(os.getpid(), environment, ValueCache(environment))
+    return reader.environment
 
 
 def close_reader(path: Path) -> None:
-    """Close this process's handle for reading, before writing."""
-    found = _readers.pop(path.absolute(), None)
-    if found is not None:
-        found.views.clear()
-        found.environment.close()
+    """Close this process's reader of the database at `path`, if open."""
+    reader = _readers.pop(path.absolute(), None)
+    if reader is not None:
+        reader.values.clear()
+        reader.environment.close()
 
 
 def open_writer(path: Path) -> lmdb.Environment:
-    """A handle for writing; the folder is made where it is missing."""
+    """Return an environment for writing to the database at `path`. The folder is created if missing.
+
+    Raises:
+        UserError: If the database cannot be opened or is corrupted.
+    """
     path.mkdir(parents=True, exist_ok=True)
     close_reader(path)
-    with _explained(path):
-        _check_seal(path)
+    with _write_errors(path):
+        _verify_seal(path)
         return lmdb.open(str(path), map_size=_GROWTH, subdir=True, lock=True, max_readers=512)
 
 
 def get(environment: lmdb.Environment, key: bytes) -> bytes | None:
-    """A copy of one value."""
+    """Return a copy of one value, None if it does not exist."""
     with environment.begin() as transaction:
         return transaction.get(key)
 
 
 def put(environment: lmdb.Environment, entries: Iterable[tuple[bytes, bytes]]) -> None:
-    """Write entries in one transaction: after a crash, or with a full disk, all are there or none."""
+    """Write entries in one transaction: after a crash or a full disk, either all or none are stored.
+
+    Raises:
+        UserError: If the entries cannot be written.
+    """
     entries, path = list(entries), Path(environment.path())
-    _seal(path).unlink(missing_ok=True)
+    _seal_file(path).unlink(missing_ok=True)
     while True:
         try:
-            with _explained(path), environment.begin(write=True) as transaction:
+            with _write_errors(path), environment.begin(write=True) as transaction:
                 for key, value in entries:
                     transaction.put(key, value)
             return
         except lmdb.MapFullError:
             needed = 2 * sum(len(value) for _, value in entries)
             environment.set_mapsize(environment.info()["map_size"] + max(_GROWTH, needed))
-        except lmdb.MapResizedError:  # another process has grown it
+        except lmdb.MapResizedError:  # another process has grown the map
             environment.set_mapsize(0)
 
 
 def exists(path: Path) -> bool:
-    """Whether a database with anything in it is at `path`; a killed writer may leave an empty one, as good as none."""
-    data = _data(path)
+    """Return whether there is a database with entries at `path`. A killed writer can leave one without entries."""
+    data = _data_file(path)
     return data.is_file() and data.stat().st_size > 0 and open_reader(path).stat()["entries"] > 0
 
 
 def seal(path: Path) -> None:
-    """Keep the digest of a finished, closed database beside it."""
-    _write_seal(path, files.digest(_data(path)))
+    """Store the checksum of a finished and closed database."""
+    _write_seal(path, files.digest(_data_file(path)))
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether the database at `path` was finished, and not written to since."""
-    return _seal(path).is_file()
+    """Return whether the database at `path` was sealed and has not been written to since."""
+    return _seal_file(path).is_file()
 
 
-def _check_seal(path: Path) -> None:
-    """ValueError where the bytes are not those that were sealed; nothing is known of a database without a seal."""
-    if not (is_sealed(path) and _data(path).is_file()):
+def _verify_seal(path: Path) -> None:
+    """Raise ValueError if a sealed database has changed. A database without a seal is not checked."""
+    if not (is_sealed(path) and _data_file(path).is_file()):
         return
-    known, status = files.read_json(_seal(path)), _data(path).stat()
+    known, status = files.read_json(_seal_file(path)), _data_file(path).stat()
     if not (isinstance(known, dict) and known.keys() == {"sha256", "size", "modified"}):
-        raise ValueError(f"{_seal(path).name} is not what was written")
+        raise ValueError(f"invalid {_seal_file(path).name}")
     if [known["size"], known["modified"]] == [status.st_size, status.st_mtime_ns]:
         return
-    if files.digest(_data(path)) != known["sha256"]:
-        raise ValueError("its contents are not those that were written")
-    with suppress(OSError):  # a folder that may only be read is checked each time
-        _write_seal(path, known["sha256"])  # a copy has a time of its own
+    if files.digest(_data_file(path)) != known["sha256"]:
+        raise ValueError("checksum mismatch")
+    with suppress(OSError):  # in a read-only folder, the checksum is recomputed each time
+        _write_seal(path, known["sha256"])  # a copy has another modification time
 
 
 def _write_seal(path: Path, digest: str) -> None:
-    status = _data(path).stat()
-    files.write_json(_seal(path), {"sha256": digest, "size": status.st_size, "modified": status.st_mtime_ns})
+    status = _data_file(path).stat()
+    files.write_json(_seal_file(path), {"sha256": digest, "size": status.st_size, "modified": status.st_mtime_ns})
 
 
 def _check_length(path: Path, environment: lmdb.Environment) -> None:
-    """ValueError where the file ends before its last page: to read that would end the process."""
+    """Raise ValueError if the file ends before its last page: reading that page would crash the process."""
     pages = environment.info()["last_pgno"] + 1
-    if _data(path).stat().st_size < pages * environment.stat()["psize"]:
-        raise ValueError("the file is cut short")
+    if _data_file(path).stat().st_size < pages * environment.stat()["psize"]:
+        raise ValueError("truncated file")
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns what LMDB says of disks and files into a UserError."""
+def _write_errors(path: Path) -> Iterator[None]:
+    """Convert LMDB errors other than a full map to UserErrors."""
     try:
         yield
     except (lmdb.MapFullError, lmdb.MapResizedError):
         raise
     except (lmdb.Error, ValueError) as error:
         raise UserError(
-            f"{path}: cannot be written ({error}); what was written before is kept: make room, or permission, "
-            "and run the same command again"
+            f"{path}: cannot write ({error}). Free disk space or fix permissions, then run the same command again; "
+            "completed work is kept."
         ) from None
 
 
-def _data(path: Path) -> Path:
+def _data_file(path: Path) -> Path:
     return path / "data.mdb"
 
 
-def _seal(path: Path) -> Path:
+def _seal_file(path: Path) -> Path:
     return path / "seal.json"

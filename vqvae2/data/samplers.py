@@ -1,7 +1,8 @@
-"""The order in which training sees its data: a function of the seed and the step alone, so any step can be resumed.
+"""Batch samplers whose order depends on the seed and the step only, so training can resume at any step.
 
-The items of all epochs, each shuffled anew, form one endless line; step s takes the global batch [s · B, (s + 1) · B).
-A process takes its contiguous share of it, so two processes see what one with the double batch sees, in the same order.
+The samples of all epochs, shuffled differently in each epoch, form one infinite sequence. Step s uses the global batch
+[s · B, (s + 1) · B) of it. Each rank uses a contiguous part of the batch, so two ranks with batch size B see the same
+samples in the same order as one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from vqvae2.errors import UserError
 
-SampleKey = tuple[int, int]  # (index of the item, a number to draw its augmentation from)
+SampleKey = tuple[int, int]  # (index of the sample, seed of its augmentation)
 
 
 class MapDataset(Protocol):
-    """A data set with a length whose items are found by index, or by (index, draw) for training."""
+    """A data set with a length, indexed by integers, or by (index, augmentation seed) for training."""
 
     def __len__(self) -> int: ...
 
@@ -25,11 +26,21 @@ class MapDataset(Protocol):
 
 
 class ResumableBatchSampler(Sampler[list[SampleKey]]):
-    """Keys of this process's micro-batches from step `start` up to `stop`; `gradient_accumulation_steps` of them make a step."""
+    """Sampler of this rank's micro-batches from step `start` to step `stop`, as keys (index, augmentation seed).
+
+    A step has `gradient_accumulation_steps` micro-batches. `batch_size` is the total of all ranks and micro-batches.
+
+    >>> sampler = ResumableBatchSampler(num_samples=10, batch_size=4, start=3, stop=5)
+    >>> [len(batch) for batch in sampler]
+    [4, 4]
+
+    Raises:
+        UserError: If `batch_size` is not divisible by the number of micro-batches of all ranks.
+    """
 
     def __init__(
         self,
-        count: int,
+        num_samples: int,
         batch_size: int,
         *,
         start: int,
@@ -41,39 +52,45 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
     ) -> None:
         if batch_size % (world_size * gradient_accumulation_steps):
             raise UserError(
-                f"batch_size {batch_size} does not divide by {world_size} processes × {gradient_accumulation_steps} accumulated batches"
+                f"batch_size: {batch_size} is not divisible by {world_size} processes × "
+                f"{gradient_accumulation_steps} gradient accumulation steps"
             )
-        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.start, self.stop, self.gradient_accumulation_steps = start, stop, gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        share = self.batch_size // self.world_size
-        micro = share // self.gradient_accumulation_steps
+        rank_size = self.batch_size // self.world_size
+        micro_size = rank_size // self.gradient_accumulation_steps
         for step in range(self.start, self.stop):
-            first = step * self.batch_size + self.rank * share
-            for begin in range(first, first + share, micro):
-                yield [self._key(position) for position in range(begin, begin + micro)]
+            first = step * self.batch_size + self.rank * rank_size
+            for begin in range(first, first + rank_size, micro_size):
+                yield [self._key(position) for position in range(begin, begin + micro_size)]
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.gradient_accumulation_steps
 
     def _key(self, position: int) -> SampleKey:
-        epoch, place = divmod(position, self.count)
+        """Return the key at a position in the infinite sequence of samples."""
+        epoch, offset = divmod(position, self.num_samples)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-        draw = np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0]
-        return int(self._permutation[place]), int(draw)
+            self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+        augmentation_seed = np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0]
+        return int(self._permutation[offset]), int(augmentation_seed)
 
 
 class SequentialBatchSampler(Sampler[list[int]]):
-    """Every item once, in order, in batches; processes share them by turns and none is seen twice."""
+    """Sampler of all samples once, in order. Rank r of R takes the samples r, r + R, r + 2R, …
 
-    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        indices = range(count)[rank::world_size]
-        self.batches = [list(indices[at : at + batch_size]) for at in range(0, len(indices), batch_size)]
+    >>> list(SequentialBatchSampler(num_samples=7, batch_size=2, rank=0, world_size=2))
+    [[0, 2], [4, 6]]
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        indices = range(num_samples)[rank::world_size]
+        self.batches = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)
@@ -83,20 +100,21 @@ class SequentialBatchSampler(Sampler[list[int]]):
 
 
 def load_batches(
-    dataset: MapDataset, order: Iterable[list[Any]], num_workers: int, pin_memory: bool = False
+    dataset: MapDataset, batch_sampler: Iterable[list[Any]], num_workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """Collated batches in the given order, prefetched by worker processes.
+    """Yield collated batches in the order of the sampler, prefetched by `num_workers` processes.
 
-    A worker's UserError is raised as it is; a worker that the system has killed becomes one.
+    Raises:
+        UserError: If the data set raises one, or a worker process is killed.
     """
     loader = DataLoader(
-        _Careful(dataset),
-        batch_sampler=order,
+        _UserErrorsAsValues(dataset),
+        batch_sampler=batch_sampler,
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_use_one_thread,
     )
     batches = iter(loader)
     while True:
@@ -108,16 +126,16 @@ def load_batches(
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
-                f"a process that reads data has died ({str(error).splitlines()[0]}), most likely for want of memory; "
-                "set data.num_workers lower and run the same command again"
+                f"data.num_workers: a worker process died ({str(error).splitlines()[0]}), most likely because memory "
+                "ran out. Use fewer workers and run the same command again."
             ) from None
         if isinstance(batch, UserError):
             raise batch
         yield batch
 
 
-class _Careful(Dataset[Any]):
-    """Hands a UserError on as a value: a DataLoader would bury its one line in a worker's traceback."""
+class _UserErrorsAsValues(Dataset[Any]):
+    """Wrapper that returns UserErrors instead of raising them: DataLoader would wrap their message in a traceback."""
 
     def __init__(self, dataset: MapDataset) -> None:
         self.dataset = dataset
@@ -130,9 +148,9 @@ class _Careful(Dataset[Any]):
             return error
 
 
-def _collate(items: Any) -> Any:
-    return default_collate(items) if isinstance(items, list) else items
+def _collate(samples: Any) -> Any:
+    return default_collate(samples) if isinstance(samples, list) else samples
 
 
-def _one_thread(_: int) -> None:
+def _use_one_thread(_: int) -> None:
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""The built-in data set: endless procedural landscapes in ten classes, each drawn from its index alone.
+"""The built-in data set: procedural landscapes in ten classes, each a function of its index.
 
-Every picture has global structure (light, horizon, layout, objects) and fine texture (waves, windows, grass, stars),
-so both levels of a hierarchical model have something to learn. A scene lives in the unit square, x to the right and y
-down, and is stretched over any height x width. No random draw depends on the size, so picture k is one scene at every
-size. Colours are RGB in [0, 1] until `render` returns bytes.
+Images have global structure (light, horizon, layout, objects) and fine texture (waves, windows, grass, stars), for the
+levels of a hierarchical model to learn. A scene is defined on the unit square, with x to the right and y down, and is
+stretched to any size. Random draws do not depend on the size, so image k shows the same scene at every size. Colors are
+RGB in [0, 1] until `render` converts them to uint8.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from vqvae2.data.scenes.painter import (
 from vqvae2.errors import UserError
 
 SEED = 20190602
-SMALLEST = 8
+MIN_SIZE = 8
 
 
 def mountains(canvas: Canvas, rng: Generator) -> None:
-    """Snowy peaks lit from one side, hazy at their feet, over dark firs and at times a lake."""
+    """Snowy peaks lit from one side, above dark firs and a lake or meadow."""
     light, shore = daylight(rng, MORNING, NOON, SUNSET), rng.uniform(0.68, 0.8)
     side, snow = rng.choice([-1.0, 1.0]), rng.uniform(0.3, 0.55)
     sky(canvas, rng, light, 0.75, rng.uniform(0.1, 0.5))
@@ -70,7 +70,7 @@ def mountains(canvas: Canvas, rng: Generator) -> None:
 
 
 def sea(canvas: Canvas, rng: Generator) -> None:
-    """The sun low over open water, its glitter running towards the viewer, sometimes a sail."""
+    """A low sun over open water with its reflection, sometimes with a sailboat."""
     light, horizon = daylight(rng, SUNSET, SUNSET, DUSK, MORNING), rng.uniform(0.42, 0.58)
     x, y, radius = rng.uniform(0.2, 0.8), horizon - rng.uniform(0.0, 0.2), rng.uniform(0.05, 0.09)
     sky(canvas, rng, light, horizon, rng.uniform(0.2, 0.6))
@@ -91,7 +91,7 @@ def sea(canvas: Canvas, rng: Generator) -> None:
 
 
 def city(canvas: Canvas, rng: Generator) -> None:
-    """Towers with rows of windows, lit after dark, in two planes above a street or a river."""
+    """Two rows of towers with windows, lit after dark, above a street or a river."""
     light, shore = daylight(rng, NOON, SUNSET, DUSK, NIGHT), rng.uniform(0.78, 0.9)
     dark = 1.0 - float(light.tint.mean())
     sky(canvas, rng, light, 0.9, rng.uniform(0.0, 0.4))
@@ -121,7 +121,7 @@ def city(canvas: Canvas, rng: Generator) -> None:
 
 
 def forest(canvas: Canvas, rng: Generator) -> None:
-    """Among tall trunks: pale ones in the mist, dark ones near, leaves overhead, litter on the floor."""
+    """Tall trunks, pale in the distance and dark nearby, below a canopy of leaves."""
     season = int(rng.integers(4))
     green = rgb((0x4F8A2E, 0x2F6E3A, 0xC9782A, 0x8A9A2C)[season])
     mist = rgb((0xDDEBB0, 0xC8E2CC, 0xF6E2B0, 0xF2ECC0)[season])
@@ -150,7 +150,7 @@ def forest(canvas: Canvas, rng: Generator) -> None:
 
 
 def desert(canvas: Canvas, rng: Generator) -> None:
-    """Dunes with a bright and a shaded side, wind ripples, a hard sun, and a cactus or two."""
+    """Dunes with bright and shaded sides and ripples, the sun, and one to three cacti."""
     light, horizon = daylight(rng, NOON, MORNING, SUNSET), rng.uniform(0.42, 0.55)
     sand = mix(rgb(0xE8BE7C), rgb(0xDB9455), rng.uniform()) * mix(light.tint, np.ones(3), 0.3)
     sky(canvas, rng, light, horizon, rng.uniform(0.0, 0.15))
@@ -177,7 +177,7 @@ def desert(canvas: Canvas, rng: Generator) -> None:
 
 
 def night(canvas: Canvas, rng: Generator) -> None:
-    """Stars and a moon, full or a crescent, over dark hills and the tips of firs."""
+    """Stars and a full or crescent moon above dark hills and treetops."""
     light = NIGHT._replace(horizon=mix(NIGHT.horizon, rgb(0x5A4A8A), rng.uniform()))
     sky(canvas, rng, light, 0.85, 0.0)
     for x, y, size in rng.uniform((0, 0, 0.2), (1, 0.75, 1), (60, 3)).tolist():
@@ -189,18 +189,18 @@ def night(canvas: Canvas, rng: Generator) -> None:
         canvas.disc(x + u * radius, y + v * radius, size * radius, rgb(0xCFCBB8), 0.6)
     if rng.uniform() < 0.4:
         pitch, bite = max(canvas.dx, canvas.dy), x + rng.choice([-0.5, 0.5]) * radius
-        dark = overlap(canvas.away(x, y), pitch, -np.inf, radius + 0.5 * pitch)
-        dark = dark * overlap(canvas.away(bite, y - 0.2 * radius), pitch, -np.inf, radius)
+        dark = overlap(canvas.distance(x, y), pitch, -np.inf, radius + 0.5 * pitch)
+        dark = dark * overlap(canvas.distance(bite, y - 0.2 * radius), pitch, -np.inf, radius)
         canvas.paint(dark, mix(light.zenith, rgb(0x9FB4E8), 0.3))
     for plane in range(3):
         line = hills(canvas, rng, 0.66 + 0.11 * plane, 0.07, rng.uniform(1.5, 3.0))
-        colour = mix(rgb(0x22386A), rgb(0x060B1C), plane / 2)
-        canvas.paint(canvas.below(line), colour * (1.0 + 0.8 * np.maximum(0.0, 0.15 - canvas.y + line))[..., None])
+        color = mix(rgb(0x22386A), rgb(0x060B1C), plane / 2)
+        canvas.paint(canvas.below(line), color * (1.0 + 0.8 * np.maximum(0.0, 0.15 - canvas.y + line))[..., None])
     canvas.paint(canvas.below(treeline(canvas, rng, np.full((1, 1), 1.0), 0.18, 14)), rgb(0x03060F))
 
 
 def winter(canvas: Canvas, rng: Generator) -> None:
-    """A cabin with a white roof and warm windows, snowy firs, soft drifts and falling flakes."""
+    """A cabin with a snow-covered roof and lit windows, snowy firs and falling snow."""
     light, level = daylight(rng, MORNING, NOON, DUSK), rng.uniform(0.56, 0.66)
     snow = mix(rgb(0xFFFFFF), light.tint, 0.7)
     sky(canvas, rng, light, level, rng.uniform(0.1, 0.4))
@@ -227,15 +227,15 @@ def winter(canvas: Canvas, rng: Generator) -> None:
 
 
 def island(canvas: Canvas, rng: Generator) -> None:
-    """A sandy islet with leaning palms in a turquoise sea under summer clouds."""
+    """A sandy island with leaning palms in a turquoise sea."""
     light, horizon = daylight(rng, NOON, NOON, MORNING), rng.uniform(0.48, 0.58)
     sky(canvas, rng, light, horizon, rng.uniform(0.3, 0.6))
     water(canvas, rng, horizon, rgb(0x1F7FB8) * light.tint, rgb(0x4FD0C4) * light.tint)
     x, wide, foot = rng.uniform(0.3, 0.7), rng.uniform(0.28, 0.5), rng.uniform(0.74, 0.84)
     ragged = 0.25 * noise(rng, canvas.x * 4.0, canvas.y * 8.0, 3)
-    for grow, colour in ((1.25, rgb(0x8CE8D8)), (1.08, rgb(0xF4FFFA)), (1.0, rgb(0xF2DCA4))):
+    for grow, color in ((1.25, rgb(0x8CE8D8)), (1.08, rgb(0xF4FFFA)), (1.0, rgb(0xF2DCA4))):
         mound = 1.0 - ((canvas.x - x) / (wide * grow)) ** 2 - ((canvas.y - foot) / (0.11 * grow)) ** 2
-        canvas.paint(smooth(-0.12, 0.12, mound + ragged) * (0.6 if grow > 1.2 else 1.0), colour * light.tint)
+        canvas.paint(smooth(-0.12, 0.12, mound + ragged) * (0.6 if grow > 1.2 else 1.0), color * light.tint)
     for _ in range(int(rng.integers(1, 4))):
         root, lean, tall = x + rng.uniform(-0.5, 0.5) * wide, rng.uniform(-0.16, 0.16), rng.uniform(0.32, 0.52)
         top = foot - 0.03 - tall
@@ -254,7 +254,7 @@ def island(canvas: Canvas, rng: Generator) -> None:
 
 
 def meadow(canvas: Canvas, rng: Generator) -> None:
-    """Flowers, small far off and large at one's feet, in blades of grass below rolling hills."""
+    """Flowers in perspective, in grass below rolling hills."""
     light, level = daylight(rng, NOON, MORNING, NOON, SUNSET), rng.uniform(0.4, 0.52)
     sky(canvas, rng, light, level, rng.uniform(0.2, 0.55))
     green = mix(rgb(0x5FA03A), rgb(0x8DB84A), rng.uniform()) * light.tint
@@ -275,7 +275,7 @@ def meadow(canvas: Canvas, rng: Generator) -> None:
 
 
 def road(canvas: Canvas, rng: Generator) -> None:
-    """A dashed road that runs through open country to the vanishing point, poles along one side."""
+    """A road with a dashed line that curves to the vanishing point, with poles along one side."""
     light, horizon = daylight(rng, NOON, MORNING, SUNSET, DUSK), rng.uniform(0.42, 0.54)
     land = rgb(int(rng.choice([0x7FA048, 0xC8A860, 0xB08050, 0x5E8C4A]))) * light.tint
     x, bend, wide = rng.uniform(0.3, 0.7), rng.uniform(-0.25, 0.25), rng.uniform(0.28, 0.42)
@@ -290,9 +290,9 @@ def road(canvas: Canvas, rng: Generator) -> None:
     canvas.paint(ground, tufts)
     middle = x + (0.5 - x) * depth + bend * depth * (1.0 - depth)
     asphalt = mix(rgb(0x6A6C74), rgb(0x4C4E58), depth) * light.tint
-    for half, colour in ((1.0, rgb(0xE8E4DC) * light.tint), (0.93, asphalt)):
+    for half, color in ((1.0, rgb(0xE8E4DC) * light.tint), (0.93, asphalt)):
         edge = wide * half * (depth + 0.01)
-        canvas.paint(ground * overlap(canvas.x, canvas.dx, middle - edge, middle + edge), colour)
+        canvas.paint(ground * overlap(canvas.x, canvas.dx, middle - edge, middle + edge), color)
     dash = smooth(-0.2, 0.2, np.sin(9.0 / (depth + 0.15) + rng.uniform(0, 6.3)))
     thin = 0.035 * wide * depth + 1e-9
     stripe = ground * dash * overlap(canvas.x, canvas.dx, middle - thin, middle + thin)
@@ -313,17 +313,21 @@ CLASSES: tuple[str, ...] = tuple(scene.__name__ for scene in SCENES)
 
 
 def label(index: int) -> int:
-    """The class of picture `index`, a position in `CLASSES`."""
+    """Return the label of image `index`, an index into `CLASSES`."""
     return index % len(CLASSES)
 
 
 def render(index: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Picture `index` as RGB bytes of shape (height, width, 3); the same arguments always give the same picture.
+    """Render image `index` as uint8 RGB (height, width, 3). The same arguments always give the same image.
 
-    Raises `UserError` if a side is below 8 pixels.
+    >>> render(0, height=16, width=24).shape
+    (16, 24, 3)
+
+    Raises:
+        UserError: If a side is shorter than `MIN_SIZE` pixels.
     """
-    if min(height, width) < SMALLEST:
-        raise UserError(f"a scene of {height} x {width} pixels is too small; give at least {SMALLEST} x {SMALLEST}")
+    if min(height, width) < MIN_SIZE:
+        raise UserError(f"data.size: scenes need at least {MIN_SIZE} × {MIN_SIZE} pixels, got {height} × {width}")
     canvas = Canvas.blank(height, width)
     SCENES[label(index)](canvas, np.random.default_rng((SEED, index)))
     return (np.clip(canvas.pixels, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Where images come from. A new kind of source is one file here and its name in `SOURCES`."""
+"""Sources of images. To add one, add a file with its class, and the class to `SOURCES`."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from vqvae2.data.sources.tar import TarSource
 from vqvae2.data.sources.torchvision import TorchvisionSource
 from vqvae2.data.sources.zip import ZipSource
 
-# The first that takes a path opens it; a folder takes what is left.
+# The first source that matches a path opens it. FolderSource matches any path.
 SOURCES: tuple[type[Source], ...] = (
     SceneSource,
     TorchvisionSource,
@@ -26,15 +26,16 @@ SOURCES: tuple[type[Source], ...] = (
 
 
 def open_source(path: str, cache: Path | None = None) -> Source:
-    """The source that `path` names; UserError where there is none.
+    """Open the source at `path`. Its index is stored in the file `cache`, and reused until the source changes.
 
-    With a `cache`, a file, its index is kept there, and made anew only when the source has changed.
+    Raises:
+        UserError: If there is no source, or it cannot be read.
     """
     kind = next(kind for kind in SOURCES if kind.matches(path))
-    keep = cache if kind.keeps_index else None
-    index = ImageIndex.load(keep) if keep else None
-    if index is None or not kind.unchanged(path, index.stamp):
+    cache = cache if kind.caches_index else None
+    index = ImageIndex.load(cache) if cache else None
+    if index is None or not kind.is_unchanged(path, index.stamp):
         index = kind.scan(path)
-        if keep and distributed.get_rank() == 0:
-            index.save(keep)
+        if cache and distributed.get_rank() == 0:
+            index.save(cache)
     return kind(path, index)

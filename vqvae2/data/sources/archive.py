@@ -1,8 +1,7 @@
-"""Archives read in place, what .zip and .tar have in common: a member is one read at an offset, without a lock.
+"""Random access to .zip and .tar archives: a member is one read at an offset, without a lock.
 
-An archive is a local file or an address that fsspec knows, such as `s3://bucket/train.tar`: then a read is one request
-for a range of bytes, and nothing is kept on this machine. See docs/scale.md for why members are not streamed in the
-order of their shards.
+An archive is a local file or an fsspec URL such as `s3://bucket/train.tar`. A remote read is one range request, and
+nothing is cached locally. See docs/scale.md for why shards are not streamed sequentially.
 """
 
 import os
@@ -14,22 +13,31 @@ from fsspec.core import url_to_fs
 
 from vqvae2.errors import UserError
 
-_ATTEMPTS, _PAUSE_S = 4, 0.5  # of a request over a network; the pause doubles each time
-_BLOCK = 16 * 2**20  # bytes of a request while an archive is looked through from its beginning to its end
-_TELLS = ("size", "ETag", "etag", "mtime", "LastModified", "created", "updated", "md5")  # that a file was changed
+_ATTEMPTS, _PAUSE_S = 4, 0.5  # per remote request; the pause doubles after each attempt
+_SCAN_BLOCK_BYTES = 16 * 2**20  # request size while an archive is scanned from start to end
+_VERSION_FIELDS = (
+    "size",
+    "ETag",
+    "etag",
+    "mtime",
+    "LastModified",
+    "created",
+    "updated",
+    "md5",
+)  # of fsspec file information
 
 
-class ReadAt:
-    """A file that is read at offsets, from any process: opened where it is first needed, never pickled open."""
+class RangeReader:
+    """Reader of byte ranges of a file. Each process opens the file at its first read; pickling closes it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._descriptor: int | None = None
 
     def __call__(self, offset: int, length: int) -> bytes:
-        """The `length` bytes at `offset`; fewer where the file ends."""
+        """Return `length` bytes at `offset`, fewer at the end of the file."""
         if is_remote(self.path):
-            return _request(self.path, offset, length)
+            return _request_range(self.path, offset, length)
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         parts = []
@@ -41,7 +49,7 @@ class ReadAt:
             offset, length = offset + len(part), length - len(part)
         return b"".join(parts)
 
-    def __reduce__(self) -> tuple[type["ReadAt"], tuple[str]]:
+    def __reduce__(self) -> tuple[type["RangeReader"], tuple[str]]:
         return type(self), (self.path,)
 
     def __del__(self) -> None:
@@ -50,47 +58,51 @@ class ReadAt:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address."""
+    """Return whether a path is a URL."""
     return "://" in path
 
 
 def open_archive(path: str) -> IO[bytes]:
-    """An archive, open for reading; UserError where there is none."""
+    """Open an archive for reading.
+
+    Raises:
+        UserError: If it is missing or unreadable.
+    """
     try:
         if is_remote(path):
             system, inner = url_to_fs(path)
-            return system.open(inner, "rb", block_size=_BLOCK)
+            return system.open(inner, "rb", block_size=_SCAN_BLOCK_BYTES)
         return Path(path).open("rb")
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # every fsspec file system has its own exceptions
         raise _unreachable(path, error) from None
 
 
-def state(paths: list[str]) -> dict[str, Any]:
-    """The stamp of archives: their sizes and modification times, as make and rsync compare files."""
-    return {"archives": {_name(path): _state(path) for path in paths}}
+def archive_stamp(paths: list[str]) -> dict[str, Any]:
+    """Return a stamp of archives: sizes and modification times, or what a remote file system offers instead."""
+    return {"archives": {_absolute(path): _version(path) for path in paths}}
 
 
-def _name(path: str) -> str:
+def _absolute(path: str) -> str:
     return path if is_remote(path) else str(Path(path).resolve())
 
 
-def _state(path: str) -> list[Any]:
+def _version(path: str) -> list[Any]:
     try:
         if is_remote(path):
             system, inner = url_to_fs(path)
-            known = system.info(inner)
-            return [str(known[name]) for name in _TELLS if name in known]
+            info = system.info(inner)
+            return [str(info[name]) for name in _VERSION_FIELDS if name in info]
         status = Path(path).stat()
     except Exception as error:
         raise _unreachable(path, error) from None
     return [status.st_size, status.st_mtime_ns]
 
 
-def _request(path: str, offset: int, length: int) -> bytes:
-    """A range of a remote file, asked for again where the network fails."""
+def _request_range(path: str, offset: int, length: int) -> bytes:
+    """Read a range of a remote file, with retries on network errors."""
     for attempt in range(_ATTEMPTS):
         try:
-            system, inner = url_to_fs(path)  # kept by fsspec, one for each process
+            system, inner = url_to_fs(path)  # cached by fsspec in each process
             return system.cat_file(inner, start=offset, end=offset + length)
         except Exception as error:
             if isinstance(error, FileNotFoundError | PermissionError | ImportError) or attempt == _ATTEMPTS - 1:
@@ -101,6 +113,6 @@ def _request(path: str, offset: int, length: int) -> bytes:
 
 def _unreachable(path: str, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
-        return UserError(f"data.path: {path} is missing; give an archive that exists")
+        return UserError(f"data.path: no such archive: {path}. Check the path.")
     reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"data.path: {path} cannot be read ({reason}); the same command goes on once it can be")
+    return UserError(f"data.path: cannot read {path} ({reason}). Run the same command again to resume.")

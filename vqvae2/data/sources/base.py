@@ -1,4 +1,4 @@
-"""What every source of images has in common."""
+"""The interface of image sources."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -13,13 +13,16 @@ EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name, with or without folders, is that of an image; hidden files are none."""
+    """Return whether a file name or path has an image extension. Hidden files are not images."""
     base = name.rpartition("/")[2]
     return f".{base.rpartition('.')[2].lower()}" in EXTENSIONS and "." in base and not base.startswith(".")
 
 
 class Source(ABC):
-    """Images by number, 0 … len(index) − 1, in the order of their names; safe to use in forked and spawned workers."""
+    """Base class of image sources: images by number in [0, len(index)), in the order of the index.
+
+    Sources can be used in forked and spawned worker processes.
+    """
 
     index: ImageIndex
 
@@ -29,34 +32,45 @@ class Source(ABC):
     @classmethod
     @abstractmethod
     def matches(cls, path: str) -> bool:
-        """Whether `data.path` names a source of this kind."""
+        """Return whether this class opens `path`."""
 
     @classmethod
     @abstractmethod
     def scan(cls, path: str) -> ImageIndex:
-        """Look through the source; UserError where it cannot be used."""
+        """List the images of a source.
 
-    keeps_index: ClassVar[bool] = True  # whether a scan takes so long that its result is worth a file
+        Raises:
+            UserError: If the source is missing, unreadable or has no images.
+        """
+
+    caches_index: ClassVar[bool] = True  # whether scanning is slow enough to cache the index
 
     @classmethod
-    def unchanged(cls, path: str, stamp: dict[str, Any]) -> bool:
-        """Whether the source is still in the state in which an index with this stamp was made; cheap."""
+    def is_unchanged(cls, path: str, stamp: dict[str, Any]) -> bool:
+        """Return whether the source has not changed since an index with this stamp was made. Must be fast."""
         del path, stamp
         return False
 
     @abstractmethod
     def open(self, number: int, size: tuple[int, int]) -> Path | bytes | Image.Image:
-        """An image's file, its bytes, or the picture; `UnreadableImageError` where they are damaged.
+        """Return the path, the encoded bytes or the decoded image of an image.
 
-        `size`, height and width, is what it will be resized to: for sources that can draw at any size.
+        `size` (height, width) is the target size, for sources that can render at any size.
+
+        Raises:
+            UnreadableImageError: If the image is missing or corrupted.
         """
 
     def describe(self, number: int) -> str:
-        """Where an image is, for a person."""
+        """Return the location of an image for messages."""
         return f"{self.path}/{self.index.names[number]}"
 
 
-def require(names: list[str], path: str) -> None:
-    """UserError where a source holds no images."""
+def require_images(names: list[str], path: str) -> None:
+    """Check that a source has images.
+
+    Raises:
+        UserError: If there are none.
+    """
     if not names:
-        raise UserError(f"data.path: {path} holds no images (looked for {', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"data.path: no images in {path}. Supported are {', '.join(sorted(EXTENSIONS))}.")

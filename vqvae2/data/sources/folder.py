@@ -1,4 +1,4 @@
-"""A folder of image files, however deep."""
+"""A folder of image files, including subfolders."""
 
 import os
 import time
@@ -6,53 +6,53 @@ from pathlib import Path
 from typing import Any
 
 from vqvae2.data.index import ImageIndex
-from vqvae2.data.sources.base import Source, is_image, require
+from vqvae2.data.sources.base import Source, is_image, require_images
 from vqvae2.errors import UserError
 
-# Times in a file system tick in steps; a folder changed this shortly before a scan may change again unseen.
-_TICK = 2 * 10**9  # nanoseconds
+# File systems have a limited time resolution: a folder that changed this recently can change again unnoticed.
+_TIME_RESOLUTION_NS = 2 * 10**9
 
 
 class FolderSource(Source):
-    """All images under a folder, named by their paths in it with forward slashes; links are followed.
+    """All images in a folder and its subfolders, named by their relative paths with `/`. Links are followed.
 
-    The index is stale when a file or folder was added, removed or renamed: that changes the modification time of the
-    folder it lies in, and these times are all that is compared. A file written over in place is not seen and need not
-    be, since names, labels and split stay; what cannot be seen is a change on a file system that keeps no such times,
-    or by someone who sets them back.
+    The index is stale if the modification time of a folder has changed, which happens when a file or subfolder is
+    added, removed or renamed. Overwriting a file does not change the index. Changes are missed on file systems without
+    modification times.
     """
 
     @classmethod
     def matches(cls, path: str) -> bool:
         del path
-        return True  # the last in the list: what no other kind takes is meant as a folder
+        return True  # last in `SOURCES`
 
     @classmethod
     def scan(cls, path: str) -> ImageIndex:
         root = Path(path)
         if not root.is_dir():
-            what = "a file" if root.exists() else "missing"
+            problem = "not a folder or archive" if root.exists() else "no such folder"
             raise UserError(
-                f"data.path: {path} is {what}; give a folder of images, a .zip or .tar of them, or `scenes`"
+                f"data.path: {problem}: {path}. Give a folder of images, a .zip or .tar archive, or `scenes`."
             )
         names: list[str] = []
         folders: dict[str, int] = {}
         started = time.time_ns()
-        for where, _, found in os.walk(path, followlinks=True):
-            relative = os.path.relpath(where, path).replace(os.sep, "/")
-            changed = Path(where).stat().st_mtime_ns
-            folders[relative] = changed if changed < started - _TICK else -1  # −1 equals no time: scan again
+        for folder, _, found in os.walk(path, followlinks=True):
+            relative = os.path.relpath(folder, path).replace(os.sep, "/")
+            changed = Path(folder).stat().st_mtime_ns
+            # −1 equals no modification time, so that the next command scans again.
+            folders[relative] = changed if changed < started - _TIME_RESOLUTION_NS else -1
             prefix = "" if relative == "." else relative + "/"
             names += [prefix + name for name in found if is_image(name)]
-        require(names, path)
+        require_images(names, path)
         return ImageIndex.build(names, stamp={"root": str(root.resolve()), "folders": folders})
 
     @classmethod
-    def unchanged(cls, path: str, stamp: dict[str, Any]) -> bool:
+    def is_unchanged(cls, path: str, stamp: dict[str, Any]) -> bool:
         if stamp.get("root") != str(Path(path).resolve()):
             return False
         try:
-            return all(Path(path, name).stat().st_mtime_ns == at for name, at in stamp["folders"].items())
+            return all(Path(path, name).stat().st_mtime_ns == changed for name, changed in stamp["folders"].items())
         except OSError:
             return False
 

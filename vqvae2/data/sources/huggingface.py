@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub by name: `huggingface:NAME`, or `huggingface:NAME:SPLIT` for another split."""
+"""Data sets of the Hugging Face Hub: `huggingface:NAME`, or `huggingface:NAME:SPLIT`. The default split is `train`."""
 
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,21 @@ _PREFIX = "huggingface:"
 
 
 class HuggingFaceSource(NamedSource):
-    """The first column of images of a data set, `train` by default, with the classes of its first column of labels.
+    """The first image column of a data set, with the first ClassLabel column as labels.
 
-    NAME may also be a folder that `save_to_disk` wrote. Needs the package `datasets`, which downloads and caches.
+    NAME can also be a folder written by `save_to_disk`. Requires the package `datasets`, which downloads and caches.
     """
 
     prefix = _PREFIX
 
     @classmethod
     def load(cls, path: str) -> Any:
-        return _encoded(_open(path), path)
+        return _image_column(_open(path), path)
 
     @classmethod
     def scan(cls, path: str) -> ImageIndex:
         table = _open(path)
-        _encoded(table, path)
+        _image_column(table, path)
         numbers = [f"{number:08d}" for number in range(len(table))]
         column = next((name for name, kind in table.features.items() if type(kind).__name__ == "ClassLabel"), None)
         if column is None:
@@ -42,7 +42,7 @@ class HuggingFaceSource(NamedSource):
         del size
         image = self.item(number)
         if image is None or not (image["bytes"] or image["path"]):
-            raise UnreadableImageError(self.describe(number), "the data set has no image there")
+            raise UnreadableImageError(self.describe(number), "the data set has no image in this row")
         return image["bytes"] or Path(image["path"])
 
 
@@ -51,7 +51,7 @@ def _open(path: str) -> Any:
         import datasets  # an optional dependency  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
-            f"data.path: {path} needs the package `datasets`; install it: pip install 'vqvae2[huggingface]'"
+            f"data.path: {path} needs the package `datasets`. Install it: pip install 'vqvae2[huggingface]'"
         ) from None
     name, _, split = path.removeprefix(_PREFIX).partition(":")
     try:
@@ -61,23 +61,23 @@ def _open(path: str) -> Any:
     except (OSError, ValueError, RuntimeError, LookupError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"data.path: {path}: `datasets` cannot open {name!r} ({reason}); give huggingface:NAME or "
-            "huggingface:NAME:SPLIT of a data set on the hub, or a folder that save_to_disk wrote"
+            f"data.path: `datasets` cannot open {name!r} ({reason}). Give huggingface:NAME or huggingface:NAME:SPLIT "
+            "of a data set on the Hub, or a folder written by save_to_disk."
         ) from None
 
 
-def _encoded(table: Any, path: str) -> Any:
-    """The column of images as `datasets` stores them, bytes or a path, so that our decoder reads them."""
+def _image_column(table: Any, path: str) -> Any:
+    """Return the image column as encoded bytes or paths, to decode it with `read_image`."""
     import datasets  # pyright: ignore[reportMissingImports]
 
     column = next((name for name, kind in table.features.items() if type(kind).__name__ == "Image"), None)
     if column is None:
-        raise UserError(f"data.path: {path} has no column of images; its columns are {', '.join(table.features)}")
+        raise UserError(f"data.path: no image column in {path}. Its columns are {', '.join(table.features)}.")
     return _Column(table.cast_column(column, datasets.Image(decode=False)), column)
 
 
 class _Column:
-    """One column of a table, read row by row."""
+    """One column of a table, indexed by row."""
 
     def __init__(self, table: Any, name: str) -> None:
         self.table, self.name = table, name

@@ -1,4 +1,4 @@
-"""What sources have in common that another library opens by a name: `PREFIX:NAME…`."""
+"""Base class of sources that another library opens by name: `PREFIX:NAME`."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -8,17 +8,17 @@ from vqvae2.data.sources.base import Source
 
 
 class NamedSource(Source):
-    """Opens the library's own object when the first image is asked for, in each process anew."""
+    """Source backed by a data set object of another library. Each process opens it at its first read."""
 
     prefix: ClassVar[str]
-    keeps_index = False
+    caches_index = False
 
     def __init__(self, path: str, index: ImageIndex) -> None:
         super().__init__(path, index)
         self._opened: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}  # a worker opens the files for itself
+        return self.__dict__ | {"_opened": None}  # workers open the files on their own
 
     @classmethod
     def matches(cls, path: str) -> bool:
@@ -27,10 +27,14 @@ class NamedSource(Source):
     @classmethod
     @abstractmethod
     def load(cls, path: str) -> Any:
-        """The library's images, by number; UserError where it cannot open them."""
+        """Open the data set with the library. The result is indexed by number.
+
+        Raises:
+            UserError: If the library cannot open it.
+        """
 
     def item(self, number: int) -> Any:
-        """What the library holds for an image: the end of its name is the library's number."""
+        """Return the library's object for an image. Its number in the library is the last part of its name."""
         if self._opened is None:
             self._opened = self.load(self.path)
         return self._opened[int(self.index.names[number].rpartition("/")[2])]

@@ -1,4 +1,4 @@
-"""The built-in pictures, each drawn once and kept: `scenes:COUNT`, what `data.path: scenes` with `data.num_scenes` means."""
+"""The built-in data set of procedural scenes: `scenes:COUNT`, from `data.path: scenes` and `data.num_scenes`."""
 
 import hashlib
 
@@ -13,13 +13,13 @@ _PREFIX = "scenes:"
 
 
 class SceneSource(Source):
-    """The first `count` built-in pictures, in the order of their numbers."""
+    """The first COUNT scenes. Rendered images are cached in memory."""
 
-    keeps_index = False
+    caches_index = False
 
     def __init__(self, path: str, index: ImageIndex) -> None:
         super().__init__(path, index)
-        self._drawn: dict[tuple[int, tuple[int, int]], Image.Image] = {}
+        self._rendered: dict[tuple[int, tuple[int, int]], Image.Image] = {}
 
     @classmethod
     def matches(cls, path: str) -> bool:
@@ -36,6 +36,6 @@ class SceneSource(Source):
 
     def open(self, number: int, size: tuple[int, int]) -> Image.Image:
         key = number, size
-        if key not in self._drawn:
-            self._drawn[key] = Image.fromarray(scenes.render(number, *size))
-        return self._drawn[key]
+        if key not in self._rendered:
+            self._rendered[key] = Image.fromarray(scenes.render(number, *size))
+        return self._rendered[key]

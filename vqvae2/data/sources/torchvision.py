@@ -1,4 +1,4 @@
-"""torchvision's data sets by name: `torchvision:CIFAR10`, or `torchvision:CIFAR10:FOLDER` for files elsewhere."""
+"""Data sets of torchvision: `torchvision:CIFAR10`, or `torchvision:CIFAR10:FOLDER`. The default folder is `data`."""
 
 import inspect
 from typing import Any
@@ -13,7 +13,7 @@ _PREFIX = "torchvision:"
 
 
 class TorchvisionSource(NamedSource):
-    """The training part of a data set that torchvision knows, with its classes; nothing is downloaded."""
+    """The training split of a torchvision data set, with its labels. Nothing is downloaded."""
 
     prefix = _PREFIX
 
@@ -31,8 +31,8 @@ class TorchvisionSource(NamedSource):
         if labels is None:
             return ImageIndex.build(numbers)
         values = [int(label) for label in labels]
-        known = [str(name) for name in getattr(images, "classes", None) or range(max(values) + 1)]
-        classes = tuple(name.replace("/", "-") for name in known)
+        class_names = [str(name) for name in getattr(images, "classes", None) or range(max(values) + 1)]
+        classes = tuple(name.replace("/", "-") for name in class_names)
         names = [classes[value] for value in values]
         return ImageIndex.build([f"{c}/{n}" for c, n in zip(names, numbers, strict=True)], names, classes=classes)
 
@@ -43,12 +43,14 @@ class TorchvisionSource(NamedSource):
 
 
 def _open(path: str) -> Any:
-    import torchvision.datasets  # slow to import, and needed by few runs
+    import torchvision.datasets  # slow to import, used by few runs
 
     name, _, root = path.removeprefix(_PREFIX).partition(":")
     kind = getattr(torchvision.datasets, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torchvision.datasets.VisionDataset)):
-        raise UserError(f"data.path: torchvision has no data set {name!r}; give one of torchvision.datasets")
+        raise UserError(
+            f"data.path: torchvision has no data set {name!r}. Give the name of a class in torchvision.datasets."
+        )
     options = inspect.signature(kind).parameters
     folder = root or "data"
     settings: dict[str, Any] = {"root": folder} if "root" in options else {}
@@ -59,15 +61,15 @@ def _open(path: str) -> Any:
     try:
         return kind(**settings)
     except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
-        offer = ""
+        fix = "Give"
         if "download" in options:
-            wanted = "".join(f", {key}={value!r}" for key, value in settings.items() if key != "root")
-            offer = (
-                f'nothing is downloaded here; fetch it once with `python -c "import torchvision; '
-                f'torchvision.datasets.{name}({folder!r}{wanted}, download=True)"`, or '
+            arguments = "".join(f", {key}={value!r}" for key, value in settings.items() if key != "root")
+            fix = (
+                f'Download it with `python -c "import torchvision; '
+                f'torchvision.datasets.{name}({folder!r}{arguments}, download=True)"`, or give'
             )
         reason = " ".join(str(error).split())
         raise UserError(
-            f"data.path: {path}: torchvision cannot open {name} in the folder {folder!r} ({reason}); "
-            f"{offer}name its folder: torchvision:{name}:FOLDER"
+            f"data.path: torchvision cannot open {name} in the folder {folder!r} ({reason}). "
+            f"{fix} its folder: torchvision:{name}:FOLDER"
         ) from None
