@@ -1,0 +1,156 @@
+"""The documentation names files, functions, options and sections that exist."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sampling.run_config import RunConfig
+from train.run import RunOptions
+from vqvae2.__main__ import COMMANDS
+from vqvae2.command_line import option_names, options_class
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md"])
+ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
+
+
+def file_tree() -> set[str]:
+    """Return the paths in the file tree; a folder of Python files stands for its `__init__.py` too."""
+    block = re.search(r"```\n(.*?)```", ARCHITECTURE, re.DOTALL)
+    assert block
+    paths, folders = set(), []
+    for line in block[1].splitlines():
+        indent = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders = folders[:indent]
+        paths.add("/".join([*folders, name.rstrip("/")]))
+        if name.endswith("/"):
+            folders.append(name.rstrip("/"))
+    return paths
+
+
+def tracked_python_files() -> set[str]:
+    command = ["git", "ls-files", "vqvae2/*.py", "sampling/*.py", "train/*.py"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    return {path for path in listed if (ROOT / path).exists()}
+
+
+def test_every_path_in_the_file_tree_exists() -> None:
+    assert [path for path in sorted(file_tree()) if not (ROOT / path).exists()] == []
+
+
+def test_the_file_tree_names_every_python_file() -> None:
+    tree = file_tree()
+    named = tree | {f"{path}/__init__.py" for path in tree if (ROOT / path).is_dir()}
+    assert sorted(tracked_python_files() - named) == []
+
+
+def test_architecture_fits_in_one_sitting() -> None:
+    assert len(ARCHITECTURE.splitlines()) < 200
+
+
+def functions() -> list[str]:
+    _, section = ARCHITECTURE.split("## The life of one image")
+    return sorted(set(re.findall(r"`((?:vqvae2|sampling|train)(?:\.\w+)+)`", section)))
+
+
+@pytest.mark.parametrize("name", functions())
+def test_functions_in_the_life_of_an_image_exist(name: str) -> None:
+    parts = name.split(".")
+    found: Any = None
+    for end in range(1, len(parts) + 1):  # import modules as far as possible; the rest are attributes
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            for part in parts[end - 1 :]:
+                found = getattr(found, part)
+            break
+    assert callable(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, (
+                target
+            )
+
+
+def options_of(command: str) -> set[str]:
+    """Return the options of a command, such as `guidance-scale`; those of a run for two levels."""
+    module, _, function = COMMANDS[command].target.partition(":")
+    cls = options_class(getattr(importlib.import_module(module), function))
+    names = {name for name, _ in option_names(cls)}
+    if issubclass(cls, RunOptions):
+        names |= {name for name, _ in option_names(RunConfig.load(ROOT / "configs" / "demo.yaml"))}
+    return {name.replace("_", "-") for name in names}
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return (page, command line) of all `vqvae2` command lines in code."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        code = [*re.findall(r"`([^`\n]+)`", text), *re.findall(r"^    (.+)$", text, re.MULTILINE)]
+        found += [(page.name, line) for line in code if re.search(r"(^|-m )vqvae2 [a-z]", line)]
+    return found
+
+
+def test_commands_in_the_documentation_have_the_options_they_use() -> None:
+    assert len(commands()) > 30
+    wrong = []
+    for page, line in commands():
+        command, *arguments = re.sub(r"^.*?vqvae2 ", "", line).split()
+        if command not in COMMANDS:
+            wrong.append(f"{page}: {line}: no command {command}")
+            continue
+        options = options_of(command)
+        wrong += [
+            f"{page}: {line}: no option {argument}"
+            for argument in arguments
+            if argument.startswith("--") and argument[2:].partition("=")[0].replace("_", "-") not in options
+        ]
+    assert wrong == []
+
+
+def test_settings_in_the_documentation_exist() -> None:
+    names = {name for name, _ in option_names(RunConfig.load(ROOT / "configs" / "demo.yaml"))}
+    last = {name.rpartition(".")[2] for name in names}
+    sections = "|".join(sorted({name.partition(".")[0] for name in names}))
+    unknown = []
+    for page in PAGES:
+        for code in set(re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))) - set(functions()):
+            if match := re.fullmatch(rf"((?:{sections})\.[\w.]+)(: .+)?", code):
+                key = match[1].replace("priors.LEVEL", "priors.top")
+                known = any(f"{name}.".startswith(f"{key}.") for name in names)
+            elif match := re.fullmatch(r"(\w+): [\w.]+", code):
+                known = match[1] in last
+            else:
+                continue
+            if not known:
+                unknown.append(f"{page.name}: {code}")
+    assert unknown == []
+
+
+def test_figures_are_those_that_the_script_draws(tmp_path: Path) -> None:
+    script = tmp_path / "make_figures.py"
+    script.write_text((DOCS / "make_figures.py").read_text(encoding="utf-8"), encoding="utf-8")
+    subprocess.run([sys.executable, str(script)], check=True)
+    for name in ("network.svg", "data-flow.svg"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (DOCS / name).read_text(encoding="utf-8")
