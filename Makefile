@@ -1,5 +1,5 @@
-# make demo: everything, small, on this machine.   make test: the tests.   make check: format, lint, types, imports.
-# Each creates .venv when it is missing; PYTHON chooses the interpreter: make test PYTHON=python3.12
+# make demo: all stages, small.   make test: the tests.   make check: format, lint, types, imports.
+# Each creates .venv if it is missing. PYTHON selects the interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/vqvae2 demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -16,7 +16,7 @@ from vqvae2.command_line import option_names, options_class
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md"])
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"])
 ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 
 
@@ -154,3 +154,14 @@ def test_figures_are_those_that_the_script_draws(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(script)], check=True)
     for name in ("network.svg", "data-flow.svg"):
         assert (tmp_path / name).read_text(encoding="utf-8") == (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_readme_example_runs_and_its_shapes_are_right() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    shapes = {name: tuple(namespace[name].shape) for name in ("bottom", "top", "images", "samples")}
+    assert shapes == {"bottom": (4, 16, 16), "top": (4, 8, 8), "images": (4, 3, 64, 64), "samples": (2, 3, 64, 64)}
+    assert namespace["images"].abs().max() <= 1

@@ -146,13 +146,22 @@ def _describe(event: tyro_errors.ParseErrorEvent, config: Config | type[Config],
                 return f"{name}: the value is missing"
             return f"{name}: cannot be set to {event.offending_value!r}"
         case tyro_errors.InstantiationFailure():
-            if isinstance(error := sys.exception(), ValidationError):
-                return _describe_validation(error, arguments)
-            name = event.argument.display_name() if event.argument else ""
-            message = " ".join(event.message.split())
-            return message if not name or name in message else f"{name}: {message}"
+            return _describe_instantiation(event, arguments)
         case _:
             return f"invalid options. Run `{event.prog} --help` for a list."
+
+
+def _describe_instantiation(event: tyro_errors.InstantiationFailure, arguments: Sequence[str]) -> str:
+    error: BaseException | None = sys.exception()
+    while error is not None:  # tyro wraps the errors of nested classes
+        if isinstance(error, ValidationError):
+            return _describe_validation(error, arguments)
+        error = error.__cause__ or error.__context__
+    name = event.argument.display_name() if event.argument else ""
+    message = re.sub(r"\[/?bold\]", "", " ".join(event.message.split()))
+    if "from []" in message:
+        return f"{name}: the value is missing"
+    return message if not name or name in message else f"{name}: {message}"
 
 
 def _describe_unknown(tokens: Sequence[str], config: Config | type[Config]) -> str:

@@ -1,0 +1,127 @@
+"""The command line: option parsing, help, one-line errors, and user files that shadow this project's packages."""
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sampling.run_config import RunConfig
+from tests.test_commands import fails
+from tests.test_configs import CONFIGS
+from vqvae2.__main__ import COMMANDS, main
+from vqvae2.command_line import parse
+from vqvae2.errors import UserError
+
+DEMO = RunConfig.load(CONFIGS / "demo.yaml")
+
+
+def apply(*arguments: str) -> RunConfig:
+    return parse(RunConfig, arguments, "vqvae2 run", DEMO)
+
+
+def test_boolean_forms() -> None:
+    for form in (["--data.flip"], ["--data.flip", "true"], ["--data.flip=True"], ["--data.flip", "TRUE"]):
+        assert apply(*form).data.flip
+    for form in (["--data.no-flip"], ["--data.flip", "false"], ["--data.flip=false"]):
+        assert not apply("--data.flip", *form).data.flip
+    config = apply("--data.flip", "false", "--extract_codes.flip", "true", "--data.size", "48", "64")
+    assert (config.data.flip, config.extract_codes.flip, config.data.shape) == (False, True, (48, 64))
+    with pytest.raises(UserError, match="maybe"):
+        apply("--data.flip", "maybe")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.pathh", "x"], "--data.pathh: unknown option. Did you mean --data.path?"),
+        (["--autoencodr.training.steps", "5"], "Did you mean --autoencoder.training.steps?"),
+        (["--data.size"], "--data.size: the value is missing"),
+        (["--data.labels", "x"], "--data.labels: must be one of none, folder, not 'x'"),
+        (["--autoencoder.training.steps", "0"], "--autoencoder.training.steps: Input should be greater than or equal"),
+        (["--autoencoder.training.steps", "many"], "--autoencoder.training.steps: "),
+        (["--priors.top.training.warmup-steps", "9999"], "priors.top.training: warmup_steps (9999) must be less than"),
+        (["stray"], "stray: unexpected argument"),
+    ],
+)
+def test_errors_are_one_line_and_name_the_option(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        apply(*arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_command_suggests_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, ["sampel"], "sampel: no such command", "sample")
+    fails(capsys, ["run"], "CONFIG: missing", "vqvae2 run CONFIG.yaml")
+
+
+def test_help_lists_every_command_quickly() -> None:
+    durations = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = subprocess.run([sys.executable, "-m", "vqvae2", "--help"], capture_output=True, text=True, check=True)
+        durations.append(time.perf_counter() - started)
+    assert min(durations) < 0.3
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in result.stdout
+        assert command.summary in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_help_shows_defaults_and_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert f"usage: vqvae2 {name}" in printed
+    assert COMMANDS[name].example in printed
+    assert "(default: " in printed
+
+
+def test_commands_page_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_commands", CONFIGS.parent / "docs" / "make_commands.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (CONFIGS.parent / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert page == module.commands_page(), "run: python docs/make_commands.py"
+
+
+@pytest.fixture
+def shadowed(tmp_path: Path) -> Path:
+    """A working directory with files of the user that have the names of this project's packages."""
+    for name in ("train", "experiments"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name}.py of the user was imported')\n")
+    (tmp_path / "sampling").mkdir()
+    (tmp_path / "sampling" / "__init__.py").write_text("raise RuntimeError('sampling of the user was imported')\n")
+    return tmp_path
+
+
+SCRIPT = str(Path(sys.executable).with_name("vqvae2"))
+LAUNCHERS = {
+    "script": [SCRIPT],
+    "python": [sys.executable, "-m", "vqvae2"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "vqvae2"],
+    "torchrun": [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        "-m",
+        "vqvae2",
+    ],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_user_files_do_not_shadow_this_project(launcher: str, shadowed: Path) -> None:
+    for arguments in (["report", "missing"], ["train-prior", "missing.yaml"]):
+        command = [*LAUNCHERS[launcher], *arguments]
+        result = subprocess.run(command, cwd=shadowed, capture_output=True, text=True, check=False, timeout=120)
+        assert result.returncode != 0
+        assert "of the user was imported" not in result.stderr
+        assert "vqvae2: missing" in result.stderr
