@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.run import Experiment, Run
+from sampling.run_config import RunConfig
+from train.run import Run
 from train.stages.autoencoder import train_autoencoder
 from vqvae2.run_folder import RunFolder
 
@@ -28,8 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -> Experiment:
-    """Return the experiment of one variant. Its priors are placeholders and are not trained."""
+def make_config(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -> RunConfig:
+    """Return the config of one variant. Its priors are placeholders and are not trained."""
     training = {
         "steps": steps,
         "batch_size": 8,
@@ -41,17 +42,19 @@ def experiment(folder: Path, quantizer: dict[str, Any], size: int, steps: int) -
         "checkpoint_every": max(1, steps // 4),
     }
     prior = {"model": {"kind": "pixelsnail", "channels": 8, "heads": 1}, "training": {"steps": 1}}
-    plain = {
+    settings = {
         "data": {"path": str(folder), "size": size, "val_fraction": 0.05, "num_workers": 0},
         "autoencoder": {
-            "channels": 32,
-            "residual_channels": 32,
-            "levels": [{"stride": 4, "quantizer": quantizer}, {"stride": 2, "quantizer": quantizer}],
+            "model": {
+                "channels": 32,
+                "residual_channels": 32,
+                "levels": [{"stride": 4, "quantizer": quantizer}, {"stride": 2, "quantizer": quantizer}],
+            },
             "training": training,
         },
         "priors": {"top": prior, "bottom": prior},
     }
-    return Experiment.parse(plain, "benchmarks.codebooks")
+    return RunConfig.from_dict(settings, "benchmarks.codebooks")
 
 
 def main() -> None:
@@ -69,8 +72,8 @@ def main() -> None:
     )
     for name in options.only:
         run = RunFolder(options.out / name.lower().replace(",", "").replace(" ", "-"))
-        train_autoencoder(Run(experiment(options.folder, VARIANTS[name], options.size, options.steps), run))
-        summary = json.loads((run.autoencoder / "summary.json").read_text(encoding="utf-8"))
+        train_autoencoder(Run(make_config(options.folder, VARIANTS[name], options.size, options.steps), run))
+        summary = json.loads(run.autoencoder.summary.read_text(encoding="utf-8"))
         value = summary["validation"]
         print(
             f"| {name} | {value['usage_bottom']:.1%} / {value['usage_top']:.1%} "

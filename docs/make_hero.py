@@ -21,7 +21,7 @@ def main(run: Path) -> None:
     """Draw one row per kind of image."""
     folder = RunFolder.existing(run)
     pipeline = VQVAE2Pipeline.from_pretrained(run)
-    _, held_out = open_datasets(RunConfig.load_resolved(folder.config).data, folder.data_index)
+    _, held_out = open_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder.data_index)
     by_label = {held_out.label(index): index for index in reversed(range(len(held_out)))}
     indices = [by_label[label] for label in sorted(by_label)][:_IMAGES]
     originals = torch.stack([held_out[index].image for index in indices])

@@ -86,7 +86,7 @@ class VQVAE2Pipeline:
         for name, prior in zip(self.levels, self.priors, strict=True):
             save_prior(target.prior_weights(name), prior, prior.config, **(prior.made_from | {"autoencoder": digest}))
         index = PipelineIndex(levels=self.levels, class_names=self.class_names)
-        files.write_json(target.model_index, index.plain())
+        files.write_json(target.model_index, index.to_dict())
 
     @property
     def num_codes(self) -> int:
@@ -123,7 +123,7 @@ class VQVAE2Pipeline:
             UserError: If an argument is out of range or does not fit the model.
         """
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        params = SamplingParams.parse(settings, "sampling")
+        params = SamplingParams.from_dict(settings, "sampling")
         batches = []
         size = self.batch_that_fits(min(self.batch_size, num_images), params)
         for start in range(0, num_images, size):
@@ -208,6 +208,6 @@ def _check_prior(folder: RunFolder, name: str, index: int, prior: Prior, autoenc
 
 def _class_names(folder: RunFolder) -> tuple[str, ...]:
     if folder.model_index.is_file():
-        index = PipelineIndex.parse(files.read_json(folder.model_index), str(folder.model_index))
+        index = PipelineIndex.from_dict(files.read_json(folder.model_index), str(folder.model_index))
         return index.class_names
     return CodeStore.open(folder.code_store("train")).header.classes

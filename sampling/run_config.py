@@ -90,5 +90,5 @@ def parse_with_run_defaults(cls: type[_Options], section: str, arguments: Sequen
     folder = RunFolder(run)
     if not folder.config.is_file():
         return options
-    defaults = dict(getattr(RunConfig.load_resolved(folder.config), section))
-    return parse(cls, arguments, prog, default=cls.parse({"run": run, **defaults}, str(folder.config), section))
+    defaults = dict(getattr(RunConfig.from_resolved_yaml(folder.config), section))
+    return parse(cls, arguments, prog, default=cls.from_dict({"run": run, **defaults}, str(folder.config), section))

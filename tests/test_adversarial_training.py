@@ -50,7 +50,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(config: Path, folder: Path, *settings: str, stop_at: int | None = None) -> dict[str, Tensor]:
     """The newest checkpoint of the stage, with its discriminator, after training in `folder`."""
-    run = Run(parse(RunConfig, settings, "test", RunConfig.load(config)), RunFolder(folder))
+    run = Run(parse(RunConfig, settings, "test", RunConfig.from_yaml(config)), RunFolder(folder))
     stage = AutoencoderStage(run)
     update, updates = stage.after_update, []
 

@@ -15,7 +15,7 @@ from vqvae2.__main__ import COMMANDS, main
 from vqvae2.command_line import parse
 from vqvae2.errors import UserError
 
-DEMO = RunConfig.load(CONFIGS / "demo.yaml")
+DEMO = RunConfig.from_yaml(CONFIGS / "demo.yaml")
 
 
 def apply(*arguments: str) -> RunConfig:

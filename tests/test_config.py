@@ -14,14 +14,14 @@ def load(path: Path, old: str = "", new: str = "") -> RunConfig:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    return RunConfig.load(path)
+    return RunConfig.from_yaml(path)
 
 
 def test_yaml_round_trip_gives_the_same_experiment(tiny_config: Path, tmp_path: Path) -> None:
-    experiment = RunConfig.load(tiny_config)
+    experiment = RunConfig.from_yaml(tiny_config)
     copy = tmp_path / "copy.yaml"
-    copy.write_text(experiment.yaml())
-    assert RunConfig.load(copy) == experiment
+    copy.write_text(experiment.to_yaml())
+    assert RunConfig.from_yaml(copy) == experiment
 
 
 def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path) -> None:
@@ -38,7 +38,7 @@ def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path
             "3e-4",
         ],
         "vqvae2 run",
-        RunConfig.load(tiny_config),
+        RunConfig.from_yaml(tiny_config),
     )
     assert changed.data.path == "/somewhere"
     assert changed.data.shape == (48, 64)
@@ -78,10 +78,10 @@ def test_a_wrong_key_or_value_is_one_line_with_its_path(
 
 def test_a_misspelt_override_says_what_was_meant(tiny_config: Path) -> None:
     with pytest.raises(UserError, match=r"--data\.pth.*--data\.path") as error:
-        parse(RunConfig, ["--data.pth", "x"], "vqvae2 run", RunConfig.load(tiny_config))
+        parse(RunConfig, ["--data.pth", "x"], "vqvae2 run", RunConfig.from_yaml(tiny_config))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"--data\.labels: must be one of none, folder"):
-        parse(RunConfig, ["--data.labels", "x"], "vqvae2 run", RunConfig.load(tiny_config))
+        parse(RunConfig, ["--data.labels", "x"], "vqvae2 run", RunConfig.from_yaml(tiny_config))
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", ".", "binary.yaml", "list.yaml"])
@@ -89,7 +89,7 @@ def test_what_is_no_config_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     with pytest.raises(UserError, match=str(tmp_path)):
-        RunConfig.load(tmp_path / name)
+        RunConfig.from_yaml(tmp_path / name)
 
 
 def test_differences_name_the_full_path_of_each_value_that_differs() -> None:

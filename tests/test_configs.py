@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def build(name: str) -> tuple[RunConfig, Autoencoder, dict[str, Prior]]:
-    experiment = RunConfig.load(CONFIGS / f"{name}.yaml")
+    experiment = RunConfig.from_yaml(CONFIGS / f"{name}.yaml")
     with torch.device("meta"):
         autoencoder = experiment.autoencoder.model.build(experiment.data.shape, experiment.data.channels)
         classes = 10 if experiment.data.labels == "folder" else 0
@@ -34,8 +34,8 @@ def millions(module: torch.nn.Module) -> float:
 def test_every_config_builds_and_is_written_back_the_same(name: str, tmp_path: Path) -> None:
     experiment, _, priors = build(name)
     copy = tmp_path / "copy.yaml"
-    copy.write_text(experiment.yaml())
-    assert RunConfig.load(copy) == experiment
+    copy.write_text(experiment.to_yaml())
+    assert RunConfig.from_yaml(copy) == experiment
     assert set(priors) == set(experiment.levels)
 
 

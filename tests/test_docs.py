@@ -98,7 +98,7 @@ def options_of(command: str) -> set[str]:
     cls = options_class(getattr(importlib.import_module(module), function))
     names = {name for name, _ in option_names(cls)}
     if issubclass(cls, RunOptions):
-        names |= {name for name, _ in option_names(RunConfig.load(ROOT / "configs" / "demo.yaml"))}
+        names |= {name for name, _ in option_names(RunConfig.from_yaml(ROOT / "configs" / "demo.yaml"))}
     return {name.replace("_", "-") for name in names}
 
 
@@ -130,7 +130,7 @@ def test_commands_in_the_documentation_have_the_options_they_use() -> None:
 
 
 def test_settings_in_the_documentation_exist() -> None:
-    names = {name for name, _ in option_names(RunConfig.load(ROOT / "configs" / "demo.yaml"))}
+    names = {name for name, _ in option_names(RunConfig.from_yaml(ROOT / "configs" / "demo.yaml"))}
     last = {name.rpartition(".")[2] for name in names}
     sections = "|".join(sorted({name.partition(".")[0] for name in names}))
     unknown = []

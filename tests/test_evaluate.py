@@ -34,7 +34,7 @@ def evaluate(run: Path, weights: Path, **settings: Any) -> dict[str, Any]:
 
 def test_validation_reference_uses_transformed_images(run: Path, inception_weights: Path) -> None:
     metrics = evaluate(run, inception_weights)
-    _, held_out = open_datasets(RunConfig.load_resolved(run / "config.yaml").data)
+    _, held_out = open_datasets(RunConfig.from_resolved_yaml(run / "config.yaml").data)
     reference = GaussianStatistics(2048)
     reference.update(extractor()(torch.stack([held_out[index].image for index in range(len(held_out))])).features)
     folder = ImageFolder(run / "samples" / "images")

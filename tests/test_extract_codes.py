@@ -37,7 +37,7 @@ def run(tmp_path: Path, finished_run: Path) -> Run:
     folder = RunFolder(tmp_path / "run")
     folder.autoencoder.path.mkdir(parents=True)
     folder.autoencoder_weights.write_bytes((finished_run / "autoencoder" / "model.safetensors").read_bytes())
-    return Run(RunConfig.parse(settings, "test"), folder)
+    return Run(RunConfig.from_dict(settings, "test"), folder)
 
 
 @pytest.mark.parametrize("flip", [False, True])

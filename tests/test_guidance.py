@@ -44,13 +44,13 @@ def test_params_are_one_value_or_values_per_level() -> None:
 
 
 def test_yaml_command_line_and_python_share_one_syntax() -> None:
-    text = SamplingConfig.parse({"temperature": "top=0.8,bottom=0.7", "top_k": "5"}, "file")
-    mapping = SamplingConfig.parse({"temperature": {"top": 0.8, "bottom": 0.7}, "top_k": 5}, "file")
+    text = SamplingConfig.from_dict({"temperature": "top=0.8,bottom=0.7", "top_k": "5"}, "file")
+    mapping = SamplingConfig.from_dict({"temperature": {"top": 0.8, "bottom": 0.7}, "top_k": 5}, "file")
     arguments = parse(SamplingConfig, ["--temperature", "top=0.8,bottom=0.7", "--top-k", "5"], "vqvae2 sample")
     assert text == mapping == arguments
     assert parse(SamplingConfig, ["--top_k", "top=3, bottom=4"], "x").top_k == {"top": 3, "bottom": 4}
     assert parse(SamplingConfig, ["--classes", "7,2"], "x").classes == (7, 2)
-    nested = parse(RunConfig, ["--sampling.temperature", "top=0.8"], "x", RunConfig.load(CONFIGS / "demo.yaml"))
+    nested = parse(RunConfig, ["--sampling.temperature", "top=0.8"], "x", RunConfig.from_yaml(CONFIGS / "demo.yaml"))
     assert nested.sampling.temperature == {"top": 0.8}
     for bad in (["--temperature", "cold"], ["--temperature", "top=cold"], ["--top-k", "2.5"], ["--classes", "a"]):
         with pytest.raises(UserError, match=f"{bad[0].strip('-').replace('-', '.')}.*{bad[1]}"):

@@ -75,7 +75,7 @@ def item(count: int = 3) -> ImageSample:
 
 def test_the_default_is_the_mean_squared_error_and_configs_without_the_section_still_load(tmp_path: Path) -> None:
     (tmp_path / "old.yaml").write_text(TINY)
-    experiment = RunConfig.load(tmp_path / "old.yaml")
+    experiment = RunConfig.from_yaml(tmp_path / "old.yaml")
     assert experiment.autoencoder.loss == AutoencoderLossConfig()
     assert experiment.autoencoder.loss.terms == ("reconstruction",)
     settings = {"pixel": "l1", "perceptual.weight": "0.5", "adversarial.weight": "0.1", "adversarial.start": "9"}
@@ -95,7 +95,7 @@ def test_an_adversary_and_fp16_are_refused_together(tmp_path: Path) -> None:
     data["autoencoder"]["loss"] = {"adversarial": {"weight": 0.1}}
     data["autoencoder"]["training"]["mixed_precision"] = "fp16"
     with pytest.raises(UserError, match=r"autoencoder: training.mixed_precision: fp16 .* Use bf16"):
-        RunConfig.parse(data, "config.yaml")
+        RunConfig.from_dict(data, "config.yaml")
 
 
 # Values

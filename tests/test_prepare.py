@@ -50,7 +50,7 @@ def test_prepared_images_are_those_of_the_folder(tmp_path: Path, encoding: str, 
     folder, out = fill(tmp_path / "images"), tmp_path / "out"
     prepare([str(folder), str(out), "--size", "16", "--format", encoding, "--num-workers", "0"])
     settings = {"size": 16, "labels": "folder", "val_fraction": 0.3}
-    config = DataConfig.parse({"path": str(folder), **settings}, "test")
+    config = DataConfig.from_dict({"path": str(folder), **settings}, "test")
     for ours, theirs in zip(
         open_datasets(config.model_copy(update={"path": str(out)})), open_datasets(config), strict=True
     ):

@@ -182,9 +182,9 @@ def test_report_escapes_names_and_values(run: Path, tmp_path: Path) -> None:
         hostile / "evaluation" / "metrics.json",
         lambda metrics: metrics["protocol"].update({HOSTILE: HOSTILE, '"><b>': {HOSTILE: [HOSTILE]}}),
     )
-    config = RunConfig.load_resolved(hostile / "config.yaml")
+    config = RunConfig.from_resolved_yaml(hostile / "config.yaml")
     data = config.data.model_copy(update={"path": f"/images/x{HOSTILE}"})
-    (hostile / "config.yaml").write_text(config.model_copy(update={"data": data}).yaml())
+    (hostile / "config.yaml").write_text(config.model_copy(update={"data": data}).to_yaml())
     report = Page(write_report(hostile))
     report.check_self_contained()
     assert len(report.pictures()) == 7

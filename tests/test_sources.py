@@ -55,7 +55,7 @@ def tarred(folder: Path, out: Path, mode: str = "w") -> Path:
 
 def opened(path: object, **settings: object) -> tuple[ImageDataset, ImageDataset]:
     config = {"path": str(path), "size": 16, "labels": "folder", "val_fraction": 0.3, **settings}
-    return open_datasets(DataConfig.parse(config, "test"))
+    return open_datasets(DataConfig.from_dict(config, "test"))
 
 
 def stacked(images: ImageDataset, num_workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,7 +48,7 @@ def opened(folder: Path, **settings: object) -> ImageDataset:
         "max_unreadable_fraction": 0.1,
         **settings,
     }
-    return open_datasets(DataConfig.parse(config, "test"))[0]
+    return open_datasets(DataConfig.from_dict(config, "test"))[0]
 
 
 def greys(batches: Iterator[object]) -> list[list[int]]:

@@ -41,14 +41,14 @@ class RunOptions(Options, RunConfig):
         if not arguments or arguments[0].startswith("-"):
             if not {"-h", "--help"} & set(arguments):
                 raise UserError(f"CONFIG: missing. Give a YAML file first: {prog} CONFIG.yaml [--section.field VALUE]")
-            return parse(cls, arguments, f"{prog} CONFIG.yaml", cls.load(demo_config()))
+            return parse(cls, arguments, f"{prog} CONFIG.yaml", cls.from_yaml(demo_config()))
         path, *overrides = arguments
         return cls.from_config(Path(path), overrides, f"{prog} {path}")
 
     @classmethod
     def from_config(cls, path: Path, overrides: Sequence[str], prog: str) -> Self:
         """Return the settings in a YAML file with overrides applied, and the run folder resolved."""
-        options = parse(cls, overrides, prog, cls.load(path))
+        options = parse(cls, overrides, prog, cls.from_yaml(path))
         run = options.run or (path.parent if path.name == "config.yaml" else Path("runs") / path.stem)
         return options.model_copy(update={"run": str(run)})
 
@@ -85,14 +85,14 @@ def open_run(options: RunOptions) -> Run:
     with processes().main_process_first():  # the other processes then find what the main process has written
         _check_folder(config, folder)
         if processes().is_main_process:
-            files.write_text(folder.config, config.yaml())
+            files.write_text(folder.config, config.to_yaml())
     return Run(config, folder)
 
 
 def _check_folder(config: RunConfig, folder: RunFolder) -> None:
     if folder.config.is_file():
-        previous = RunConfig.load_resolved(folder.config)
-        for key, old, new in differences(previous.plain(), config.plain()):
+        previous = RunConfig.from_resolved_yaml(folder.config)
+        for key, old, new in differences(previous.to_dict(), config.to_dict()):
             if key != "run" and not any(key.startswith(name) or f".{name}" in key for name in _CHANGEABLE):
                 raise UserError(
                     f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vqvae2 import files
 from vqvae2.errors import UserError
 
-_METADATA_KEY, _CHECKSUM_KEY = "vqvae2", "sha256"
+_METADATA_KEY, _CHECKSUM_KEY, _FORMAT_KEY = "vqvae2", "sha256", "format"
+_FORMAT = 2
 _READ_ERRORS = (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,7 +32,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> No
     """Write tensors (on any device) and JSON-serializable `metadata` to a safetensors file, atomically."""
     # Clone, because safetensors rejects tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({_CHECKSUM_KEY: _checksum(metadata, tensors)} | metadata)
+    text = json.dumps({_CHECKSUM_KEY: _checksum(metadata, tensors), _FORMAT_KEY: _FORMAT} | metadata)
     with files.atomic_write(path) as partial:
         safetensors.torch.save_file(tensors, partial, metadata={_METADATA_KEY: text})
 
@@ -142,8 +143,10 @@ def _read_header(path: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path}: not a weights file of this project (no `{_METADATA_KEY}` metadata), or corrupted.")
     try:
         content = dict(json.loads(metadata[_METADATA_KEY]))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise _corrupted(path, error) from None
+    if (found := content.pop(_FORMAT_KEY, 1)) != _FORMAT:
+        raise UserError(f"{path}: a weights file of format {found}; this version reads {_FORMAT}. Train it again.")
     return content.pop(_CHECKSUM_KEY, ""), content
 
 

@@ -21,25 +21,25 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def from_yaml(cls, path: Path) -> Self:
         """Return the settings in the YAML file `path`.
 
         Raises:
             UserError: If the file is missing, not YAML, or invalid.
         """
-        return cls.parse(read_yaml(path), str(path))
+        return cls.from_dict(read_yaml(path), str(path))
 
     @classmethod
-    def load_resolved(cls, path: Path) -> Self:
-        """Return the settings in a YAML file that `yaml` wrote.
+    def from_resolved_yaml(cls, path: Path) -> Self:
+        """Return the settings in a YAML file that `to_yaml` wrote.
 
         Raises:
             UserError: If the file is missing, truncated or invalid.
         """
-        return cls.parse(_read_resolved(path), str(path))
+        return cls.from_dict(_read_resolved(path), str(path))
 
     @classmethod
-    def parse(cls, data: Any, source: str, section: str | None = None) -> Self:
+    def from_dict(cls, data: Any, source: str, section: str | None = None) -> Self:
         """Return the settings in `data`, plain dictionaries and lists.
 
         Raises:
@@ -50,13 +50,13 @@ class Config(BaseModel):
         except ValidationError as error:
             raise UserError(f"{source}: {explain(error, data, section)}") from None
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-compatible values."""
         return self.model_dump(mode="json")
 
-    def yaml(self) -> str:
+    def to_yaml(self) -> str:
         """Return the settings as YAML, with all defaults, and a last line that proves the text is complete."""
-        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True) + f"{_END}\n"
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True) + f"{_END}\n"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

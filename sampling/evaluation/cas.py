@@ -129,7 +129,7 @@ class ClassificationAccuracyScore:
             UserError: If the samples have no labels, or their classes differ from those of the run's images.
         """
         labeled = LabeledSamples(samples)
-        training, held_out = open_datasets(RunConfig.load_resolved(folder.config).data, folder.data_index)
+        training, held_out = open_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder.data_index)
         if labeled.classes != held_out.classes:
             raise UserError(
                 f"cas: the {len(labeled.classes)} classes of {samples} do not match the {len(held_out.classes)} "
@@ -161,7 +161,7 @@ class ClassificationAccuracyScore:
         path = self.folder / f"{name}.safetensors"
         config, num_workers = self.config, self.held_out.config.num_workers
         model = config.classifier(self.samples.classes, self.samples.size)
-        settings = {**config.plain(), "model": model.architecture}
+        settings = {**config.to_dict(), "model": model.architecture}
         del settings["real"], settings["enabled"]
         recipe = {**made_from, "settings": settings}
         if not path.is_file() or checkpoint.read_metadata(path).get("made_from") != recipe:

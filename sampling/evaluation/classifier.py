@@ -118,7 +118,7 @@ def load_classifier(source: str, device: torch.device | str = "cpu") -> Classifi
 
 def save_classifier(path: Path, network: nn.Module, config: ClassifierConfig, made_from: dict[str, Any]) -> None:
     """Write weights, config and a record of the training data to one safetensors file."""
-    metadata = {"network": "classifier", "config": config.plain(), "made_from": made_from}
+    metadata = {"network": "classifier", "config": config.to_dict(), "made_from": made_from}
     checkpoint.save(path, network.state_dict(), metadata)
 
 
@@ -130,7 +130,7 @@ def _from_file(path: Path, device: torch.device) -> Classifier:
         raise UserError(
             f"{path}: expected the weights of a classifier, found {metadata.get('network')}. Use {_OWN_CLASSIFIER}."
         )
-    config = ClassifierConfig.parse(metadata.get("config"), str(path))
+    config = ClassifierConfig.from_dict(metadata.get("config"), str(path))
     network = checkpoint.build_module(config.build, tensors, path).to(device).requires_grad_(False)
     return Classifier.from_network(network, config, str(path), files.digest(path))
 

@@ -165,7 +165,7 @@ def _image_metrics(
     folder: RunFolder, config: EvaluationConfig, samples: Path, extractor: FeatureExtractor
 ) -> dict[str, Any]:
     """Return every metric that compares Inception features, with the protocol and its warnings."""
-    _, held_out = open_datasets(RunConfig.load_resolved(folder.config).data, folder.data_index)
+    _, held_out = open_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder.data_index)
     generated = ImageFolder(samples / "images")
     features = summarize_features(
         generated.batches(config.batch_size), len(generated), extractor, _keep(len(generated)), "features of samples"

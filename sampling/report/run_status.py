@@ -65,7 +65,7 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
         UserError: If the config or a JSON file is damaged.
     """
     samples = samples or folder.samples
-    config = RunConfig.load_resolved(folder.config)
+    config = RunConfig.from_resolved_yaml(folder.config)
     names = config.levels
     with torch.device("meta"):
         maps = config.autoencoder.model.build(config.data.shape, config.data.channels).map_specs

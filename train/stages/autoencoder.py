@@ -159,7 +159,7 @@ class AutoencoderStage(TrainingStage):
         save_grid(path, blocks, columns)
 
     def save(self, path: Path) -> None:
-        self.network.save(path, data=self.run.config.data.path, config=self.config.plain())
+        self.network.save(path, data=self.run.config.data.path, config=self.config.to_dict())
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def prepare(config: DataConfig, out: Path, encoding: str, quality: int | None) -
         raise UserError("--format: jpeg has no transparency; choose webp, png or raw for --channels 4")
     source = open_source(config.source)
     images = ImageDataset(config, source, np.arange(len(source.index)))
-    header = PreparedHeader.parse(
+    header = PreparedHeader.from_dict(
         {
             "source": config.path,
             "data": images.digest(),

@@ -290,7 +290,7 @@ def _parse(header: bytes, path: Path) -> CodeHeader:
         raise UserError(
             f"{path}: code store of format {data.get('format')}; this version reads format {_FORMAT}. {_FIX}"
         )
-    return CodeHeader.parse(data, str(path))
+    return CodeHeader.from_dict(data, str(path))
 
 
 def _names_key(number: int) -> bytes:

@@ -196,7 +196,7 @@ class Autoencoder(nn.Module):
         stored = _StoredAutoencoder(
             config=self.config, size=self.size, image_channels=self.image_channels, made_from=made_from
         )
-        checkpoint.save(path, self.state_dict(), stored.plain())
+        checkpoint.save(path, self.state_dict(), stored.to_dict())
 
     @classmethod
     def from_pretrained(cls, source: Path | str, device: torch.device | str = "cpu") -> "Autoencoder":
@@ -221,7 +221,7 @@ class Autoencoder(nn.Module):
             UserError: If the file is missing, corrupted or not an autoencoder.
         """
         tensors, metadata = checkpoint.load(path, "autoencoder")
-        stored = _StoredAutoencoder.parse(metadata, str(path))
+        stored = _StoredAutoencoder.from_dict(metadata, str(path))
         model = checkpoint.build_module(lambda: stored.config.build(stored.size, stored.image_channels), tensors, path)
         model.digest, model.made_from = files.digest(path), stored.made_from
         return model.to(device).eval().requires_grad_(False)

@@ -28,7 +28,7 @@ class _StoredPrior(Config):
 def save_prior(path: Path, prior: Prior, config: PriorConfig, **made_from: Any) -> None:
     """Write weights, config, spec and provenance (`made_from`, JSON-serializable) to one safetensors file."""
     stored = _StoredPrior(config=config, spec=prior.spec, made_from=made_from)
-    checkpoint.save(path, prior.state_dict(), stored.plain())
+    checkpoint.save(path, prior.state_dict(), stored.to_dict())
 
 
 def load_prior(path: Path, device: torch.device | str = "cpu") -> Prior:
@@ -38,7 +38,7 @@ def load_prior(path: Path, device: torch.device | str = "cpu") -> Prior:
         UserError: If the file is missing, corrupted or not a prior.
     """
     tensors, metadata = checkpoint.load(path, "prior")
-    stored = _StoredPrior.parse(metadata, str(path))
+    stored = _StoredPrior.from_dict(metadata, str(path))
     prior: Prior = checkpoint.build_module(lambda: stored.config.build(stored.spec), tensors, path)
     prior.digest, prior.made_from = files.digest(path), stored.made_from
     return prior.to(device).eval().requires_grad_(False)

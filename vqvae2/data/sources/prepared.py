@@ -85,7 +85,7 @@ def read_header(path: Path) -> PreparedHeader:
     if data.get("kind") != "images":
         kind = "a code store" if "autoencoder" in data else "another LMDB database"
         raise UserError(f"data.path: {path} is {kind}. Give images, or a folder written by `vqvae2 prepare`.")
-    return PreparedHeader.parse(data, str(path))
+    return PreparedHeader.from_dict(data, str(path))
 
 
 class PreparedWriter:
