@@ -33,10 +33,12 @@ class EditOptions(Options, SamplingParams):
 
     run: Positional[Path] = Field(description="run folder")
     images: Positional[tuple[Path, ...]] = Field(min_length=1, description="image files")
-    variants: int = Field(default=4, ge=1, description="new images per image")
-    seed: int = Field(default=0, ge=0, description="variant v of image k depends on the seed, k and v only")
+    variants: int = Field(default=4, ge=1, le=2**16, description="new images per image")
+    seed: int = Field(
+        default=0, ge=0, le=2**63 - 1, description="variant v of image k depends on the seed, k and v only"
+    )
     classes: ClassLabels = Field(default=(), description="labels of the images, to cycle through")
-    batch_size: int = Field(default=16, ge=1, description="images sampled at once")
+    batch_size: int = Field(default=16, ge=1, le=2**16, description="images sampled at once")
     out: Path | None = Field(default=None, description="output folder; a new one in the run folder if not given")
 
 

@@ -147,10 +147,12 @@ class SamplingParams(Config):
 class SamplingConfig(SamplingParams):
     """What to sample, and how."""
 
-    count: int = Field(default=64, ge=1, description="number of images")
-    seed: int = Field(default=0, ge=0, description="image k depends on the seed and k only")
+    count: int = Field(default=64, ge=1, le=10**7, description="number of images")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="image k depends on the seed and k only")
     classes: ClassLabels = Field(default=(), description="labels to cycle through; all classes if not given")
-    batch_size: int = Field(default=16, ge=1, description="images sampled at once, per process, if memory allows")
+    batch_size: int = Field(
+        default=16, ge=1, le=2**16, description="images sampled at once, per process, if memory allows"
+    )
     memory: float | None = Field(
         default=None, gt=0, description="memory in GiB that sampling may use; half of the free memory if not given"
     )

@@ -42,7 +42,7 @@ class AutoencoderStageConfig(Config):
 class ExtractCodesConfig(Config):
     """Stage 2: extraction of the codes of all images."""
 
-    batch_size: int = Field(default=64, ge=1, description="images encoded at once, per process")
+    batch_size: int = Field(default=64, ge=1, le=2**16, description="images encoded at once, per process")
     flip: bool = Field(default=False, description="also store the codes of each training image's mirror image")
 
 

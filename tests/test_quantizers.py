@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig, Quantizer
-from vqvae2.quantizers.base import rotation_trick, straight_through
+from vqvae2.quantizers.gradient_estimators import rotation_trick, straight_through
 from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest_codes
 
 CONFIGS = {

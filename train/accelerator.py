@@ -1,5 +1,6 @@
 """Accelerate's handle on devices and processes, and moving batches to the device."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 
+from vqvae2.errors import UserError
+
 
 def make_accelerator(
     mixed_precision: str = "fp32", folder: Path | None = None, gradient_accumulation_steps: int = 1
 ) -> Accelerator:
     """Return an Accelerator that logs to TensorBoard in `folder`/logs, if a folder is given."""
+    _check_environment(mixed_precision, gradient_accumulation_steps)
     # Accelerate keeps one precision per process, but each stage of a run may have its own.
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -27,6 +31,22 @@ def make_accelerator(
     if folder:
         accelerator.init_trackers("logs")
     return accelerator
+
+
+def _check_environment(mixed_precision: str, gradient_accumulation_steps: int) -> None:
+    """Refuse launcher settings that Accelerate would silently prefer to, or ignore in favor of, the config."""
+    settings = {
+        "ACCELERATE_MIXED_PRECISION": ("training.mixed_precision", {"", "no", mixed_precision}),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "training.gradient_accumulation_steps",
+            {"", "1", str(gradient_accumulation_steps)},
+        ),
+    }
+    for name, (key, allowed) in settings.items():
+        value = os.environ.get(name, "")
+        if value not in allowed:
+            raise UserError(f"{name}={value}: differs from {key}. Unset the variable, and set {key} instead.")
+        os.environ.pop(name, None)
 
 
 def seed_step(seed: int, step: int, process: int) -> None:

@@ -10,9 +10,11 @@ import torch
 
 from sampling.processes import processes
 from sampling.run_config import RunConfig
+from sampling.run_data import open_run_datasets
 from vqvae2 import files
 from vqvae2.command_line import Options, parse
-from vqvae2.config import differences
+from vqvae2.config import differences, is_resolved
+from vqvae2.data.sources import absolute_source
 from vqvae2.errors import UserError
 from vqvae2.run_folder import RunFolder
 
@@ -48,9 +50,12 @@ class RunOptions(Options, RunConfig):
     @classmethod
     def from_config(cls, path: Path, overrides: Sequence[str], prog: str) -> Self:
         """Return the settings in a YAML file with overrides applied, and the run folder resolved."""
-        options = parse(cls, overrides, prog, cls.from_yaml(path))
-        run = options.run or (path.parent if path.name == "config.yaml" else Path("runs") / path.stem)
-        return options.model_copy(update={"run": str(run)})
+        default = cls.from_yaml(path)
+        if is_resolved(path):  # the config of a run, which may have been moved
+            default = default.model_copy(update={"run": str(path.parent)})
+        options = parse(cls, overrides, prog, default)
+        data = options.data.model_copy(update={"path": absolute_source(options.data.path)})
+        return options.model_copy(update={"run": options.run or str(Path("runs") / path.stem), "data": data})
 
     @property
     def config(self) -> RunConfig:
@@ -82,6 +87,9 @@ def open_run(options: RunOptions) -> Run:
     folder = RunFolder(Path(config.run or "runs"))
     with torch.device("meta"):  # raises before anything is written if sizes do not divide
         config.autoencoder.model.build(config.data.shape, config.data.channels)
+    if processes().is_main_process:
+        _check_folder(config, folder)
+        files.lock_folder(folder.path)
     with processes().main_process_first():  # the other processes then find what the main process has written
         _check_folder(config, folder)
         if processes().is_main_process:
@@ -98,6 +106,8 @@ def _check_folder(config: RunConfig, folder: RunFolder) -> None:
                     f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
                     "Choose another folder with --run, or restore the setting."
                 )
+        if previous.data.path != config.data.path:
+            open_run_datasets(config.data, folder, use_cache=False)
     elif folder.path.is_dir() and any(folder.path.iterdir()):
         raise UserError(f"{folder.path}: not empty, and not a run folder. Choose another folder with --run.")
 

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.machinery
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from vqvae2 import files
 from vqvae2.errors import Stopped, UserError
 
 # OpenMP reads this when torch is loaded. With its default, waiting threads spin for so long that a training step takes
@@ -129,20 +131,14 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for a user error, or 128 + the signal that stopped it."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
-    if arguments[0] == "--version":
-        print(_version())
-        return 0
-    name, *rest = arguments
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"Did you mean {close[0]}?" if close else "Run `vqvae2 --help` for a list."
-        return _fail(f"{name}: no such command. {hint}")
+    _prepare_streams()
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        _run(name, rest)
+        _dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         if os.environ.get("VQVAE2_TRACEBACK"):
             raise
@@ -155,7 +151,31 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
+        files.release_locks()
     return 0
+
+
+def _prepare_streams() -> None:
+    """Make sure that messages can be written: to a closed stream, or in an encoding without the characters."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+    elif arguments[0] == "--version":
+        print(_version())
+    elif arguments[0] in COMMANDS:
+        _run(arguments[0], arguments[1:])
+    else:
+        close = difflib.get_close_matches(arguments[0], COMMANDS, 1)
+        hint = f"Did you mean {close[0]}?" if close else "Run `vqvae2 --help` for a list."
+        raise UserError(f"{arguments[0]}: no such command. {hint}")
 
 
 def _run(name: str, arguments: list[str]) -> None:

@@ -67,24 +67,33 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def load_state_dict(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Load tensors into a module strictly: names and shapes must match exactly. `source` is named in errors.
+    """Load tensors into a module strictly: names, shapes and dtypes must match exactly. `source` is named in errors.
 
     Raises:
-        UserError: If a tensor is missing, unexpected or of another shape.
+        UserError: If a tensor is missing, unexpected, of another shape or dtype, or not finite.
     """
+    _check_state_dict(module, tensors, source)
+    with torch.no_grad():
+        module.load_state_dict(tensors, strict=True)
+
+
+def _check_state_dict(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     expected = module.state_dict()
     for name in (*expected, *tensors):
         if name not in tensors:
             raise UserError(f"{source}: missing weight `{name}`. The file belongs to another model or version.")
         if name not in expected:
             raise UserError(f"{source}: unexpected weight `{name}`. The file belongs to another model or version.")
-        if expected[name].shape != tensors[name].shape:
+        wanted, found = expected[name], tensors[name]
+        if wanted.shape != found.shape:
             raise UserError(
-                f"{source}: weight `{name}` has shape {tuple(tensors[name].shape)}, expected "
-                f"{tuple(expected[name].shape)}. The file belongs to another model or version."
+                f"{source}: weight `{name}` has shape {tuple(found.shape)}, expected {tuple(wanted.shape)}. The file "
+                "belongs to another model or version."
             )
-    with torch.no_grad():
-        module.load_state_dict(tensors, strict=True)
+        if wanted.dtype != found.dtype:
+            raise UserError(f"{source}: weight `{name}` has dtype {found.dtype}, expected {wanted.dtype}.")
+        if found.is_floating_point() and not found.isfinite().all():
+            raise UserError(f"{source}: weight `{name}` is not finite. Train the network again.")
 
 
 def build_module(build: Callable[[], Module], tensors: dict[str, Tensor], source: Path) -> Module:
@@ -97,6 +106,7 @@ def build_module(build: Callable[[], Module], tensors: dict[str, Tensor], source
     """
     with torch.device("meta"):
         module = build()
+    _check_state_dict(module, tensors, source)  # before anything is allocated
     module = module.to_empty(device="cpu")
     load_state_dict(module, tensors, source)
     return module

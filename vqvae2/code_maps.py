@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqvae2.config import Config
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**24)]
 CodeMaps = tuple[Int[Tensor, "b _ _"], ...]  # integer maps, finest level first
 
 

@@ -3,12 +3,15 @@
 No other module reads YAML. A section of settings is a frozen `Config` beside the class it builds.
 """
 
-from collections.abc import Iterator
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from vqvae2.errors import UserError
 
@@ -19,6 +22,17 @@ class Config(BaseModel):
     """Base class of all settings: immutable, typed, validated; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, data: Any) -> Any:
+        """Refuse `steps: true`, which pydantic would read as 1."""
+        if isinstance(data, dict):
+            for name, value in data.items():
+                field = cls.model_fields.get(name)
+                if isinstance(value, bool) and field is not None and bool not in _types(field.annotation):
+                    raise ValueError(f"{name}: expected {_describe_types(field.annotation)}, not {str(value).lower()}")
+        return data
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:
@@ -48,7 +62,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise UserError(f"{source}: {explain(error, data, section)}") from None
+            raise UserError(f"{source}: {explain(error, data, section, cls)}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-compatible values."""
@@ -59,6 +73,17 @@ class Config(BaseModel):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True) + f"{_END}\n"
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a mapping with a duplicate key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
@@ -66,23 +91,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: If the file is missing, not YAML, or not a mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file. Check the path.") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory. Give a YAML config file.") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file. Give a YAML config file.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected `section: …` keys at the top level, found {type(data).__name__}")
     return data
 
 
+def is_resolved(path: Path) -> bool:
+    """Return whether `Config.to_yaml` wrote a file, and completely."""
+    return path.is_file() and path.read_bytes().rstrip().endswith(_END.encode())
+
+
 def _read_resolved(path: Path) -> dict[str, Any]:
     data = read_yaml(path)
-    if not path.read_bytes().rstrip().endswith(_END.encode()):
+    if not is_resolved(path):
         raise UserError(f"{path}: truncated (the last line is not `{_END}`). Restore the file from a backup.")
     return data
 
@@ -99,24 +131,56 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[tuple[str, 
         yield path, first, second
 
 
-def explain(error: ValidationError, data: Any, section: str | None = None) -> str:
-    """Return one line for the first error, with its key path as in `data`."""
-    problem = error.errors(include_url=False)[0]
+def explain(error: ValidationError, data: Any, section: str | None = None, cls: type[BaseModel] | None = None) -> str:
+    """Return one line for the first error, with its key path as in `data`. An unknown key is reported first.
+
+    Args:
+        cls: The validated class, to suggest a known key in place of an unknown one.
+    """
+    problems = error.errors(include_url=False)
+    problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     keys = [section] if section else []
     for position, key in enumerate(problem["loc"]):
         if isinstance(data, dict) and key not in data and position < len(problem["loc"]) - 1:
             continue  # the tag of a union, which pydantic adds to the path
         keys.append(str(key))
         data = _child(data, key)
-    name, total = ".".join(keys), len(error.errors())
+    name, total = ".".join(keys), len(problems)
     more = f" (and {total - 1} more)" if total > 1 else ""
     if problem["type"] == "extra_forbidden":
-        return f"{name}: unknown key. Check its spelling and indentation.{more}"
+        known = _known_keys(cls, problem["loc"][:-1]) if cls else []
+        close = difflib.get_close_matches(keys[-1], known, 1)
+        hint = f"Did you mean `{close[0]}`?" if close else "Check its spelling and indentation."
+        return f"{name}: unknown key. {hint}{more}"
     if problem["type"] == "missing":
         return f"{name}: required, but missing{more}"
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], dict | list | BaseModel) else f", not {problem['input']!r}"
     return f"{name}: {message}{shown}{more}" if name else f"{message}{more}"
+
+
+def _known_keys(cls: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Return the keys that are allowed at a location, as far as the classes of its fields tell."""
+    classes = [cls]
+    for key in location:
+        fields = [each.model_fields[key].annotation for each in classes if key in each.model_fields]
+        classes = [each for field in fields for each in _types(field) if issubclass(each, BaseModel)] or classes
+    return [name for each in classes for name in each.model_fields]
+
+
+def _types(annotation: Any) -> list[type]:
+    """Return the classes in an annotation: those of a union, and of the elements of tuples and dictionaries."""
+    if typing.get_origin(annotation) in (Union, types.UnionType, Annotated, tuple, dict):
+        return [each for part in typing.get_args(annotation) for each in _types(part)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return [type(value) for value in typing.get_args(annotation)]
+    return [annotation] if isinstance(annotation, type) else []
+
+
+def _describe_types(annotation: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
+    found = [names[each] for each in _types(annotation) if each in names]
+    return " or ".join(dict.fromkeys(found)) or "another type"
 
 
 def _child(data: Any, key: int | str) -> Any:

@@ -9,13 +9,19 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vqvae2.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
 _PARTIAL = re.compile(r"\..*\.([\w-]+)\.(\d+)\.partial")
 _cleaned: set[Path] = set()
+_locks: dict[Path, IO[str]] = {}
 
 
 @contextmanager
@@ -59,6 +65,42 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         pass  # alive, owned by another user
     return True
+
+
+def lock_folder(folder: Path) -> None:
+    """Reserve a folder for this process until `release_locks` or the end of the process.
+
+    Raises:
+        UserError: If another process has reserved the folder. The message names it.
+    """
+    path = (folder / ".lock").absolute()
+    if fcntl is None or path in _locks:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+")
+    try:
+        # A POSIX lock, because it is not inherited by worker processes, which may outlive a killed command.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(f"{folder}: in use by {owner}. Wait until it has finished, or use another folder.") from None
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {_HOST}")
+    file.flush()
+    _locks[path] = file
+
+
+def release_locks() -> None:
+    """Release every folder that `lock_folder` reserved."""
+    while _locks:
+        path, file = _locks.popitem()
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -88,6 +88,10 @@ class RunFolder:
         return self.path / "data-index.safetensors"
 
     @property
+    def data_identity(self) -> Path:
+        return self.path / "data-identity.json"
+
+    @property
     def autoencoder(self) -> StageFolder:
         return StageFolder(self.path / "autoencoder")
 

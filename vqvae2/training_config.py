@@ -11,9 +11,11 @@ from vqvae2.models.discriminator import DiscriminatorConfig
 class TrainingConfig(Config):
     """How one network is trained. All intervals count optimizer steps."""
 
-    steps: int = Field(ge=1, description="optimizer steps")
-    batch_size: int = Field(default=128, ge=1, description="global batch size: all processes and accumulation steps")
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
+    steps: int = Field(ge=1, le=2**40, description="optimizer steps")
+    batch_size: int = Field(
+        default=128, ge=1, le=2**24, description="global batch size: all processes and accumulation steps"
+    )
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=2**20, description="micro-batches per optimizer step")
     learning_rate: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warmup")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warmup")
@@ -25,7 +27,7 @@ class TrainingConfig(Config):
     )
     mixed_precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="autocast data type")
     compile: bool = Field(default=False, description="use torch.compile (worthwhile on GPUs)")
-    seed: int = Field(default=0, ge=0, description="seed of the weights, the data order and dropout")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of the weights, the data order and dropout")
     log_every: int = Field(default=50, ge=1, description="steps between log entries")
     validate_every: int = Field(default=1000, ge=1, description="steps between validations")
     preview_every: int = Field(default=5000, ge=1, description="steps between preview images")

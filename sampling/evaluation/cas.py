@@ -25,8 +25,9 @@ from sampling.evaluation.classifier import (
 )
 from sampling.evaluation.evaluation_config import CasConfig
 from sampling.run_config import RunConfig
+from sampling.run_data import open_run_datasets
 from vqvae2 import checkpoint, files
-from vqvae2.data.images import ImageDataset, ImageSample, open_datasets, to_float, to_rgb
+from vqvae2.data.images import ImageDataset, ImageSample, to_float, to_rgb
 from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.run_folder import RunFolder
@@ -129,7 +130,7 @@ class ClassificationAccuracyScore:
             UserError: If the samples have no labels, or their classes differ from those of the run's images.
         """
         labeled = LabeledSamples(samples)
-        training, held_out = open_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder.data_index)
+        training, held_out = open_run_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder)
         if labeled.classes != held_out.classes:
             raise UserError(
                 f"cas: the {len(labeled.classes)} classes of {samples} do not match the {len(held_out.classes)} "

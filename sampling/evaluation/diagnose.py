@@ -34,8 +34,8 @@ class DiagnoseOptions(Options):
     """Show whether the autoencoder or one of the priors limits the quality of the samples."""
 
     run: Positional[Path] = Field(description="run folder")
-    count: int = Field(default=16, ge=1, description="number of held-out images")
-    seed: int = Field(default=0, ge=0, description="seed of the sampled codes")
+    count: int = Field(default=16, ge=1, le=2**16, description="number of held-out images")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of the sampled codes")
 
 
 def diagnose_run(run: Path, count: int = 16, seed: int = 0) -> Path:

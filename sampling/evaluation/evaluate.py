@@ -24,9 +24,10 @@ from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageBatch, ImageFolder, open_image_set
 from sampling.processes import processes
 from sampling.run_config import RunConfig, parse_with_run_defaults
+from sampling.run_data import open_run_datasets
 from vqvae2 import distributed, files
 from vqvae2.command_line import Options
-from vqvae2.data.images import ImageDataset, open_datasets, to_float, to_rgb, to_uint8
+from vqvae2.data.images import ImageDataset, to_float, to_rgb, to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailableError, load_inception
@@ -165,7 +166,7 @@ def _image_metrics(
     folder: RunFolder, config: EvaluationConfig, samples: Path, extractor: FeatureExtractor
 ) -> dict[str, Any]:
     """Return every metric that compares Inception features, with the protocol and its warnings."""
-    _, held_out = open_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder.data_index)
+    _, held_out = open_run_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder)
     generated = ImageFolder(samples / "images")
     features = summarize_features(
         generated.batches(config.batch_size), len(generated), extractor, _keep(len(generated)), "features of samples"

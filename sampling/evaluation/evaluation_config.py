@@ -12,11 +12,13 @@ class CasConfig(Config):
     enabled: bool = Field(default=False, description="train a ResNet on the samples and test it on held-out images")
     real: bool = Field(default=False, description="also train a classifier on the same number of real images")
     model: Architecture | None = Field(default=None, description="resnet18 up to 64 px, else resnet50, if not given")
-    steps: int = Field(default=2000, ge=1, description="optimizer steps")
+    steps: int = Field(default=2000, ge=1, le=2**40, description="optimizer steps")
     batch_size: int = Field(default=128, ge=2, description="batch size")
     learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(default=0.05, ge=0, description="weight decay of AdamW")
-    seed: int = Field(default=0, ge=0, description="seed of the weights, the data order and the augmentation")
+    seed: int = Field(
+        default=0, ge=0, le=2**63 - 1, description="seed of the weights, the data order and the augmentation"
+    )
 
     def classifier(self, classes: tuple[str, ...], size: tuple[int, int]) -> ClassifierConfig:
         """Return the config of a classifier for images of (height, width) `size`."""

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sampling.evaluation.training_checks import codebook_warnings
+from sampling.run_data import open_run_datasets
 from train.accelerator import to_device
 from train.loop import AuxiliaryNetwork, TrainingStage, train
 from train.losses import (
@@ -18,7 +19,7 @@ from train.losses import (
     make_perceptual_loss,
 )
 from train.run import Run, RunOptions, open_run, print_main
-from vqvae2.data.images import ImageDataset, ImageSample, open_datasets, to_float, to_uint8
+from vqvae2.data.images import ImageDataset, ImageSample, to_float, to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.metrics.reconstruction import ReconstructionStatistics
@@ -85,7 +86,7 @@ class AutoencoderStage(TrainingStage):
         self.run, self.config = run, run.config.autoencoder
         loss, shape, channels = self.config.loss, run.config.data.shape, run.config.data.channels
         perceptual = make_perceptual_loss(loss.perceptual, shape)  # first, because it may fail
-        self.training_data, self.validation_data = open_datasets(run.config.data, run.folder.data_index)
+        self.training_data, self.validation_data = open_run_datasets(run.config.data, run.folder)
         torch.manual_seed(self.config.training.seed)
         self._network = self.config.model.build(shape, channels)
         self.adversarial = None

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from sampling.run_data import open_run_datasets
 from train.accelerator import make_accelerator, to_device
 from train.run import Run, RunOptions, open_run, print_main
 from vqvae2 import files
 from vqvae2.data import lmdb_store
 from vqvae2.data.code_store import RECORDS_PER_VALUE, UNREADABLE_LABEL, CodeHeader, CodeStore, CodeWriter
-from vqvae2.data.images import ImageDataset, open_datasets, to_float
+from vqvae2.data.images import ImageDataset, to_float
 from vqvae2.data.samplers import load_batches
 from vqvae2.models import Autoencoder
 
@@ -38,7 +39,7 @@ def extract_codes(run: Run) -> None:
     accelerator = make_accelerator()
     network = Autoencoder.load(run.folder.autoencoder_weights, accelerator.device)
     started = time.monotonic()
-    for split, images in zip(stores, open_datasets(run.config.data, run.folder.data_index), strict=True):
+    for split, images in zip(stores, open_run_datasets(run.config.data, run.folder), strict=True):
         _extract(run, network, images, split, accelerator)
     if accelerator.is_main_process:
         files.write_json(run.folder.codes_summary, {"seconds": round(time.monotonic() - started, 1)})

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
 from vqvae2.data.image_io import UnreadableImageError, read_image
 from vqvae2.data.index import IntArray, StringTable
@@ -38,7 +39,9 @@ class DataConfig(Config):
         description="a folder of images, a .zip or .tar archive, shards such as `a{000..123}.tar`, a folder written by "
         "`vqvae2 prepare`, torchvision:NAME, huggingface:NAME, or `scenes`, the built-in data set",
     )
-    size: int | tuple[int, int] = Field(default=256, description="image size in pixels: side, or height and width")
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        default=256, description="image size in pixels: side, or height and width"
+    )
     channels: Literal[1, 3, 4] = Field(default=3, description="1 for grayscale, 3 for RGB, 4 for RGBA")
     labels: Literal["none", "folder"] = Field(
         default="none", description="`folder`: the first folder of an image's path, or the label of the data set"
@@ -49,7 +52,7 @@ class DataConfig(Config):
     )
     crop: Literal["center", "random"] = Field(default="center", description="crop of training images")
     flip: bool = Field(default=False, description="mirror half of the training images")
-    num_scenes: int = Field(default=4096, ge=2, description="number of images of `scenes`")
+    num_scenes: int = Field(default=4096, ge=2, le=10**7, description="number of images of `scenes`")
     num_workers: int = Field(
         default=2, ge=0, description="worker processes that decode images; 0 decodes in the main process"
     )

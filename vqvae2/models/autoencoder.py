@@ -37,9 +37,9 @@ class AutoencoderConfig(Config):
     levels: tuple[LevelConfig, ...] = Field(
         default=(LevelConfig(stride=4), LevelConfig(stride=2)), min_length=1, max_length=4, description="finest first"
     )
-    channels: int = Field(default=128, ge=2, description="hidden channels")
-    residual_channels: int = Field(default=64, ge=1, description="hidden channels of a residual block")
-    residual_layers: int = Field(default=2, ge=0, description="residual blocks in each encoder and decoder")
+    channels: int = Field(default=128, ge=2, le=2**14, description="hidden channels")
+    residual_channels: int = Field(default=64, ge=1, le=2**14, description="hidden channels of a residual block")
+    residual_layers: int = Field(default=2, ge=0, le=256, description="residual blocks in each encoder and decoder")
 
     def build(self, size: tuple[int, int], image_channels: int = 3) -> "Autoencoder":
         """Build the network with random weights for images of `size` (height, width).

@@ -17,7 +17,10 @@ class DiscriminatorConfig(Config):
     """Settings of a patch discriminator. The defaults have a receptive field of 70 × 70 pixels."""
 
     channels: int = Field(
-        default=64, ge=1, description="channels of the first layer; they double with each layer, up to eight times"
+        default=64,
+        ge=1,
+        le=2**12,
+        description="channels of the first layer; they double with each layer, up to eight times",
     )
     layers: int = Field(default=3, ge=1, le=6, description="layers of stride 2")
 

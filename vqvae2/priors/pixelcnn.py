@@ -26,11 +26,13 @@ class PixelCNNConfig(Config):
     """Settings of the network."""
 
     kind: Literal["pixelcnn"] = "pixelcnn"
-    channels: int = Field(default=256, ge=1, description="hidden channels")
+    channels: int = Field(default=256, ge=1, le=2**14, description="hidden channels")
     kernel: OddKernelSize = Field(default=5, description="columns of a convolution, odd; it has kernel // 2 rows above")
-    layers: int = Field(default=15, ge=1, description="number of layers")
-    output_channels: int = Field(default=512, ge=1, description="hidden channels before the logits")
-    condition_layers: int = Field(default=3, ge=0, description="residual blocks over the coarser levels' codes")
+    layers: int = Field(default=15, ge=1, le=1024, description="number of layers")
+    output_channels: int = Field(default=512, ge=1, le=2**14, description="hidden channels before the logits")
+    condition_layers: int = Field(
+        default=3, ge=0, le=1024, description="residual blocks over the coarser levels' codes"
+    )
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
     def build(self, spec: PriorSpec) -> "PixelCNN":

@@ -20,17 +20,19 @@ class PixelSNAILConfig(Config):
     """Settings of the network. In the paper, levels conditioned on coarser levels have no attention."""
 
     kind: Literal["pixelsnail"] = "pixelsnail"
-    channels: int = Field(default=256, ge=2, description="hidden channels")
-    residual_channels: int = Field(default=256, ge=1, description="hidden channels of a residual block")
+    channels: int = Field(default=256, ge=2, le=2**14, description="hidden channels")
+    residual_channels: int = Field(default=256, ge=1, le=2**14, description="hidden channels of a residual block")
     kernel: OddKernelSize = Field(default=5, description="rows and columns of a causal convolution, odd")
-    blocks: int = Field(default=4, ge=1, description="number of blocks")
-    layers: int = Field(default=4, ge=1, description="residual blocks in each block")
+    blocks: int = Field(default=4, ge=1, le=64, description="number of blocks")
+    layers: int = Field(default=4, ge=1, le=64, description="residual blocks in each block")
     attention: bool | tuple[int, ...] = Field(
         default=True, description="blocks that end with attention: all, none, or a list of block indices"
     )
-    heads: int = Field(default=8, ge=1, description="attention heads")
-    condition_layers: int = Field(default=3, ge=0, description="residual blocks over the coarser levels' codes")
-    output_layers: int = Field(default=0, ge=0, description="pointwise residual blocks before the logits")
+    heads: int = Field(default=8, ge=1, le=1024, description="attention heads")
+    condition_layers: int = Field(
+        default=3, ge=0, le=1024, description="residual blocks over the coarser levels' codes"
+    )
+    output_layers: int = Field(default=0, ge=0, le=1024, description="pointwise residual blocks before the logits")
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
     @model_validator(mode="after")

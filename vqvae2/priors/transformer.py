@@ -28,11 +28,13 @@ class TransformerConfig(Config):
     """Settings of the network."""
 
     kind: Literal["transformer"] = "transformer"
-    channels: int = Field(default=768, ge=4, description="hidden channels")
-    layers: int = Field(default=12, ge=1, description="number of blocks")
-    heads: int = Field(default=12, ge=1, description="attention heads")
+    channels: int = Field(default=768, ge=4, le=2**14, description="hidden channels")
+    layers: int = Field(default=12, ge=1, le=1024, description="number of blocks")
+    heads: int = Field(default=12, ge=1, le=1024, description="attention heads")
     feed_forward: float = Field(default=8 / 3, gt=0, description="hidden channels of the feed-forward layer / channels")
-    condition_layers: int = Field(default=3, ge=0, description="residual blocks over the coarser levels' codes")
+    condition_layers: int = Field(
+        default=3, ge=0, le=1024, description="residual blocks over the coarser levels' codes"
+    )
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
     @model_validator(mode="after")

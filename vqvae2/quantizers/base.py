@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -53,26 +52,3 @@ class Quantizer(nn.Module, ABC):
     def _check_features(self, features: Tensor) -> None:
         if features.ndim < 2 or features.shape[1] != self.code_dim:
             raise ValueError(f"expected features (batch, {self.code_dim}, ...), got {tuple(features.shape)}")
-
-
-def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
-    """Return `quantized`, with the identity as its gradient with respect to `latents`.
-
-    The straight-through estimator (van den Oord et al. 2017, section 3.1).
-    """
-    return latents + (quantized - latents).detach()
-
-
-def rotation_trick(latents: Tensor, quantized: Tensor) -> Tensor:
-    """Return `quantized`, with a rotation and scaling as its gradient with respect to `latents`.
-
-    The rotation maps each latent vector (last dimension) onto its quantized vector and is treated as a constant, so the
-    gradient keeps its angle to the quantized vector (Fifty et al. 2024, arXiv 2410.06424, eq. 4).
-    """
-    source = F.normalize(latents.detach(), dim=-1)
-    target = F.normalize(quantized.detach(), dim=-1)
-    middle = F.normalize(source + target, dim=-1)
-    scale = quantized.detach().norm(dim=-1, keepdim=True) / latents.detach().norm(dim=-1, keepdim=True).clamp_min(1e-6)
-    along_middle = (latents * middle).sum(-1, keepdim=True)
-    along_source = (latents * source).sum(-1, keepdim=True)
-    return scale * (latents - 2 * along_middle * middle + 2 * along_source * target)

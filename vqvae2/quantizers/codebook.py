@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vqvae2.config import Config
 from vqvae2.distributed import all_reduce_sum, get_rank, get_world_size, is_distributed
-from vqvae2.quantizers.base import Quantizer, QuantizerOutput, rotation_trick, straight_through
+from vqvae2.quantizers.base import Quantizer, QuantizerOutput
+from vqvae2.quantizers.gradient_estimators import rotation_trick, straight_through
 from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest_codes
 
 _KMEANS_ITERATIONS = 10
@@ -21,8 +22,8 @@ _KMEANS_SAMPLES_PER_CODE = 64
 class CodebookConfig(Config):
     """Settings of a codebook. The VQ-VAE-2 paper uses 512 codes of 64 dimensions."""
 
-    codebook_size: int = Field(default=512, ge=1, description="number of codes")
-    code_dim: int = Field(default=64, ge=1, description="channels of the features to quantize")
+    codebook_size: int = Field(default=512, ge=1, le=2**24, description="number of codes")
+    code_dim: int = Field(default=64, ge=1, le=2**14, description="channels of the features to quantize")
     commitment_weight: float = Field(default=0.25, ge=0, description="β, the weight of the commitment loss")
     ema_decay: float = Field(
         default=0.99, ge=0, lt=1, description="γ, decay of the moving averages of code usage (and of an EMA codebook)"

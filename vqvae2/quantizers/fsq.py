@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vqvae2.config import Config
-from vqvae2.quantizers.base import Quantizer, QuantizerOutput, straight_through
+from vqvae2.quantizers.base import Quantizer, QuantizerOutput
+from vqvae2.quantizers.gradient_estimators import straight_through
 
 _EPSILON = 1e-3  # keeps the outermost grid values away from the asymptotes of tanh
 
@@ -23,7 +24,7 @@ class FSQConfig(Config):
 
     kind: Literal["fsq"] = "fsq"
     grid: tuple[int, ...] = Field(default=(8, 8, 8), min_length=1, description="values per dimension, 2 or more")
-    code_dim: int = Field(default=64, ge=1, description="channels of the features to quantize")
+    code_dim: int = Field(default=64, ge=1, le=2**14, description="channels of the features to quantize")
 
     @property
     def codebook_size(self) -> int:

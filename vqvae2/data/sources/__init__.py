@@ -25,6 +25,13 @@ SOURCES: tuple[type[Source], ...] = (
 )
 
 
+def absolute_source(path: str) -> str:
+    """Return a local path as an absolute path, with `~` expanded; return names and addresses unchanged."""
+    if any(kind.matches(path) for kind in (SceneSource, TorchvisionSource, HuggingFaceSource)) or path == "scenes":
+        return path
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
 def open_source(path: str, cache: Path | None = None) -> Source:
     """Open the source at `path`. Its index is stored in the file `cache`, and reused until the source changes.
 
