@@ -1,12 +1,15 @@
 """Weights files: what is written comes back, and no changed byte goes unseen."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from vqvae2 import checkpoint
+from vqvae2 import Autoencoder, AutoencoderConfig, checkpoint
 from vqvae2.errors import UserError
 
 TENSORS = {
@@ -53,3 +56,49 @@ def test_a_file_cut_short_is_named(tmp_path: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(UserError, match=r"file: corrupted weights file \(.*\). Delete it and rerun the stage"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.fill_(float("nan")), "is not finite"),
+        (lambda weights: weights.double(), r"has dtype torch\.float64, expected torch\.float32"),
+        (lambda weights: weights.to(torch.int64), r"has dtype torch\.int64"),
+        (lambda weights: weights.to(torch.complex64), r"has dtype torch\.complex64"),
+        (lambda weights: weights[:1], "has shape"),
+    ],
+)
+def test_invalid_weights_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor], message: str) -> None:
+    tensors = dict(torch.nn.Linear(2, 3).state_dict())
+    tensors["weight"] = change(tensors["weight"].clone())
+    with pytest.raises(UserError, match=f"file: weight `weight` {message}"):
+        checkpoint.build_module(lambda: torch.nn.Linear(2, 3), tensors, Path("file"))
+
+
+def test_impossible_sizes_are_refused_before_allocation(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    small = AutoencoderConfig(channels=4, residual_channels=2, residual_layers=1).build((32, 32))
+    small.save(path)
+    tensors, metadata = checkpoint.load(path)
+    changes: list[tuple[str, Any]] = [
+        ("channels", 10**9),
+        ("channels", 2**14),  # within the bounds: 40 GB, if it were allocated
+        ("residual_layers", 10**6),
+        ("levels", [{"stride": 4, "quantizer": {"kind": "ema", "codebook_size": 10**10}}]),
+    ]
+    for key, value in changes:
+        checkpoint.save(path, tensors, metadata | {"config": metadata["config"] | {key: value}})
+        with pytest.raises(UserError, match=r"model\.safetensors: "):
+            Autoencoder.from_pretrained(path)
+    for size in ("big", [32], None, [10**12, 32], [-32, 32]):
+        checkpoint.save(path, tensors, metadata | {"size": size})
+        with pytest.raises(UserError, match=r"model\.safetensors: .*"):
+            Autoencoder.from_pretrained(path)
+
+
+def test_older_format_is_refused_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_FORMAT", 1)
+    checkpoint.save(tmp_path / "old.safetensors", {"a": torch.zeros(1)}, {})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="weights file of format 1; this version reads 2"):
+        checkpoint.load(tmp_path / "old.safetensors")

@@ -1,6 +1,7 @@
 """The command line: option parsing, help, one-line errors, and user files that shadow this project's packages."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 from sampling.run_config import RunConfig
 from tests.test_commands import fails
 from tests.test_configs import CONFIGS
+from train.accelerator import make_accelerator
 from vqvae2.__main__ import COMMANDS, main
 from vqvae2.command_line import parse
 from vqvae2.errors import UserError
@@ -125,3 +127,28 @@ def test_user_files_do_not_shadow_this_project(launcher: str, shadowed: Path) ->
         assert result.returncode != 0
         assert "of the user was imported" not in result.stderr
         assert "vqvae2: missing" in result.stderr
+
+
+@pytest.mark.parametrize("redirect", ["| true", "| head -c 5 >/dev/null", "2>&-", ">&-", ">&- 2>&-"])
+@pytest.mark.parametrize("command", ["--help", "inspect missing", "sample n\u00f6\u2026"])
+def test_closed_streams_and_pipes_give_no_traceback(redirect: str, command: str, tmp_path: Path) -> None:
+    script = f"{sys.executable} -m vqvae2 {command} {redirect}"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run(script, shell=True, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert b"Traceback" not in result.stderr
+    assert b"Exception ignored" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "training.gradient_accumulation_steps"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "training.mixed_precision"),
+    ],
+)
+def test_launcher_settings_that_differ_from_the_config_are_refused(
+    name: str, value: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}={value}: differs from {key}"):
+        make_accelerator()

@@ -97,3 +97,32 @@ def test_differences_name_the_full_path_of_each_value_that_differs() -> None:
     other = {"a": {"b": [1, {"c": 5}]}, "same": 3, "new": 4}
     assert list(differences(one, other)) == [("a.b.1.c", 2, 5), ("new", None, 4)]
     assert not list(differences(one, one))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("size: 32", "size: 2020-99-99", ["not valid YAML", "month"]),
+        ("size: 32", "size: !!int abc", ["not valid YAML"]),
+        ("size: 32", "size: 32, size: 64", ["not valid YAML", "`size` occurs twice"]),
+        ("size: 32", "size: " + "[" * 5000, ["not valid YAML", "nested too deeply"]),
+        ("steps: 6", "steps: true", ["autoencoder.training", "steps: expected an integer, not true"]),
+        ("labels: folder", "labels: folder, crop: true", ["data", "crop"]),
+        ("autoencoder:", "autoencodr:", ["autoencodr: unknown key", "Did you mean `autoencoder`?"]),
+        ("code_dim: 8}}\n  training", "code_dimm: 8}}\n  training", ["code_dimm: unknown key", "`code_dim`"]),
+        ("steps: 6", "seed: 18446744073709551616, steps: 6", ["autoencoder.training.seed", "less than or equal"]),
+        ("channels: 16", "channels: 60000", ["autoencoder.model.channels", "less than or equal"]),
+        ("count: 5", "count: 1000000000000", ["sampling.count", "less than or equal"]),
+        ("batch_size: 8", "batch_size: 100000000000000", ["batch_size", "less than or equal"]),
+        ("size: 32", "size: 99999999999", ["data.size", "less than or equal"]),
+        ("num_workers: 0", "num_workers: yes", ["num_workers: expected an integer, not true"]),
+        ("val_fraction: 0.1", "val_fraction: .nan", ["data.val_fraction", "finite"]),
+    ],
+)
+def test_malformed_yaml_and_out_of_range_values(tiny_config: Path, old: str, new: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load(tiny_config, old, new)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message

@@ -87,12 +87,10 @@ def open_run(options: RunOptions) -> Run:
     folder = RunFolder(Path(config.run or "runs"))
     with torch.device("meta"):  # raises before anything is written if sizes do not divide
         config.autoencoder.model.build(config.data.shape, config.data.channels)
-    if processes().is_main_process:
-        _check_folder(config, folder)
-        files.lock_folder(folder.path)
     with processes().main_process_first():  # the other processes then find what the main process has written
         _check_folder(config, folder)
         if processes().is_main_process:
+            files.lock_folder(folder.path)
             files.write_text(folder.config, config.to_yaml())
     return Run(config, folder)
 
@@ -108,7 +106,7 @@ def _check_folder(config: RunConfig, folder: RunFolder) -> None:
                 )
         if previous.data.path != config.data.path:
             open_run_datasets(config.data, folder, use_cache=False)
-    elif folder.path.is_dir() and any(folder.path.iterdir()):
+    elif folder.path.is_dir() and any(child.name != files.LOCK_NAME for child in folder.path.iterdir()):
         raise UserError(f"{folder.path}: not empty, and not a run folder. Choose another folder with --run.")
 
 

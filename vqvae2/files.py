@@ -21,6 +21,7 @@ except ImportError:  # Windows
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
 _PARTIAL = re.compile(r"\..*\.([\w-]+)\.(\d+)\.partial")
 _cleaned: set[Path] = set()
+LOCK_NAME = ".lock"
 _locks: dict[Path, IO[str]] = {}
 
 
@@ -73,7 +74,7 @@ def lock_folder(folder: Path) -> None:
     Raises:
         UserError: If another process has reserved the folder. The message names it.
     """
-    path = (folder / ".lock").absolute()
+    path = (folder / LOCK_NAME).absolute()
     if fcntl is None or path in _locks:
         return
     folder.mkdir(parents=True, exist_ok=True)

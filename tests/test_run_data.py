@@ -1,0 +1,96 @@
+"""A run belongs to its folder and to its images: moved runs, other images, and two commands at once."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sampling.run_config import RunConfig
+from tests.test_commands import contents, fails
+from tests.test_commands import images as image_files
+from vqvae2.__main__ import main
+from vqvae2.data.sources import absolute_source
+
+
+@pytest.fixture
+def trained(tiny_config: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A config on 24 images in two class folders, and its run with a trained autoencoder."""
+    for name in ("a", "b"):
+        image_files(tmp_path / "images" / name, 12)
+    text = tiny_config.read_text().replace("num_scenes: 200", f"path: {tmp_path / 'images'}")
+    tiny_config.write_text(text)
+    run = tmp_path / "run"
+    assert main(["train-autoencoder", str(tiny_config), "--run", str(run)]) == 0
+    return tiny_config, run
+
+
+def test_other_images_are_refused_by_every_stage(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = trained
+    moved = shutil.copytree(tmp_path / "images", tmp_path / "moved")
+    command = ["extract-codes", str(config), "--run", str(run), "--data.path"]
+    assert main([*command, str(moved)]) == 0  # the same names and labels are the same data
+    for change in ("added", "removed", "relabeled"):
+        other = shutil.copytree(tmp_path / "images", tmp_path / change)
+        first = next((other / "a").iterdir())
+        if change == "added":
+            shutil.copy(first, other / "a" / "new.png")
+        elif change == "removed":
+            first.unlink()
+        else:
+            first.rename(other / "b" / f"moved-{first.name}")
+        before = contents(run)
+        for stage in ("train-autoencoder", "extract-codes", "run"):
+            fails(capsys, [stage, *command[1:], str(other)], "data.path", str(other), "--run")
+        assert contents(run) == before
+
+
+def test_images_added_in_place_are_refused(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = trained
+    shutil.copy(next((tmp_path / "images" / "a").iterdir()), tmp_path / "images" / "b" / "zz.png")
+    fails(capsys, ["extract-codes", str(config), "--run", str(run)], "data.path", "names, labels or number differ")
+
+
+def test_moved_run_is_continued_where_it_is(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = trained
+    moved = run.rename(tmp_path / "elsewhere")
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert main(["train-autoencoder", "../elsewhere/config.yaml"]) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert not run.exists()
+    assert not any((tmp_path / "cwd").iterdir())
+    assert RunConfig.from_resolved_yaml(moved / "config.yaml").run == "../elsewhere"
+
+
+def test_data_path_is_resolved_where_the_command_is_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert absolute_source("photos") == str(tmp_path / "photos")
+    assert absolute_source("~/photos.zip") == "/home/someone/photos.zip"
+    for name in ("scenes", "torchvision:CIFAR10:data", "huggingface:mnist", "s3://bucket/a{0..3}.tar", "/x/y"):
+        assert absolute_source(name) == name
+
+
+def test_two_commands_cannot_use_one_run_folder(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = trained
+    code = (
+        "import sys, time; from pathlib import Path; from vqvae2 import files\n"
+        "files.lock_folder(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "locked\n"
+        fails(capsys, ["extract-codes", str(config), "--run", str(run)], str(run), f"in use by process {owner.pid} on")
+        owner.kill()
+        owner.wait()
+    assert main(["extract-codes", str(config), "--run", str(run)]) == 0  # a killed owner leaves no lock
