@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+KILLS = ["kills", "--moments", "1", "--steps", "50", "--images", "300"]
 
-@pytest.mark.parametrize("arguments", [["kills", "--moments", "1"], ["fuzz", "--times", "18"]], ids=["kills", "fuzz"])
+
+@pytest.mark.parametrize("arguments", [KILLS, ["fuzz", "--times", "18"]], ids=["kills", "fuzz"])
 def test_harness_finds_no_failures(arguments: list[str]) -> None:
     name, *options = arguments
     command = [sys.executable, "-m", f"tests.harness.{name}", *options]

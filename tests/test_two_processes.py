@@ -22,6 +22,17 @@ from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig
 
 STEPS, BATCH = 20, 8
+NO_DROPOUT = ["--priors.top.model.dropout", "0", "--priors.bottom.model.dropout", "0"]
+# Runs several commands with one launch, because starting the processes takes longer than the commands.
+RUN_COMMANDS = f"""
+import sys
+from vqvae2.__main__ import main
+config, *commands = sys.argv[1:]
+for command in commands:
+    name, *options = command.split()
+    if status := main([name, config, *options, *{NO_DROPOUT}]):
+        sys.exit(status)
+"""
 
 
 def train_quantizers(dead_code_threshold: float) -> dict[str, Tensor]:
@@ -71,21 +82,20 @@ def test_codebook_statistics_and_restarts_match_one_process() -> None:
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Train on one process and, with torchrun, on two, and return both run folders."""
     folder = tmp_path_factory.mktemp("launched")
-    settings = ["--priors.top.model.dropout", "0", "--priors.bottom.model.dropout", "0"]
+    script = folder / "commands.py"
+    script.write_text(RUN_COMMANDS)
+    commands = ["train-autoencoder", "extract-codes", "train-prior --level bottom"]
     for processes in (1, 2):
-        config = folder / f"{processes}.yaml"
-        config.write_text(f"{TINY}run: {folder / str(processes)}\n")
-        common = [str(config), *settings]
-        for command in (["train-autoencoder"], ["extract-codes"], ["train-prior", "--level", "bottom"]):
-            if processes == 1:
-                assert main([command[0], *common, *command[1:]]) == 0
-                continue
-            # `accelerate launch --cpu` always starts one process. For GPUs it runs this command.
-            launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vqvae2"]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            arguments = [sys.executable, "-m", *launch, command[0], *common, *command[1:]]
-            done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
+        (folder / f"{processes}.yaml").write_text(f"{TINY}run: {folder / str(processes)}\n")
+    for command in commands:
+        name, *options = command.split()
+        assert main([name, str(folder / "1.yaml"), *options, *NO_DROPOUT]) == 0
+    # `accelerate launch --cpu` always starts one process. For GPUs it runs torchrun, as here.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = [*launch, str(script), str(folder / "2.yaml"), *commands]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return folder / "1", folder / "2"
 
 

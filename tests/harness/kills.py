@@ -43,14 +43,14 @@ autoencoder:
       - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 8}}
       - {stride: 2, quantizer: {kind: gradient, codebook_size: 12, code_dim: 8}}
   training:
-    {steps: 120, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40,
+    {steps: STEPS, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40,
      checkpoint_every: 10}
 extract_codes: {flip: true}
 priors:
   top: &prior
     model: {kind: pixelsnail, channels: 16, residual_channels: 16, kernel: 3, blocks: 1, layers: 2, heads: 2}
     training:
-      {steps: 120, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40,
+      {steps: STEPS, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40,
        checkpoint_every: 10, early_stopping_patience: 50}
   bottom: *prior
 sampling: {count: 24, batch_size: 4}
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=120, help="training steps of each stage")
     options = parser.parse_args()
     torch.set_num_threads(1)  # forking a multithreaded process is unsafe
     for each in COMMANDS.values():
@@ -233,7 +234,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         photographs(work / "photographs", options.images)
-        (work / "config.yaml").write_text(CONFIG.replace("PHOTOGRAPHS", str(work / "photographs")))
+        config = CONFIG.replace("PHOTOGRAPHS", str(work / "photographs")).replace("STEPS", str(options.steps))
+        (work / "config.yaml").write_text(config)
         (work / "uninterrupted").mkdir()
         failures = 0
         for name, stage in STAGES.items():
