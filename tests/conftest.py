@@ -1,4 +1,4 @@
-"""What tests share: few threads, the real photographs where they are at hand, and one tiny finished run."""
+"""Shared fixtures: one thread, photographs, a small file system, random Inception weights, and a tiny finished run."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from vqvae2.__main__ import main
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data"
 
-# Every stage in seconds: two levels on small scenes. The numbers mean nothing; the files and the refusals do.
+# Runs every stage in seconds: two levels on small scenes. Tests check files and errors, not the quality of the results.
 TINY = """
 data: {size: 32, labels: folder, val_fraction: 0.1, num_scenes: 200, num_workers: 0}
 autoencoder:
@@ -46,27 +46,27 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def photographs() -> Path:
-    """The folder of real photographs that lies beside the project on some machines."""
+    """Return the folder of real photographs, which only some machines have next to the project."""
     if not PHOTOGRAPHS.is_dir():
-        pytest.skip("no folder of photographs on this machine")
+        pytest.skip("this machine has no folder of photographs")
     return PHOTOGRAPHS
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB, where the machine lets a test mount one."""
+    """Mount a file system of 1 MiB, or skip the test if mounting is not permitted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this machine mounts nothing for a test")
+        pytest.skip("mounting a file system is not permitted on this machine")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")
 def inception_weights() -> Path:
-    """Random weights that stand in for the real ones, which tests cannot download."""
+    """Return random Inception weights, because tests cannot download the real ones."""
     from tests.inception_fixture import weights
 
     return weights()
@@ -74,7 +74,7 @@ def inception_weights() -> Path:
 
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Path:
-    """A config file in the temporary folder."""
+    """Write the tiny config to the temporary folder and return its path."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     return path
@@ -82,7 +82,7 @@ def tiny_config(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with every stage done but evaluation, which needs weights; tests must not change it."""
+    """Return a run folder with every stage except evaluation completed. Tests must not modify it."""
     folder = tmp_path_factory.mktemp("finished")
     config = folder / "tiny.yaml"
     config.write_text(TINY)

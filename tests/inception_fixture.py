@@ -1,4 +1,4 @@
-"""A seeded random Inception network that stands in for the real weights, folders of pictures, and two processes."""
+"""Helpers for metric tests: a seeded random Inception network, folders of random images, and two gloo processes."""
 
 import atexit
 import contextlib
@@ -28,9 +28,9 @@ from vqvae2.metrics.inception import FeatureExtractor, build_network, load_incep
 
 @cache
 def weights() -> Path:
-    """A state dict of pytorch-fid's network whose features vary from image to image as much as they should.
+    """Save a random state dict for pytorch-fid's network and return its path.
 
-    Processes started here find the file that is there already.
+    The initialization keeps the variance of the features across images. Child processes reuse the file of their parent.
     """
     if found := os.environ.get("RANDOM_INCEPTION"):
         return Path(found)
@@ -41,7 +41,7 @@ def weights() -> Path:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-        if isinstance(module, nn.BatchNorm2d):  # so that folding it has something to fold
+        if isinstance(module, nn.BatchNorm2d):  # non-trivial, so that tests cover folding it into the convolution
             for tensor, low in ((module.weight, 0.8), (module.bias, -0.1), (module.running_mean, -0.1)):
                 assert tensor is not None
                 tensor.data.uniform_(low, low + 0.3, generator=generator)
@@ -53,12 +53,12 @@ def weights() -> Path:
 
 @cache
 def extractor(dims: int = 2048) -> FeatureExtractor:
-    """The random network, loaded once a session."""
+    """Return the random network, loaded once per session."""
     return load_inception(weights(), dims)
 
 
 def fill(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (40, 32), tint: float = 0) -> Path:
-    """Write smooth random pictures of (width, height) `size`, and return the folder."""
+    """Write `count` smooth random images of (width, height) `size` and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for index in range(count):
@@ -70,9 +70,9 @@ def fill(folder: Path, count: int, seed: int = 0, size: tuple[int, int] = (40, 3
 
 
 def pytorch_fid_command(*arguments: str) -> str:
-    """What pytorch-fid's command prints, with the random weights in place of its download."""
+    """Return the output of pytorch-fid's command, run with the random weights instead of the downloaded ones."""
 
-    def sqrtm(matrix: np.ndarray, disp: bool = True) -> Any:  # SciPy 1.18 no longer knows `disp`
+    def sqrtm(matrix: np.ndarray, disp: bool = True) -> Any:  # SciPy 1.18 removed `disp`
         with warnings.catch_warnings(category=scipy.linalg.LinAlgWarning, action="ignore"):  # singular
             root = scipy.linalg.sqrtm(matrix)
         return root if disp else (root, None)
@@ -92,14 +92,14 @@ def pytorch_fid_command(*arguments: str) -> str:
 
 
 def two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call `function` on two gloo processes and return what each gave; it must stand at the top of a module."""
+    """Call `function` on two gloo processes and return both results. It must be a module-level function."""
     calls = [process.submit(function, *arguments) for process in _pair()]
     return [call.result(timeout=120) for call in calls]
 
 
 @cache
 def _pair() -> list[ProcessPoolExecutor]:
-    """Two processes that wait for calls: starting them costs more than all they do in a session."""
+    """Start two worker processes once per session, because starting them dominates the cost."""
     store = tempfile.mkdtemp(prefix="store-")
     context = multiprocessing.get_context("spawn")
     pair = [
@@ -112,7 +112,7 @@ def _pair() -> list[ProcessPoolExecutor]:
 
 def _join(store: str, rank: int) -> None:
     torch.set_num_threads(1)
-    # What a launcher sets; the store is a file, so nothing listens at the address.
+    # The variables that a launcher sets. The store is a file, so the address is unused.
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)

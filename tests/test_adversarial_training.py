@@ -1,4 +1,4 @@
-"""The autoencoder's stage with every loss at once: what is logged and saved, resuming, accumulation, two processes."""
+"""Test the autoencoder stage with all losses: logging, checkpoints, resuming, accumulation, and two processes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ START = 2
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every term; no k-means or restarts, which draw on single micro-batches."""
+    """Write a config with every loss term, without k-means and restarts, which depend on the micro-batches."""
     folder = tmp_path_factory.mktemp("adversarial")
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "squeezenet.pth")
@@ -48,8 +48,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "config.yaml"
 
 
-def trained(config: Path, folder: Path, *settings: str, stop_at: int | None = None) -> dict[str, Tensor]:
-    """The newest checkpoint of the stage, with its discriminator, after training in `folder`."""
+def train_stage(config: Path, folder: Path, *settings: str, stop_at: int | None = None) -> dict[str, Tensor]:
+    """Train the stage in `folder` and return its newest checkpoint, including the discriminator."""
     run = Run(parse(RunConfig, settings, "test", RunConfig.from_yaml(config)), RunFolder(folder))
     stage = AutoencoderStage(run)
     update, updates = stage.after_update, []
@@ -66,25 +66,25 @@ def trained(config: Path, folder: Path, *settings: str, stop_at: int | None = No
     return {name: tensor.clone() for name, tensor in load_file(newest / "state.safetensors").items()}
 
 
-def trained_as_launched(config: Path, folder: Path) -> dict[str, Tensor]:
-    """The same on a process that has been joined to others, which Accelerate must be told as its launcher does."""
+def train_as_launched(config: Path, folder: Path) -> dict[str, Tensor]:
+    """Train on a member of a process group, with Accelerate configured as by its launcher."""
     PartialState._reset_state()
     with mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}):
-        state = trained(config, folder)
+        state = train_stage(config, folder)
         assert PartialState().num_processes == 2
     PartialState._reset_state()
     return state
 
 
 @pytest.fixture(scope="module")
-def straight(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    folder = tmp_path_factory.mktemp("straight") / "run"
+def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     torch.set_num_threads(1)
-    return folder, trained(config, folder)
+    return folder, train_stage(config, folder)
 
 
-def test_every_term_is_logged_on_its_own(straight: tuple[Path, dict[str, Tensor]]) -> None:
-    lines = (straight[0] / "autoencoder" / "metrics.jsonl").read_text().splitlines()
+def test_every_loss_term_is_logged_separately(uninterrupted: tuple[Path, dict[str, Tensor]]) -> None:
+    lines = (uninterrupted[0] / "autoencoder" / "metrics.jsonl").read_text().splitlines()
     logged = {entry["step"]: entry for entry in map(json.loads, lines) if "train/loss" in entry}
     always = {"l1", "perceptual", "commitment_bottom", "commitment_top", "codebook_top", "loss", "learning_rate"}
     always |= {f"{value}_{level}" for value in ("usage", "perplexity") for level in ("bottom", "top")}
@@ -95,15 +95,15 @@ def test_every_term_is_logged_on_its_own(straight: tuple[Path, dict[str, Tensor]
         parts = entry["train/l1"] + 0.5 * entry["train/perceptual"] + 0.1 * entry.get("train/adversarial", 0)
         parts += 0.25 * (entry["train/commitment_bottom"] + entry["train/commitment_top"]) + entry["train/codebook_top"]
         assert entry["train/loss"] == pytest.approx(parts, rel=1e-5)
-    assert (straight[0] / "autoencoder" / "curves.png").is_file()
+    assert (uninterrupted[0] / "autoencoder" / "curves.png").is_file()
 
 
-def test_the_discriminator_is_in_the_checkpoints_alone_and_learns_from_its_start(
-    straight: tuple[Path, dict[str, Tensor]],
+def test_discriminator_is_saved_in_checkpoints_only_and_trains_from_start_step(
+    uninterrupted: tuple[Path, dict[str, Tensor]],
 ) -> None:
-    folder, state = straight
-    judged = {name for name in state if name.startswith("discriminator-objective/discriminator.")}
-    assert judged
+    folder, state = uninterrupted
+    discriminator = {name for name in state if name.startswith("discriminator-objective/discriminator.")}
+    assert discriminator
     assert state["discriminator-optimizer/0/step"] == 6 - START
     assert state["optimizer/0/step"] == 6
     result = load_file(folder / "autoencoder" / "model.safetensors")
@@ -111,34 +111,36 @@ def test_the_discriminator_is_in_the_checkpoints_alone_and_learns_from_its_start
 
 
 @pytest.mark.parametrize("stop_at", [1, 3])
-def test_stopping_and_going_on_gives_the_same_weights_bit_for_bit(
-    config: Path, straight: tuple[Path, dict[str, Tensor]], tmp_path: Path, stop_at: int
+def test_resumed_training_matches_uninterrupted_bit_for_bit(
+    config: Path, uninterrupted: tuple[Path, dict[str, Tensor]], tmp_path: Path, stop_at: int
 ) -> None:
     with pytest.raises(Stopped):
-        trained(config, tmp_path / "run", stop_at=stop_at)
-    again = trained(config, tmp_path / "run")
-    assert again.keys() == straight[1].keys()
-    for name, tensor in straight[1].items():
-        assert torch.equal(again[name], tensor), name
+        train_stage(config, tmp_path / "run", stop_at=stop_at)
+    resumed = train_stage(config, tmp_path / "run")
+    assert resumed.keys() == uninterrupted[1].keys()
+    for name, tensor in uninterrupted[1].items():
+        assert torch.equal(resumed[name], tensor), name
 
 
-def test_accumulated_batches_are_one_batch(
-    config: Path, straight: tuple[Path, dict[str, Tensor]], tmp_path: Path
+def test_gradient_accumulation_matches_full_batch(
+    config: Path, uninterrupted: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     assert_close(
-        trained(config, tmp_path / "run", "--autoencoder.training.gradient_accumulation_steps", "4"), straight[1]
+        train_stage(config, tmp_path / "run", "--autoencoder.training.gradient_accumulation_steps", "4"),
+        uninterrupted[1],
     )
 
 
-def test_two_processes_are_one(config: Path, straight: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    for state in two_processes(trained_as_launched, config, tmp_path / "run"):
-        assert_close(state, straight[1])
-    used = [
-        (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()[-2] for run in (tmp_path / "run", straight[0])
+def test_two_processes_match_one(config: Path, uninterrupted: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    for state in two_processes(train_as_launched, config, tmp_path / "run"):
+        assert_close(state, uninterrupted[1])
+    logged = [
+        (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()[-2]
+        for run in (tmp_path / "run", uninterrupted[0])
     ]
-    found, expected = ({k: v for k, v in json.loads(line).items() if "usage" in k} for line in used)
+    found, expected = ({k: v for k, v in json.loads(line).items() if "usage" in k} for line in logged)
     assert len(found) == 2
-    assert found == pytest.approx(expected), "of the codes of both"
+    assert found == pytest.approx(expected), "usage counts the codes of both processes"
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(config: Path, tmp_path: Path) -> None:
@@ -148,28 +150,28 @@ def test_bfloat16_trains_and_keeps_float32_weights(config: Path, tmp_path: Path)
         "--autoencoder.training.gradient_accumulation_steps",
         "2",
     ]
-    state = trained(config, tmp_path / "run", *settings, "--autoencoder.training.max-grad-norm", "1")
+    state = train_stage(config, tmp_path / "run", *settings, "--autoencoder.training.max-grad-norm", "1")
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert {tensor.dtype for tensor in state.values()} <= {torch.float32, torch.int64, torch.bool}
 
 
-def test_missing_weights_are_one_line_before_anything_is_trained(
+def test_missing_perceptual_weights_fail_before_training(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wanting = ["--autoencoder.loss.perceptual.weights", str(tmp_path / "absent.pth")]
-    assert main(["train-autoencoder", str(config), "--run", str(tmp_path / "run"), *wanting]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "autoencoder.loss.perceptual.weights" in said
-    assert "absent.pth: no such file" in said
-    assert "\n" not in said
+    missing = ["--autoencoder.loss.perceptual.weights", str(tmp_path / "absent.pth")]
+    assert main(["train-autoencoder", str(config), "--run", str(tmp_path / "run"), *missing]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "autoencoder.loss.perceptual.weights" in message
+    assert "absent.pth: no such file" in message
+    assert "\n" not in message
     assert not (tmp_path / "run" / "autoencoder").exists()
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Weights equal to less than a hundredth of a step of Adam (3e-4, and 1e-4 of the discriminator) on average.
+    """Check that weights agree, on average, to a hundredth of an Adam step (3e-4, discriminator 1e-4).
 
-    Not one by one: where the gradient of a weight is all but zero, a step is made of its rounding. So it is for the
-    last bias of the discriminator, which both sides of the hinge pull equally while every score is between them.
+    An element-wise bound would fail: if a gradient is almost zero, Adam turns its rounding error into a full step. This
+    affects the last bias of the discriminator, whose hinge gradients cancel while all scores are between -1 and 1.
     """
     assert found.keys() == expected.keys()
     for kind in ("objective/", "discriminator-objective/"):

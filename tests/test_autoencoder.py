@@ -1,4 +1,4 @@
-"""The autoencoder: shapes for any levels, strides and sizes; codes and reconstructions that agree; files that load."""
+"""Test the autoencoder: shapes for any levels, strides and sizes, decoding, gradients, and weights files."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def small(*strides: int, size: tuple[int, int] = (32, 32), channels: int = 3) ->
         ((6, 5), (60, 30), 3),
     ],
 )
-def test_shapes_codes_and_decoding(strides: tuple[int, ...], size: tuple[int, int], channels: int) -> None:
+def test_encode_and_decode_shapes(strides: tuple[int, ...], size: tuple[int, int], channels: int) -> None:
     model = small(*strides, size=size, channels=channels)
     images = torch.rand(2, channels, *size) * 2 - 1
     codes = model.encode(images)
@@ -57,7 +57,7 @@ def test_shapes_codes_and_decoding(strides: tuple[int, ...], size: tuple[int, in
     torch.testing.assert_close(model.decode(codes), reconstruction, atol=0, rtol=0)
 
 
-def test_the_bottom_is_quantized_given_the_top_and_the_decoder_sees_every_level() -> None:
+def test_bottom_is_conditioned_on_top_and_decoder_uses_every_level() -> None:
     model = small(4, 2, 2)
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     codes = model.encode(images)
@@ -65,22 +65,22 @@ def test_the_bottom_is_quantized_given_the_top_and_the_decoder_sees_every_level(
     for index in range(3):
         changed = list(codes)
         changed[index] = (changed[index] + 1) % model.map_specs[index].codebook_size
-        assert not torch.equal(model.decode(tuple(changed)), whole), f"level {index} reaches the image"
+        assert not torch.equal(model.decode(tuple(changed)), whole), f"level {index} affects the image"
     features = model.pre_quant_convs[0].weight.shape[1]
     assert features == 8 + model.map_specs[1].codebook_size - 9 + 5, (
-        "bottom features joined to the decoded coarser level"
+        "the bottom pre-quantization convolution takes features and the decoded coarser level"
     )
 
 
-def test_only_shows_what_the_named_levels_carry() -> None:
+def test_decode_only_replaces_the_other_levels() -> None:
     model = small(4, 2)
     codes = model.encode(torch.rand(1, 3, 32, 32) * 2 - 1)
     assert torch.equal(model.decode(codes, only=(True, True)), model.decode(codes))
     constant = tuple(torch.zeros_like(level) for level in codes)
     for only in ((True, False), (False, True)):
-        kept = tuple(level if take else other for level, other, take in zip(codes, constant, only, strict=True))
+        masked = tuple(level if keep else other for level, other, keep in zip(codes, constant, only, strict=True))
         assert not torch.equal(model.decode(codes, only=only), model.decode(codes))
-        assert kept[0].shape == codes[0].shape
+        assert masked[0].shape == codes[0].shape
 
 
 def test_gradients_reach_every_weight() -> None:
@@ -92,14 +92,14 @@ def test_gradients_reach_every_weight() -> None:
         assert parameter.grad.any(), name
 
 
-def test_sizes_that_do_not_divide_are_refused_with_those_that_would() -> None:
+def test_indivisible_sizes_raise_and_suggest_valid_sizes() -> None:
     with pytest.raises(UserError, match=r"width 36 is not divisible by 8.* 32 or 40"):
         small(4, 2, size=(32, 36))
     with pytest.raises(UserError, match=r"height 4 is not divisible by 8.* 8 or 16"):
         small(4, 2, size=(4, 32))
 
 
-def test_wrong_images_and_codes_are_refused() -> None:
+def test_invalid_images_and_codes_raise() -> None:
     model = small(4, 2)
     with pytest.raises(ValueError, match=r"expected images \(batch, 3, 32, 32\), got \(1, 1, 32, 32\)"):
         model(torch.zeros(1, 1, 32, 32))
@@ -110,7 +110,7 @@ def test_wrong_images_and_codes_are_refused() -> None:
         model.decode((bottom, top + 9))
 
 
-def test_a_file_brings_back_the_same_network(tmp_path: Path) -> None:
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
     model = small(4, 2)
     path = tmp_path / "model.safetensors"
     model.save(path, data="somewhere")
@@ -122,7 +122,7 @@ def test_a_file_brings_back_the_same_network(tmp_path: Path) -> None:
     assert len(str(loaded.digest)) == 64
 
 
-def test_every_kind_of_quantizer_survives_the_file(tmp_path: Path) -> None:
+def test_save_and_load_round_trip_with_every_quantizer(tmp_path: Path) -> None:
     levels = (
         LevelConfig(stride=4, quantizer=FSQConfig(grid=(4, 3), code_dim=5)),
         LevelConfig(quantizer=GradientConfig()),
@@ -135,7 +135,7 @@ def test_every_kind_of_quantizer_survives_the_file(tmp_path: Path) -> None:
     assert [level.codebook_size for level in loaded.map_specs] == [12, 512]
 
 
-def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path) -> None:
+def test_missing_corrupted_and_mismatched_files_raise(tmp_path: Path) -> None:
     model = small(4, 2)
     path = tmp_path / "model.safetensors"
     model.save(path)
@@ -143,7 +143,7 @@ def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path)
     cases = {
         "missing": (r"no such weights file", None),
         "truncated": (r"corrupted weights file", path.read_bytes()[:-100]),
-        "text": (r"corrupted weights file", b"these are no weights"),
+        "text": (r"corrupted weights file", b"not weights"),
     }
     for name, (message, content) in cases.items():
         other = tmp_path / name
@@ -163,14 +163,14 @@ def test_missing_foreign_damaged_and_unfitting_files_are_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize("stride", range(1, 13))
-def test_shrink_and_grow_change_sizes_by_any_factor(stride: int) -> None:
+def test_encoder_and_decoder_blocks_support_any_stride(stride: int) -> None:
     x = torch.zeros(1, 3, 2 * stride, 3 * stride)
     small_map = make_encoder(3, 8, stride, 4, 1)(x)
     assert small_map.shape == (1, 8, 2, 3)
     assert make_decoder(8, 8, 5, stride, 4, 1)(small_map).shape == (1, 5, 2 * stride, 3 * stride)
 
 
-def test_prime_factors_multiply_to_the_number() -> None:
+def test_prime_factors() -> None:
     assert prime_factors(1) == []
     assert prime_factors(12) == [2, 2, 3]
     assert prime_factors(35) == [5, 7]

@@ -1,4 +1,4 @@
-"""Weights files: what is written comes back, and no changed byte goes unseen."""
+"""Test weights files: round trip, and detection of every changed byte."""
 
 import random
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TENSORS = {
 }
 
 
-def test_tensors_of_every_kind_come_back(tmp_path: Path) -> None:
+def test_round_trip_of_every_dtype(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "file", TENSORS, {"network": "none", "of": [1, 2]})
     tensors, metadata = checkpoint.load(tmp_path / "file")
     assert metadata == {"network": "none", "of": [1, 2]}
@@ -31,26 +31,26 @@ def test_tensors_of_every_kind_come_back(tmp_path: Path) -> None:
         assert torch.equal(tensors[name], tensor)
 
 
-def test_every_changed_byte_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "file"
     checkpoint.save(path, TENSORS, {"network": "none"})
     content = path.read_bytes()
-    chance = random.Random(0)
-    for place in range(len(content)):
+    rng = random.Random(0)
+    for position in range(len(content)):
         changed = bytearray(content)
-        changed[place] ^= 1 << chance.randrange(8)
+        changed[position] ^= 1 << rng.randrange(8)
         path.write_bytes(bytes(changed))
         try:
             tensors, metadata = checkpoint.load(path)
         except UserError:
             continue
-        # White space and the like: what the file says is still the same.
+        # Changes without effect, for example in whitespace: the contents must be unchanged.
         assert metadata == {"network": "none"}
         assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
 
 
 @pytest.mark.parametrize("length", [0, 7, 8, 100, -1])
-def test_a_file_cut_short_is_named(tmp_path: Path, length: int) -> None:
+def test_truncated_file_error_names_the_file(tmp_path: Path, length: int) -> None:
     path = tmp_path / "file"
     checkpoint.save(path, TENSORS, {})
     path.write_bytes(path.read_bytes()[:length])

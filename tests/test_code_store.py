@@ -1,4 +1,4 @@
-"""The code store: what is written comes back; it is compact; an unfinished or foreign one is refused."""
+"""Test the code store: round trip, size, resuming, and errors for unfinished and mismatched stores."""
 
 import multiprocessing
 import pickle
@@ -54,8 +54,8 @@ def write(path: Path, header: CodeHeader, only: list[int] | None = None) -> tupl
 @settings(max_examples=15, deadline=None)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, count: int, levels: list[tuple[int, int, int]]) -> None:
     path = tmp_path_factory.mktemp("store")
-    wanted = header(count, *levels)
-    maps, labels = write(path, wanted)
+    spec = header(count, *levels)
+    maps, labels = write(path, spec)
     store = CodeStore.open(path)
     order = np.random.default_rng(0).permutation(count).tolist()
     codes, found = store.read(order)
@@ -66,14 +66,14 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, count: int, levels
         assert torch.equal(level, expected[order])
 
 
-def test_bytes_are_little_endian_integers_of_the_smallest_width() -> None:
+def test_records_use_the_narrowest_little_endian_integers() -> None:
     record = header(1, (256, 2, 2), (512, 1, 1), (70_000, 1, 1)).record_dtype
     assert [record[f"level{index}"].base.str for index in range(3)] == ["|u1", "<u2", "<u4"]
 
 
-def test_a_store_is_at_most_0_27_of_pickled_int64_records(tmp_path: Path) -> None:
-    wanted = header(256, (512, 64, 64), (512, 32, 32))
-    maps, _ = write(tmp_path / "ours", wanted)
+def test_store_is_at_most_27_percent_of_pickled_int64_records(tmp_path: Path) -> None:
+    spec = header(256, (512, 64, 64), (512, 32, 32))
+    maps, _ = write(tmp_path / "ours", spec)
     environment = lmdb.open(str(tmp_path / "theirs"), map_size=2**28)
     with environment.begin(write=True) as transaction:
         for index in range(256):
@@ -91,31 +91,31 @@ def test_a_store_is_at_most_0_27_of_pickled_int64_records(tmp_path: Path) -> Non
 def test_workers_read_the_same_batches(tmp_path: Path, num_workers: int) -> None:
     maps, labels = write(tmp_path, header(100, (300, 3, 2), (20, 1, 1)))
     store = CodeStore.open(tmp_path)
-    store.read([0])  # opened in the parent before workers are forked
+    store.read([0])  # open in the parent before the workers fork
     batches = list(load_batches(store, SequentialBatchSampler(100, 16), num_workers))
     assert torch.equal(torch.cat([batch.codes[0] for batch in batches]), maps[0])
     assert torch.equal(torch.cat([batch.label for batch in batches]), labels)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_store_in_use_is_read_by_forked_and_spawned_processes(tmp_path: Path, method: str) -> None:
+def test_open_store_is_readable_in_forked_and_spawned_processes(tmp_path: Path, method: str) -> None:
     maps, _ = write(tmp_path, header(200, (300, 4, 4), (12, 2, 2)))
     store = CodeStore.open(tmp_path)
-    assert torch.equal(store.read([199, 3]).codes[0], maps[0][[199, 3]])  # mapped into this process's memory
+    assert torch.equal(store.read([199, 3]).codes[0], maps[0][[199, 3]])  # opens the memory map in this process
     with multiprocessing.get_context(method).Pool(1) as pool:
-        assert pool.map(total, [store]) == [int(maps[0].sum())]
-    assert total(store) == int(maps[0].sum())
+        assert pool.map(sum_of_codes, [store]) == [int(maps[0].sum())]
+    assert sum_of_codes(store) == int(maps[0].sum())
 
 
-def total(store: CodeStore) -> int:
+def sum_of_codes(store: CodeStore) -> int:
     return int(store.read(range(len(store))).codes[0].sum())
 
 
-def test_batches_leave_the_store_as_narrow_as_they_lie_in_it(tmp_path: Path) -> None:
+def test_batches_keep_the_stored_integer_width(tmp_path: Path) -> None:
     maps, labels = write(tmp_path, header(70, (256, 4, 4), (300, 2, 2), (40_000, 1, 1), (70_000, 1, 1)))
-    narrow = CodeStore.open(tmp_path).__getitems__([(5, 0), (69, 1)])
-    assert [level.dtype for level in narrow.codes] == [torch.uint8, torch.int16, torch.int32, torch.int32]
-    codes, found = to_int64(narrow)
+    batch = CodeStore.open(tmp_path).__getitems__([(5, 0), (69, 1)])
+    assert [level.dtype for level in batch.codes] == [torch.uint8, torch.int16, torch.int32, torch.int32]
+    codes, found = to_int64(batch)
     assert found.dtype == torch.int64
     assert torch.equal(found, labels[[5, 69]])
     for level, expected in zip(codes, maps, strict=True):
@@ -123,39 +123,39 @@ def test_batches_leave_the_store_as_narrow_as_they_lie_in_it(tmp_path: Path) -> 
         assert torch.equal(level, expected[[5, 69]])
 
 
-def test_a_stopped_writer_is_gone_on_with(tmp_path: Path) -> None:
-    wanted = header(200, (300, 3, 2))
-    write(tmp_path, wanted, only=[0, 2])
+def test_interrupted_writer_resumes(tmp_path: Path) -> None:
+    spec = header(200, (300, 3, 2))
+    write(tmp_path, spec, only=[0, 2])
     with pytest.raises(UserError, match=r"unfinished code store\. Run `vqvae2 extract-codes` again"):
         CodeStore.open(tmp_path)
-    writer = CodeWriter(tmp_path, wanted)
+    writer = CodeWriter(tmp_path, spec)
     assert writer.missing_values() == [1, 3]
     writer.close()
-    maps, _ = write(tmp_path, wanted)
+    maps, _ = write(tmp_path, spec)
     assert torch.equal(CodeStore.open(tmp_path).read(range(200)).codes[0], maps[0])
 
 
-def test_the_map_grows_on_demand(tmp_path: Path) -> None:
-    wanted = header(20 * RECORDS_PER_VALUE, (512, 128, 256))
-    write(tmp_path, wanted)
+def test_lmdb_map_grows_on_demand(tmp_path: Path) -> None:
+    spec = header(20 * RECORDS_PER_VALUE, (512, 128, 256))
+    write(tmp_path, spec)
     assert (tmp_path / "data.mdb").stat().st_size > 64 * 2**20
     assert CodeStore.open(tmp_path).header.complete
 
 
-def test_another_header_is_refused_and_the_old_records_stay(tmp_path: Path) -> None:
-    wanted = header(70, (300, 3, 2))
-    write(tmp_path, wanted, only=[0])
+def test_writer_with_another_header_raises_and_keeps_records(tmp_path: Path) -> None:
+    spec = header(70, (300, 3, 2))
+    write(tmp_path, spec, only=[0])
     with pytest.raises(UserError, match="codes of other images or another autoencoder"):
-        CodeWriter(tmp_path, wanted.model_copy(update={"autoencoder": "b" * 64}))
-    writer = CodeWriter(tmp_path, wanted)
+        CodeWriter(tmp_path, spec.model_copy(update={"autoencoder": "b" * 64}))
+    writer = CodeWriter(tmp_path, spec)
     assert writer.missing_values() == [1]
     writer.close()
 
 
-def test_missing_and_damaged_stores_are_named(tmp_path: Path) -> None:
+def test_missing_and_corrupted_store_errors_name_the_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no code store\. Create it with `vqvae2 extract-codes`"):
         CodeStore.open(tmp_path / "missing")
-    (tmp_path / "data.mdb").write_bytes(b"no database" * 1000)
+    (tmp_path / "data.mdb").write_bytes(b"not a database" * 1000)
     with pytest.raises(UserError, match="corrupted code store"):
         CodeStore.open(tmp_path)
     foreign = tmp_path / "foreign"
@@ -164,6 +164,6 @@ def test_missing_and_damaged_stores_are_named(tmp_path: Path) -> None:
         CodeStore.open(foreign)
 
 
-def test_a_store_of_another_autoencoder_is_refused_with_both_digests() -> None:
+def test_store_of_another_autoencoder_raises_with_both_digests() -> None:
     with pytest.raises(UserError, match=r"aaaaaaaaaaaa….*bbbbbbbbbbbb…"):
         header(1, (2, 1, 1)).check_autoencoder("b" * 64, Path("codes/train"))

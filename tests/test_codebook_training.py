@@ -1,4 +1,4 @@
-"""What training keeps about codebooks: use of the codes between two log points, moments of restarted codes."""
+"""Test codebook training: usage between log steps, optimizer moments of restarted codes, and unquantized steps."""
 
 from pathlib import Path
 
@@ -16,29 +16,29 @@ from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig, QuantizerOutput
 
 
-def window(*steps: list[int]) -> dict[str, float]:
+def usage_over_steps(*steps: list[int]) -> dict[str, float]:
     usage = CodebookUsageTracker({"top": 8})
     for codes in steps:
         zero = torch.zeros(())
         usage.update([QuantizerOutput(torch.zeros(1, 1, len(codes)), torch.tensor([codes]), zero, {})])
     values = usage.take()
-    assert usage.take() == {}, "a window begins anew"
+    assert usage.take() == {}, "take() resets the counts"
     return values
 
 
-def window_of_this_process() -> dict[str, float]:
-    return window(*[[[0, 1]], [[2, 2, 3]]][torch.distributed.get_rank()])
+def usage_of_this_rank() -> dict[str, float]:
+    return usage_over_steps(*[[[0, 1]], [[2, 2, 3]]][torch.distributed.get_rank()])
 
 
-def test_a_window_counts_the_codes_of_all_its_steps() -> None:
-    share = np.array([1, 1, 2, 1]) / 5
-    expected = {"usage_top": 0.5, "perplexity_top": np.exp(-(share * np.log(share)).sum())}
-    assert window([0, 1], [2], [2, 3]) == pytest.approx(expected)
-    for values in two_processes(window_of_this_process):
+def test_usage_counts_codes_of_all_steps_since_the_last_log() -> None:
+    probabilities = np.array([1, 1, 2, 1]) / 5
+    expected = {"usage_top": 0.5, "perplexity_top": np.exp(-(probabilities * np.log(probabilities)).sum())}
+    assert usage_over_steps([0, 1], [2], [2, 3]) == pytest.approx(expected)
+    for values in two_processes(usage_of_this_rank):
         assert values == pytest.approx(expected)
 
 
-def test_only_training_is_counted() -> None:
+def test_usage_counts_training_batches_only() -> None:
     levels = (
         LevelConfig(stride=4, quantizer=EMAConfig(codebook_size=6, code_dim=4)),
         LevelConfig(quantizer=GradientConfig(code_dim=4)),
@@ -53,7 +53,7 @@ def test_only_training_is_counted() -> None:
     assert objective.usage.take().keys() == {f"{a}_{b}" for a in ("usage", "perplexity") for b in ("bottom", "top")}
 
 
-def test_the_moments_of_restarted_codes_are_forgotten() -> None:
+def test_optimizer_moments_of_restarted_codes_are_reset() -> None:
     quantizer = GradientConfig(
         codebook_size=4, code_dim=2, kmeans_init=False, dead_code_threshold=0.1, ema_decay=0.5
     ).build()
@@ -62,7 +62,7 @@ def test_the_moments_of_restarted_codes_are_forgotten() -> None:
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr=1e-3)
     for step in range(8):
         x = torch.randn(16, 2, 4, generator=torch.Generator().manual_seed(step))
-        (quantizer(x).loss + quantizer.embedding.sum()).backward()  # a gradient for the unused code too
+        (quantizer(x).loss + quantizer.embedding.sum()).backward()  # gives the unused code a gradient too
         optimizer.step()
         before = {name: value.clone() for name, value in optimizer.state[quantizer.embedding].items()}
         quantizer.update()
@@ -77,29 +77,29 @@ def test_the_moments_of_restarted_codes_are_forgotten() -> None:
     assert rows.tolist() == [False, False, False, True]
 
 
-def test_without_restarts_the_moments_stay() -> None:
+def test_restarts_are_off_if_the_threshold_is_zero() -> None:
     quantizer = GradientConfig(codebook_size=4, code_dim=2, kmeans_init=True, dead_code_threshold=0).build()
     quantizer(torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(0)))
     quantizer.update()
-    assert quantizer.restarted is None, "not even after k-means, which comes before the first step"
+    assert quantizer.restarted is None, "k-means before the first step is not a restart"
 
 
-def test_the_first_steps_pass_features_through_and_the_codebooks_start_from_what_they_have_become(
+def test_first_steps_are_unquantized_and_then_initialize_the_codebooks(
     tmp_path: Path,
 ) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY.replace("steps: 6,", "steps: 20,"))
     run = open_run(RunOptions.from_arguments([str(config), "--run", str(tmp_path / "run")], "vqvae2 train-autoencoder"))
-    assert run.config.autoencoder.training.first_quantized_step == 2, (
-        "a tenth of the steps, where that is fewer than 100"
-    )
+    assert run.config.autoencoder.training.first_quantized_step == 2, "a tenth of the steps, if that is fewer than 100"
     stage = AutoencoderStage(run)
     batch = ImageSample(torch.stack([stage.training_data[index].image for index in range(8)]), torch.zeros(8))
     stage.before_update(1)
     loss, terms = stage.objective(batch)
     assert list(terms) == ["reconstruction"]
     loss.backward()
-    assert all(parameter.grad is not None for parameter in stage.network.parameters()), "processes share gradients"
+    assert all(parameter.grad is not None for parameter in stage.network.parameters()), (
+        "DistributedDataParallel expects a gradient for every parameter"
+    )
     stage.network.update_codebooks()
     assert not any(bool(level.initialized) for level in stage.network.quantizers)
     assert stage.logged_values() == {}

@@ -1,4 +1,4 @@
-"""The commands as a person types them: a whole run, repeating it, resuming it, and every kind of bad input."""
+"""Test the commands end to end: a complete run, repeating and resuming it, and errors for invalid input."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from vqvae2.__main__ import main
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str) -> None:
-    """The command ends with status 2 and one line that holds these words."""
+    """Check that the command exits with status 2 and a one-line error that contains `words`."""
     capsys.readouterr()
     assert main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vqvae2: ")]
@@ -36,7 +36,7 @@ def images(folder: Path, count: int = 12, size: int = 40) -> Path:
     return folder
 
 
-def test_a_finished_run_has_everything(finished_run: Path) -> None:
+def test_finished_run_has_all_files(finished_run: Path) -> None:
     for name in (
         "config.yaml",
         "autoencoder/model.safetensors",
@@ -56,7 +56,7 @@ def test_a_finished_run_has_everything(finished_run: Path) -> None:
     assert len(manifest["priors"]) == 2
 
 
-def test_run_does_all_stages_and_the_second_time_skips_them(
+def test_run_executes_all_stages_once(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], inception_weights: Path
 ) -> None:
     command = ["run", str(tiny_config), "--run", str(tmp_path / "run")]
@@ -76,13 +76,13 @@ def test_run_does_all_stages_and_the_second_time_skips_them(
         assert words in first
     before = contents(tmp_path / "run")
     assert main(command) == 0
-    again = capsys.readouterr().out
-    assert again.count("already complete") == 4
-    assert again.splitlines()[-8:] == first.splitlines()[-8:]
+    second = capsys.readouterr().out
+    assert second.count("already complete") == 4
+    assert second.splitlines()[-8:] == first.splitlines()[-8:]
     assert contents(tmp_path / "run") == before
 
 
-def test_stages_of_different_precision_run_one_after_the_other(
+def test_run_supports_a_different_precision_per_stage(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], inception_weights: Path
 ) -> None:
     command = [
@@ -98,7 +98,7 @@ def test_stages_of_different_precision_run_one_after_the_other(
     assert "PSNR" in capsys.readouterr().out
 
 
-def test_without_inception_weights_everything_else_is_reported(
+def test_evaluate_without_inception_weights_reports_the_other_metrics(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
@@ -116,9 +116,7 @@ def test_without_inception_weights_everything_else_is_reported(
     assert json.loads((run / "evaluation" / "metrics.json").read_text())["fid"]["value"] is None
 
 
-def test_sampling_goes_on_with_the_missing_images_and_keeps_what_was_made_otherwise(
-    finished_run: Path, tmp_path: Path
-) -> None:
+def test_sample_fills_in_missing_images_and_keeps_other_samples(finished_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     before = contents(run / "samples" / "images")
     (run / "samples" / "images" / "000002.png").unlink()
@@ -131,25 +129,25 @@ def test_sampling_goes_on_with_the_missing_images_and_keeps_what_was_made_otherw
     assert contents(run / "samples" / "images") == before
 
 
-def test_an_image_does_not_depend_on_the_batch_size_or_the_count(finished_run: Path, tmp_path: Path) -> None:
+def test_samples_are_independent_of_batch_size_and_count(finished_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["sample", str(finished_run), "--count", "3", "--batch-size", "1", "--classes", "0,1,2,3,4"]
     assert main([*command, "--out", str(out)]) == 0
-    whole = contents(finished_run / "samples" / "images")
-    assert contents(out / "images") == {name: whole[name] for name in ("000000.png", "000001.png", "000002.png")}
+    expected = contents(finished_run / "samples" / "images")
+    assert contents(out / "images") == {name: expected[name] for name in ("000000.png", "000001.png", "000002.png")}
 
 
-def test_reconstruct_writes_originals_beside_reconstructions(finished_run: Path, tmp_path: Path) -> None:
+def test_reconstruct_writes_originals_next_to_reconstructions(finished_run: Path, tmp_path: Path) -> None:
     folder = images(tmp_path / "images", 3)
     out = tmp_path / "out.png"
     files = [str(path) for path in sorted(folder.iterdir())]
     assert main(["reconstruct", str(finished_run), *files, "--levels", "--out", str(out)]) == 0
     with Image.open(out) as grid:
-        # Four columns: original, reconstruction, bottom alone, top alone; 32 px, three-fold, with borders of two.
+        # Four columns: original, reconstruction, bottom only, top only. Tiles are 32 px scaled by 3, with 2 px borders.
         assert grid.size == (4 * (96 + 2) + 2, 3 * (96 + 2) + 2)
 
 
-def test_the_module_and_the_console_command_are_the_same() -> None:
+def test_module_and_console_command_are_equivalent() -> None:
     result = subprocess.run([sys.executable, "-m", "vqvae2", "nonsense"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("vqvae2: nonsense: no such command.")
@@ -164,15 +162,15 @@ def test_the_module_and_the_console_command_are_the_same() -> None:
         (["--data.size", "36"], ["data.size", "36", "32 or 40"]),
         (["--autoencoder.training.batch-size", "0"], ["batch_size", "greater than or equal to 1"]),
     ],
-    ids=["misspelt", "missing folder", "size", "value"],
+    ids=["misspelled", "missing folder", "size", "value"],
 )
-def test_bad_settings_are_one_line(
+def test_invalid_settings_give_one_line_errors(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: list[str], words: list[str]
 ) -> None:
     fails(capsys, ["run", str(tiny_config), "--run", str(tmp_path / "run"), *override], *words)
 
 
-def test_a_misspelt_key_in_the_file_is_one_line(
+def test_misspelled_config_key_gives_one_line_error(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_config.write_text(tiny_config.read_text().replace("val_fraction: 0.1", "validaton: 0.1"))
@@ -180,7 +178,9 @@ def test_a_misspelt_key_in_the_file_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_images_are_one_line(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_give_one_line_errors(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["train-autoencoder", str(tiny_config), "--data.labels", "none", "--data.num_workers", "1"]
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -190,11 +190,11 @@ def test_bad_images_are_one_line(tiny_config: Path, tmp_path: Path, capsys: pyte
     (cut / "cut.jpg").write_bytes((cut / "cut.jpg").read_bytes()[:900])
     fails(capsys, [*common, "--run", str(tmp_path / "b"), "--data.path", str(cut)], "cut.jpg", "Remove or replace it")
     text = images(tmp_path / "text")
-    (text / "text.png").write_text("this is a text")
+    (text / "text.png").write_text("not an image")
     fails(capsys, [*common, "--run", str(tmp_path / "c"), "--data.path", str(text)], "text.png", "Remove or replace it")
 
 
-def test_a_run_of_a_different_config_is_refused_and_stays_as_it_was(
+def test_run_with_another_config_raises_and_changes_nothing(
     tiny_config: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(finished_run)
@@ -203,7 +203,7 @@ def test_a_run_of_a_different_config_is_refused_and_stays_as_it_was(
     assert contents(finished_run) == before
 
 
-def test_a_store_of_a_different_autoencoder_is_refused_and_stays_as_it_was(
+def test_store_of_another_autoencoder_raises_and_changes_nothing(
     tiny_config: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
@@ -230,11 +230,11 @@ def test_a_store_of_a_different_autoencoder_is_refused_and_stays_as_it_was(
     assert before.items() >= contents(other).items()
 
 
-def test_sigterm_outside_training_says_how_to_go_on(finished_run: Path, tmp_path: Path) -> None:
+def test_sigterm_outside_training_prints_how_to_resume(finished_run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vqvae2", "sample", str(finished_run), "--count", "5000", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    ends = time.monotonic() + 60
-    while not list((tmp_path / "images").glob("*.png")) and time.monotonic() < ends:
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "images").glob("*.png")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.terminate()
     _, printed = process.communicate(timeout=60)
@@ -243,7 +243,7 @@ def test_sigterm_outside_training_says_how_to_go_on(finished_run: Path, tmp_path
     assert "Traceback" not in printed
 
 
-def test_missing_stages_are_named(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_name_the_missing_stage(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     fails(capsys, ["sample", str(run)], "not a run folder")
     common = [str(tiny_config), "--run", str(run)]
@@ -253,14 +253,14 @@ def test_missing_stages_are_named(tiny_config: Path, tmp_path: Path, capsys: pyt
     fails(capsys, ["sample", str(run)], "no such weights file")
 
 
-def test_a_folder_that_is_no_run_is_left_alone(
+def test_other_folders_are_not_overwritten(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = images(tmp_path / "precious")
-    fails(capsys, ["run", str(tiny_config), "--run", str(folder)], "precious", "not a run folder")
+    folder = images(tmp_path / "other")
+    fails(capsys, ["run", str(tiny_config), "--run", str(folder)], "other", "not a run folder")
     assert len(list(folder.iterdir())) == 12
 
 
-def test_wrong_sampling_settings_are_one_line(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_sampling_settings_give_one_line_errors(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, ["sample", str(finished_run), "--classes", "99"], "no class 99", "0 to 9")
     fails(capsys, ["sample", str(finished_run), "--top-p", "1.5"], "--top-p", "less than or equal to 1")

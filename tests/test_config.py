@@ -1,4 +1,4 @@
-"""Configs: loading, overrides, comparison, and errors of one line with the full key path."""
+"""Test configs: loading, overrides, comparison, and one-line errors with the full key path."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def load(path: Path, old: str = "", new: str = "") -> RunConfig:
     return RunConfig.from_yaml(path)
 
 
-def test_yaml_round_trip_gives_the_same_experiment(tiny_config: Path, tmp_path: Path) -> None:
+def test_yaml_round_trip(tiny_config: Path, tmp_path: Path) -> None:
     experiment = RunConfig.from_yaml(tiny_config)
     copy = tmp_path / "copy.yaml"
     copy.write_text(experiment.to_yaml())
@@ -64,9 +64,7 @@ def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path
         ("data:", "dataa:", ["dataa", "unknown key"]),
     ],
 )
-def test_a_wrong_key_or_value_is_one_line_with_its_path(
-    tiny_config: Path, old: str, new: str, words: list[str]
-) -> None:
+def test_errors_name_the_key_path_in_one_line(tiny_config: Path, old: str, new: str, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         load(tiny_config, old, new)
     message = str(error.value)
@@ -76,7 +74,7 @@ def test_a_wrong_key_or_value_is_one_line_with_its_path(
         assert word in message
 
 
-def test_a_misspelt_override_says_what_was_meant(tiny_config: Path) -> None:
+def test_misspelled_override_suggests_the_correct_name(tiny_config: Path) -> None:
     with pytest.raises(UserError, match=r"--data\.pth.*--data\.path") as error:
         parse(RunConfig, ["--data.pth", "x"], "vqvae2 run", RunConfig.from_yaml(tiny_config))
     assert "\n" not in str(error.value)
@@ -85,14 +83,14 @@ def test_a_misspelt_override_says_what_was_meant(tiny_config: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", ".", "binary.yaml", "list.yaml"])
-def test_what_is_no_config_file_is_named(tmp_path: Path, name: str) -> None:
+def test_invalid_config_file_error_names_the_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     with pytest.raises(UserError, match=str(tmp_path)):
         RunConfig.from_yaml(tmp_path / name)
 
 
-def test_differences_name_the_full_path_of_each_value_that_differs() -> None:
+def test_differences_have_full_key_paths() -> None:
     one = {"a": {"b": [1, {"c": 2}]}, "same": 3}
     other = {"a": {"b": [1, {"c": 5}]}, "same": 3, "new": 4}
     assert list(differences(one, other)) == [("a.b.1.c", 2, 5), ("new", None, 4)]

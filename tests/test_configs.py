@@ -1,4 +1,4 @@
-"""Every shipped config is a whole experiment whose networks can be built, with the paper's sizes where it says so."""
+"""Test the configs in configs/: they load, their networks can be built, and sizes are as documented."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def millions(module: torch.nn.Module) -> float:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_every_config_builds_and_is_written_back_the_same(name: str, tmp_path: Path) -> None:
+def test_every_config_builds_and_round_trips(name: str, tmp_path: Path) -> None:
     experiment, _, priors = build(name)
     copy = tmp_path / "copy.yaml"
     copy.write_text(experiment.to_yaml())
@@ -54,7 +54,7 @@ def test_every_config_builds_and_is_written_back_the_same(name: str, tmp_path: P
         ("photographs128", [(32, 32), (16, 16)]),
     ],
 )
-def test_maps_have_the_sizes_that_the_config_promises(name: str, maps: list[tuple[int, int]]) -> None:
+def test_code_maps_have_the_documented_sizes(name: str, maps: list[tuple[int, int]]) -> None:
     _, autoencoder, _ = build(name)
     assert [level.shape for level in autoencoder.map_specs] == maps
     if name not in ("demo", "photographs64"):
@@ -65,7 +65,7 @@ def test_maps_have_the_sizes_that_the_config_promises(name: str, maps: list[tupl
     ("name", "least", "most"),
     [("ffhq256", 75, 95), ("imagenet256-base", 75, 95), ("imagenet256-small", 18, 25), ("imagenet256", 700, 2000)],
 )
-def test_priors_have_as_many_million_weights_as_the_config_says(name: str, least: float, most: float) -> None:
+def test_priors_have_the_documented_parameter_counts(name: str, least: float, most: float) -> None:
     _, _, priors = build(name)
     for prior in priors.values():
         assert least < millions(prior) < most

@@ -1,4 +1,4 @@
-"""Completion and variation: kept codes stay, sampled ones are a naive sampler's, and bad requests are one line."""
+"""Test inpainting and variations: kept codes, sampled codes against a naive sampler, commands, and errors."""
 
 import json
 import shutil
@@ -31,14 +31,14 @@ def pipeline(finished_run: Path) -> VQVAE2Pipeline:
     return VQVAE2Pipeline.from_pretrained(finished_run, batch_size=3)
 
 
-def pictures(count: int = 2) -> torch.Tensor:
-    pipeline = torch.Generator().manual_seed(0)
-    return to_float(torch.randint(0, 256, (count, 3, 32, 32), generator=pipeline).to(torch.uint8))
+def random_images(count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return to_float(torch.randint(0, 256, (count, 3, 32, 32), generator=generator).to(torch.uint8))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part", ["top", "bottom", "left", "spots", "all", "nothing"])
-def test_given_codes_are_fed_and_the_others_are_a_naive_samplers(kind: str, part: str) -> None:
+def test_partial_codes_match_naive_sampler(kind: str, part: str) -> None:
     prior = build(size=(5, 6), coarser=((5, 3),), kind=kind)
     given = inputs(prior, batch=3)
     keep = torch.zeros(3, 5, 6, dtype=torch.bool)
@@ -50,20 +50,20 @@ def test_given_codes_are_fed_and_the_others_are_a_naive_samplers(kind: str, part
         "all": torch.ones(5, 6, dtype=torch.bool),
         "nothing": torch.zeros(5, 6, dtype=torch.bool),
     }[part]
-    done: list[int] = []
+    progress: list[int] = []
     partial = PartialCodes(given["codes"], keep)
     found = sample_level(
-        prior, Noise(0, range(3), 0), LevelSamplingParams(), given["coarser"], progress=done.append, partial=partial
+        prior, Noise(0, range(3), 0), LevelSamplingParams(), given["coarser"], progress=progress.append, partial=partial
     )
-    assert sum(done) == 3 * 30
+    assert sum(progress) == 3 * 30
     noise, codes = Noise(0, range(3), 0), torch.zeros(3, 5, 6, dtype=torch.int64)
     for row in range(5):
         variates = noise.row(6, prior.spec.level.codebook_size)
         for column in range(6):
             with torch.no_grad():
                 logits = prior(codes, given["coarser"])[:, :, row, column]
-            chosen = sample_codes(logits, variates[column], LevelSamplingParams())
-            codes[:, row, column] = torch.where(keep[:, row, column], given["codes"][:, row, column], chosen)
+            sampled = sample_codes(logits, variates[column], LevelSamplingParams())
+            codes[:, row, column] = torch.where(keep[:, row, column], given["codes"][:, row, column], sampled)
     assert torch.equal(found, codes)
     assert torch.equal(found[keep], given["codes"][keep])
     assert torch.equal(found, sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), given["coarser"])) == (
@@ -71,7 +71,7 @@ def test_given_codes_are_fed_and_the_others_are_a_naive_samplers(kind: str, part
     )
 
 
-def test_a_code_is_kept_where_all_of_its_pixels_are() -> None:
+def test_code_is_kept_only_if_all_its_pixels_are_kept() -> None:
     maps = (MapSpec(codebook_size=9, height=4, width=6), MapSpec(codebook_size=9, height=2, width=3))
     codes = tuple(torch.zeros(2, *level.shape, dtype=torch.int64) for level in maps)
     mask = torch.ones(8, 12, dtype=torch.bool)
@@ -86,8 +86,8 @@ def test_a_code_is_kept_where_all_of_its_pixels_are() -> None:
     assert halves["right-half"].nonzero()[:, 1].min() == 3
 
 
-def test_kept_codes_stay_on_every_level_and_each_variant_has_its_own_noise(pipeline: VQVAE2Pipeline) -> None:
-    images, mask = pictures(), read_mask("left-half", (32, 32))
+def test_variants_keep_codes_on_every_level_and_differ_elsewhere(pipeline: VQVAE2Pipeline) -> None:
+    images, mask = random_images(), read_mask("left-half", (32, 32))
     codes = pipeline.autoencoder.encode(images)
     partial = keep_masked(codes, mask, pipeline.autoencoder.map_specs)
     found = sample_variants(pipeline, partial, [3, 7], 4, 5, SamplingParams())
@@ -97,7 +97,7 @@ def test_kept_codes_stay_on_every_level_and_each_variant_has_its_own_noise(pipel
         assert torch.equal(kept, codes[level][:, None, :, :width].expand_as(kept))
     sampled = found[0][:, :, 4:].unflatten(0, (2, 4))
     assert len({variant.numpy().tobytes() for image in sampled for variant in image}) == 8
-    # Of one image with fewer variants, in other batches, only what (seed, image, variant) says is the same.
+    # Fewer images and variants in other batches: noise depends only on (seed, image, variant).
     alone = sample_variants(pipeline, [PartialCodes(c[:1], k[:1]) for c, k in partial], [3], 2, 5, SamplingParams())
     for level, maps in zip(alone, found, strict=True):
         assert torch.equal(level, maps[:2])
@@ -105,8 +105,8 @@ def test_kept_codes_stay_on_every_level_and_each_variant_has_its_own_noise(pipel
     assert not torch.equal(other[0], found[0])
 
 
-def test_images_are_completed_and_varied_in_python(pipeline: VQVAE2Pipeline) -> None:
-    images, mask = pictures(), read_mask("top-half", (32, 32))
+def test_inpaint_and_variations(pipeline: VQVAE2Pipeline) -> None:
+    images, mask = random_images(), read_mask("top-half", (32, 32))
     completed = inpaint(pipeline, images, mask, class_labels=[1], variants=3, seed=2)
     assert completed.shape == (2, 3, 3, 32, 32)
     assert -1 <= completed.min() < completed.max() <= 1
@@ -120,8 +120,8 @@ def test_images_are_completed_and_varied_in_python(pipeline: VQVAE2Pipeline) -> 
     torch.testing.assert_close(varied.flatten(0, 1), pipeline.autoencoder.decode((bottom, top)))
 
 
-def test_what_cannot_be_edited_is_said(pipeline: VQVAE2Pipeline) -> None:
-    images = pictures()
+def test_invalid_editing_arguments_raise(pipeline: VQVAE2Pipeline) -> None:
+    images = random_images()
     with pytest.raises(UserError, match=r"mask: its size is \(16, 32\), but the model's images are 32 × 32"):
         inpaint(pipeline, images, torch.ones(16, 32, dtype=torch.bool), [0])
     with pytest.raises(UserError, match="this model is class-conditional"):
@@ -135,7 +135,7 @@ def test_what_cannot_be_edited_is_said(pipeline: VQVAE2Pipeline) -> None:
         keep_coarsest(pipeline.autoencoder.encode(images)[1:], 1)
 
 
-def test_the_commands_write_a_grid_and_overwrite_nothing(
+def test_commands_write_a_grid_and_overwrite_nothing(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
@@ -146,7 +146,7 @@ def test_the_commands_write_a_grid_and_overwrite_nothing(
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == [str(folder / "grid.png"), str(folder / "images")]
     assert printed[3] == "kept codes: bottom 32 of 64, top 8 of 16"
-    with Image.open(folder / "grid.png") as grid:  # five columns, 32 px three-fold, with borders of two
+    with Image.open(folder / "grid.png") as grid:  # five columns of 32 px tiles scaled by 3, with 2 px borders
         assert grid.size == (5 * 98 + 2, 2 * 98 + 2)
         masked = np.array(grid)[2:98, 100:196]
     assert (masked[48:] == 127).all()
@@ -170,7 +170,7 @@ def test_the_commands_write_a_grid_and_overwrite_nothing(
     assert contents(run / "variations").keys() == {"grid.png", "manifest.json", "images/000000-00.png"}
 
 
-def test_a_painted_mask_is_read(finished_run: Path, tmp_path: Path) -> None:
+def test_mask_is_read_from_an_image_file(finished_run: Path, tmp_path: Path) -> None:
     pixels = np.zeros((32, 32), np.uint8)
     pixels[:, 8:24] = 255
     Image.fromarray(pixels).save(tmp_path / "mask.png")
@@ -181,7 +181,9 @@ def test_a_painted_mask_is_read(finished_run: Path, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["keep"]["digest"]) == 64
 
 
-def test_bad_requests_are_one_line(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_give_one_line_errors(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = contents(finished_run)
     (image,) = image_files(tmp_path / "images", 1).iterdir()
     command = ["inpaint", str(finished_run), str(image)]
@@ -192,7 +194,7 @@ def test_bad_requests_are_one_line(finished_run: Path, tmp_path: Path, capsys: p
     fails(capsys, [*command, "--keep", str(tmp_path / "small.png")], "small.png", "32 × 31", "32 × 32")
     Image.new("L", (32, 32), 255).save(tmp_path / "white.png")
     fails(capsys, [*command, "--keep", str(tmp_path / "white.png")], "white.png", "nothing is left to sample")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     fails(capsys, [*command, "--keep", str(tmp_path / "text.png")], "text.png", "not a readable picture")
     fails(
         capsys,

@@ -1,4 +1,4 @@
-"""Extraction: mirrored copies, names of records, unreadable images left out, and a data folder that moved."""
+"""Test code extraction: mirrored copies, image names, skipped unreadable images, and a moved data folder."""
 
 import copy
 from pathlib import Path
@@ -24,13 +24,13 @@ from vqvae2.run_folder import RunFolder
 
 @pytest.fixture
 def run(tmp_path: Path, finished_run: Path) -> Run:
-    """A run whose autoencoder is trained, on a folder of 120 images with one that is none."""
+    """Return a run with a trained autoencoder on a folder of 120 files, one of which is not an image."""
     for number in range(120):
         path = tmp_path / "images" / f"{number:03d}.png"
         path.parent.mkdir(exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((32, 32)).save(path)
-    (tmp_path / "images" / "070.png").write_text("no image")
+    (tmp_path / "images" / "070.png").write_text("not an image")
     (tmp_path / "tiny.yaml").write_text(TINY)
     settings = copy.deepcopy(read_yaml(tmp_path / "tiny.yaml"))
     settings["data"] = {"path": str(tmp_path / "images"), "size": 32, "num_workers": 0, "val_fraction": 0.05}
@@ -41,11 +41,11 @@ def run(tmp_path: Path, finished_run: Path) -> Run:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_every_record_can_be_traced_to_its_image(run: Run, flip: bool) -> None:
+def test_records_match_the_codes_of_the_named_images(run: Run, flip: bool) -> None:
     if flip:
         run = Run(run.config.model_copy(update={"extract_codes": ExtractCodesConfig(flip=True)}), run.folder)
     extract_codes(run)
-    training, held_out = open_datasets(run.config.data)
+    training, validation = open_datasets(run.config.data)
     network = Autoencoder.load(run.folder.autoencoder_weights)
     store, other = (CodeStore.open(run.folder.code_store(split)) for split in ("train", "val"))
     copies = 2 if flip else 1
@@ -53,7 +53,7 @@ def test_every_record_can_be_traced_to_its_image(run: Run, flip: bool) -> None:
     assert store.header.unreadable == tuple(range(bad * copies, (bad + 1) * copies))
     assert (store.header.flip, other.header.flip) == (flip, False)
     assert len(store) == (len(training) - 1) * copies
-    assert len(other) == len(held_out)
+    assert len(other) == len(validation)
     assert [store.image_name(index) for index in range(0, len(store), copies)] == [
         n for n in training.names if n != "070.png"
     ]
@@ -64,13 +64,13 @@ def test_every_record_can_be_traced_to_its_image(run: Run, flip: bool) -> None:
     images = torch.stack([image.flip(2) if store.is_mirrored(i) else image for i, image in enumerate(images)])
     assert bad * copies >= RECORDS_PER_VALUE
     with torch.inference_mode():
-        first, whole = (network.encode(to_float(part)) for part in (images[:RECORDS_PER_VALUE], images))
-    for level, exact, expected in zip(everything.codes, first, whole, strict=True):
+        first, all_codes = (network.encode(to_float(part)) for part in (images[:RECORDS_PER_VALUE], images))
+    for level, exact, expected in zip(everything.codes, first, all_codes, strict=True):
         assert torch.equal(level[:RECORDS_PER_VALUE], exact)
-        assert (level == expected).float().mean(dim=(1, 2)).min() > 0.5  # rounding differs in other batches
+        assert (level == expected).float().mean(dim=(1, 2)).min() > 0.5  # rounding differs between batch sizes
 
 
-def test_a_moved_data_folder_is_gone_on_with_and_other_images_are_not(run: Run, tmp_path: Path) -> None:
+def test_extraction_resumes_after_moving_the_data_folder_but_not_with_other_images(run: Run, tmp_path: Path) -> None:
     extract_codes(run)
     digest = CodeStore.open(run.folder.code_store("train")).header.digest
     for part in ("train", "val"):
@@ -78,18 +78,18 @@ def test_a_moved_data_folder_is_gone_on_with_and_other_images_are_not(run: Run, 
     (tmp_path / "images").rename(tmp_path / "moved")
     data = run.config.data.model_copy(update={"path": str(tmp_path / "moved")})
     moved = Run(run.config.model_copy(update={"data": data}), run.folder)
-    unfinish(tmp_path / "train.mdb", run.folder.code_store("train"))
+    mark_unfinished(tmp_path / "train.mdb", run.folder.code_store("train"))
     extract_codes(moved)
     assert CodeStore.open(run.folder.code_store("train")).header.digest == digest
 
     (tmp_path / "moved" / "000.png").rename(tmp_path / "moved" / "new.png")
-    unfinish(run.folder.code_store("train") / "data.mdb", run.folder.code_store("train"))
+    mark_unfinished(run.folder.code_store("train") / "data.mdb", run.folder.code_store("train"))
     with pytest.raises(UserError, match="codes of other images or another autoencoder"):
         extract_codes(moved)
 
 
-def unfinish(database: Path, store: Path) -> None:
-    """Put a database in place of a store's and take back that it is complete."""
+def mark_unfinished(database: Path, store: Path) -> None:
+    """Replace the database of a store and mark the store as incomplete."""
     database.rename(store / "data.mdb")
     (store / "seal.json").unlink()
     lmdb_store.close_reader(store)
@@ -100,7 +100,7 @@ def unfinish(database: Path, store: Path) -> None:
         transaction.delete((0).to_bytes(8, "big"))
 
 
-def test_too_many_unreadable_images_stop_it_and_nothing_is_finished(run: Run) -> None:
+def test_too_many_unreadable_images_raise_and_leave_the_store_incomplete(run: Run) -> None:
     data = run.config.data.model_copy(update={"max_unreadable_fraction": 0.0})
     with pytest.raises(UserError, match=r"1 of \d+ images .*070\.png"):
         extract_codes(Run(run.config.model_copy(update={"data": data}), run.folder))

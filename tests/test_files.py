@@ -1,4 +1,4 @@
-"""Atomic writes: complete or absent, whatever happens in between."""
+"""Test atomic writes, JSON errors, checksums, and cleanup of temporary files."""
 
 import subprocess
 import sys
@@ -10,22 +10,22 @@ from vqvae2 import files
 from vqvae2.errors import UserError
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     files.write_json(path, {"a": 1})
 
-    def cut_short() -> None:
+    def interrupted_write() -> None:
         with files.atomic_write(path) as partial:
             partial.write_text("half")
-            raise RuntimeError("power cut")
+            raise RuntimeError("power failure")
 
     with pytest.raises(RuntimeError, match="power"):
-        cut_short()
+        interrupted_write()
     assert files.read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
+def test_folder_replaces_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for text in ("one", "two"):
         with files.atomic_write(path) as partial:
@@ -34,7 +34,7 @@ def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
     assert (path / "file").read_text() == "two"
 
 
-def test_damaged_json_names_the_file(tmp_path: Path) -> None:
+def test_corrupted_json_error_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     path.write_text('{"a": ')
     with pytest.raises(UserError, match=r"value\.json: not valid JSON"):
@@ -47,7 +47,7 @@ def test_digest_is_sha256(tmp_path: Path) -> None:
     assert files.digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_is_writing_is_not(tmp_path: Path) -> None:
+def test_temporary_files_of_killed_but_not_of_running_processes_are_removed(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from vqvae2 import files\n"
         "with files.atomic_write(Path(sys.argv[1])) as partial:\n"

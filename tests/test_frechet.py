@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms, pytorch-fid and NumPy; statistics streamed, merged, stored and refused."""
+"""Test the Fréchet distance against closed forms and SciPy, and streamed, merged, saved and invalid statistics."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from vqvae2.metrics.frechet import GaussianStatistics, frechet_distance
 
 
 def rotated(rng: np.random.Generator, *spectra: np.ndarray) -> list[np.ndarray]:
-    """Commuting covariances: the given eigenvalues in one random basis."""
+    """Return commuting covariances: the given eigenvalues in one random basis."""
     basis = np.linalg.qr(rng.standard_normal((len(spectra[0]), len(spectra[0]))))[0]
     return [(basis * values) @ basis.T for values in spectra]
 
@@ -27,20 +27,20 @@ def closed_form(a: np.ndarray, b: np.ndarray) -> float:
 D = 200
 SPECTRA = {
     "full rank": (np.logspace(1, -6, D), np.linspace(0.1, 2, D)),
-    "harsh": (np.logspace(2, -13, D), np.logspace(2, -13, D) * 1.7),
+    "ill-conditioned": (np.logspace(2, -13, D), np.logspace(2, -13, D) * 1.7),
     "equal ranks": (np.r_[np.linspace(1, 2, 60), np.zeros(140)], np.r_[np.linspace(3, 1, 60), np.zeros(140)]),
-    "null spaces that differ": (
+    "different null spaces": (
         np.r_[np.logspace(1, -3, 90), np.zeros(110)],
         np.r_[np.zeros(30), np.logspace(0, -4, 90), np.zeros(80)],
     ),
     "orthogonal": (np.r_[np.ones(100), np.zeros(100)], np.r_[np.zeros(100), np.ones(100)]),
-    "one is a point": (np.linspace(1, 2, D), np.zeros(D)),
-    "both are points": (np.zeros(D), np.zeros(D)),
+    "one zero covariance": (np.linspace(1, 2, D), np.zeros(D)),
+    "both zero covariances": (np.zeros(D), np.zeros(D)),
 }
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-def test_closed_form_of_commuting_covariances_to_1e_6(name: str) -> None:
+def test_commuting_covariances_match_closed_form(name: str) -> None:
     rng = np.random.default_rng(0)
     a, b = SPECTRA[name]
     mean = rng.standard_normal(D) * 0.01
@@ -50,14 +50,14 @@ def test_closed_form_of_commuting_covariances_to_1e_6(name: str) -> None:
     assert frechet_distance(mean, second, np.zeros(D), first) == pytest.approx(expected, rel=1e-6)
 
 
-def test_covariances_that_do_not_commute_against_the_matrix_square_root() -> None:
+def test_general_covariances_match_matrix_square_root() -> None:
     rng = np.random.default_rng(1)
     first, second = (np.cov(rng.standard_normal((400, D)) @ rng.standard_normal((D, D)), rowvar=False) for _ in "ab")
     expected = np.trace(first) + np.trace(second) - 2 * np.trace(linalg.sqrtm(first @ second)).real
     assert frechet_distance(np.zeros(D), first, np.zeros(D), second) == pytest.approx(expected, rel=1e-9)
 
 
-def test_fewer_samples_than_dimensions_against_singular_values_of_the_samples() -> None:
+def test_fewer_samples_than_dimensions_match_singular_values() -> None:
     rng = np.random.default_rng(2)
     mixing = rng.standard_normal((D, D))
     first, second = rng.standard_normal((30, D)) @ mixing, rng.standard_normal((50, D)) @ mixing
@@ -69,7 +69,7 @@ def test_fewer_samples_than_dimensions_against_singular_values_of_the_samples() 
     assert frechet_distance(means[0], covariances[0], means[1], covariances[1]) == pytest.approx(expected, rel=1e-9)
 
 
-def test_covariances_rounded_to_float32_are_close_though_no_longer_semi_definite() -> None:
+def test_indefinite_float32_covariances_are_close() -> None:
     a, b = np.logspace(1, -10, D), np.linspace(0.1, 2, D)
     first, second = (sigma.astype(np.float32) for sigma in rotated(np.random.default_rng(3), a, b))
     assert np.linalg.eigvalsh(first.astype(float)).min() < 0
@@ -78,18 +78,18 @@ def test_covariances_rounded_to_float32_are_close_though_no_longer_semi_definite
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(2, 12), st.integers(2, 20), st.integers(0, 2**32 - 1))
-def test_is_a_symmetric_distance_that_vanishes_on_equals(dims: int, count: int, seed: int) -> None:
+def test_distance_is_symmetric_nonnegative_and_zero_for_equal_inputs(dims: int, count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, y = rng.standard_normal((count, dims)), rng.standard_normal((count + 3, dims)) + 1
     a, b = (np.cov(z, rowvar=False).reshape(dims, dims) for z in (x, y))
-    forth = frechet_distance(x.mean(0), a, y.mean(0), b)
-    assert forth >= 0
-    assert frechet_distance(y.mean(0), b, x.mean(0), a) == pytest.approx(forth, rel=1e-9)
+    distance = frechet_distance(x.mean(0), a, y.mean(0), b)
+    assert distance >= 0
+    assert frechet_distance(y.mean(0), b, x.mean(0), a) == pytest.approx(distance, rel=1e-9)
     assert frechet_distance(x.mean(0), a, x.mean(0), a) == pytest.approx(0, abs=1e-12 * np.trace(a))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_distance_refuses_numbers_that_are_none_and_shapes_that_differ(bad: float) -> None:
+def test_non_finite_values_and_mismatched_shapes_raise(bad: float) -> None:
     broken = np.eye(3)
     broken[1, 1] = bad
     with pytest.raises(UserError, match="NaN or infinity"):
@@ -101,12 +101,12 @@ def test_distance_refuses_numbers_that_are_none_and_shapes_that_differ(bad: floa
 
 
 def features(count: int = 40, dims: int = 6) -> np.ndarray:
-    # A mean a million times the spread: raw products in float64 would leave no digit of the covariance below 1e-4.
+    # The mean is 1e6 times the standard deviation: float64 sums of raw products would lose digits below 1e-4.
     return (np.random.default_rng(4).standard_normal((count, dims)) + 1e6).astype(np.float64)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 40])
-def test_streaming_equals_numpy_for_any_batch_size(batch: int) -> None:
+def test_streaming_matches_numpy_for_any_batch_size(batch: int) -> None:
     x = features()
     statistics = GaussianStatistics(6)
     for start in range(0, len(x), batch):
@@ -117,7 +117,7 @@ def test_streaming_equals_numpy_for_any_batch_size(batch: int) -> None:
     np.testing.assert_allclose(statistics.covariance, np.cov(x, rowvar=False), rtol=1e-7, atol=1e-9)
 
 
-def test_merge_equals_one_pass() -> None:
+def test_merge_matches_one_pass() -> None:
     x = torch.from_numpy(features())
     whole, left, right = (GaussianStatistics(6) for _ in range(3))
     whole.update(x)
@@ -133,22 +133,22 @@ def reduced(empty: bool) -> tuple[int | None, np.ndarray, np.ndarray]:
     x = torch.from_numpy(features())
     statistics = GaussianStatistics(6)
     rank = torch.distributed.get_rank()
-    share = x[:0] if empty and rank else x if empty else x[rank::2][: 13 + rank]
-    statistics.update(share)
+    mine = x[:0] if empty and rank else x if empty else x[rank::2][: 13 + rank]
+    statistics.update(mine)
     statistics.all_reduce()
     return statistics.count, statistics.mean, statistics.covariance
 
 
-def test_two_processes_give_the_value_of_one() -> None:
+def test_all_reduce_over_two_processes_matches_one() -> None:
     x = features()
-    for empty, seen in ((False, np.concatenate((x[::2][:13], x[1::2][:14]))), (True, x)):
+    for empty, all_features in ((False, np.concatenate((x[::2][:13], x[1::2][:14]))), (True, x)):
         for count, mean, covariance in two_processes(reduced, empty):
-            assert count == len(seen)
-            np.testing.assert_allclose(mean, seen.mean(0), rtol=1e-14)
-            np.testing.assert_allclose(covariance, np.cov(seen, rowvar=False), rtol=1e-7, atol=1e-9)
+            assert count == len(all_features)
+            np.testing.assert_allclose(mean, all_features.mean(0), rtol=1e-14)
+            np.testing.assert_allclose(covariance, np.cov(all_features, rowvar=False), rtol=1e-7, atol=1e-9)
 
 
-def test_statistics_refuse_wrong_widths_and_too_few_samples() -> None:
+def test_wrong_feature_size_and_too_few_samples_raise() -> None:
     statistics = GaussianStatistics(4)
     with pytest.raises(UserError, match=r"expected features \(N, 4\), got \(2, 3\)"):
         statistics.update(torch.zeros(2, 3))
@@ -159,7 +159,7 @@ def test_statistics_refuse_wrong_widths_and_too_few_samples() -> None:
         _ = statistics.covariance
 
 
-def test_a_file_round_trips_goes_on_and_is_read_as_pytorch_fid_reads_it(tmp_path: Path) -> None:
+def test_file_round_trip_supports_updates_and_the_pytorch_fid_format(tmp_path: Path) -> None:
     x = torch.from_numpy(features())
     statistics = GaussianStatistics(6)
     statistics.update(x[:20])
@@ -174,7 +174,7 @@ def test_a_file_round_trips_goes_on_and_is_read_as_pytorch_fid_reads_it(tmp_path
     np.testing.assert_allclose(loaded.covariance, np.cov(x.numpy(), rowvar=False), rtol=1e-7, atol=1e-9)
 
 
-def test_a_file_of_pytorch_fid_has_no_count_and_the_same_distance(tmp_path: Path) -> None:
+def test_pytorch_fid_file_has_no_count_and_the_same_distance(tmp_path: Path) -> None:
     x = features()
     np.savez_compressed(tmp_path / "theirs.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False))
     loaded = GaussianStatistics.load(tmp_path / "theirs.npz")
@@ -186,7 +186,7 @@ def test_a_file_of_pytorch_fid_has_no_count_and_the_same_distance(tmp_path: Path
     np.testing.assert_array_equal(GaussianStatistics.load(tmp_path / "again.npz").covariance, loaded.covariance)
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = GaussianStatistics(3)
     statistics.update(torch.eye(3))
     statistics.save(tmp_path / "s.npz")
@@ -203,7 +203,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
 
 
-BAD = {
+INVALID = {
     "other keys": ({"mean": np.zeros(3)}, "no array `mu`"),
     "no sigma": ({"mu": np.zeros(3)}, "no array `sigma`"),
     "other shapes": ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"got \(3,\) and \(4, 4\)"),
@@ -217,9 +217,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_file_that_holds_something_else_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    arrays, message = BAD[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_contents_give_one_line_error(name: str, tmp_path: Path) -> None:
+    arrays, message = INVALID[name]
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=message) as caught:
         GaussianStatistics.load(tmp_path / "bad.npz")
@@ -228,18 +228,18 @@ def test_a_file_that_holds_something_else_is_refused_in_one_line(name: str, tmp_
 
 
 @pytest.mark.parametrize("cut", [0, 3, 100, 400])
-def test_a_damaged_file_is_refused_in_one_line(cut: int, tmp_path: Path) -> None:
+def test_corrupted_file_gives_one_line_error(cut: int, tmp_path: Path) -> None:
     path = tmp_path / "s.npz"
     np.savez_compressed(path, mu=np.zeros(20), sigma=np.random.default_rng(0).standard_normal((20, 20)))
-    whole = path.read_bytes()
-    damaged = whole[:cut] if cut < 400 else whole[:cut] + bytes(40) + whole[cut + 40 :]
-    path.write_bytes(damaged)
+    content = path.read_bytes()
+    corrupted = content[:cut] if cut < 400 else content[:cut] + bytes(40) + content[cut + 40 :]
+    path.write_bytes(corrupted)
     with pytest.raises(UserError, match=r"s\.npz: not a readable \.npz") as caught:
         GaussianStatistics.load(path)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_files_and_bare_arrays_are_refused(tmp_path: Path) -> None:
+def test_missing_files_and_single_arrays_raise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         GaussianStatistics.load(tmp_path / "none.npz")
     np.save(tmp_path / "a.npy", np.zeros(3))

@@ -1,4 +1,4 @@
-"""Sampling parameters per level, and classifier-free guidance."""
+"""Test sampling parameters per level, and classifier-free guidance."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def allow_guidance(pipeline: VQVAE2Pipeline) -> VQVAE2Pipeline:
     return pipeline
 
 
-def test_params_are_one_value_or_values_per_level() -> None:
+def test_params_accept_one_value_or_values_per_level() -> None:
     params = SamplingParams(
         temperature=0.5, top_k={"top": 7}, top_p={"bottom": 0.9, "top": 0.8}, guidance_scale={"top": 3}
     )
@@ -66,14 +66,14 @@ def test_yaml_command_line_and_python_share_one_syntax() -> None:
         ({"temperature": float("nan")}, "finite"),
     ],
 )
-def test_values_are_checked_on_every_level(settings: dict[str, Any], words: str) -> None:
+def test_values_of_every_level_are_validated(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         SamplingParams(**settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [0.0, 2.5])
-def test_guided_codes_are_those_of_two_full_passes(kind: str, scale: float) -> None:
+def test_guided_codes_match_two_full_passes(kind: str, scale: float) -> None:
     prior = build(size=(4, 6), coarser=((4, 3),), classes=3, kind=kind)
     given = inputs(prior, batch=3)
     coarser, labels = given["coarser"], given["labels"]
@@ -89,48 +89,49 @@ def test_guided_codes_are_those_of_two_full_passes(kind: str, scale: float) -> N
             codes[:, row, column] = sample_codes(logits, variates[column], LevelSamplingParams())
     assert torch.equal(found, codes)
     for part in ([2], [1, 0]):
-        some = tuple(level[part] for level in coarser)
-        alone = sample_level(prior, Noise(0, part, 0), LevelSamplingParams(guidance_scale=scale), some, labels[part])
+        coarser_part = tuple(level[part] for level in coarser)
+        alone = sample_level(
+            prior, Noise(0, part, 0), LevelSamplingParams(guidance_scale=scale), coarser_part, labels[part]
+        )
         assert torch.equal(alone, found[part])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_scale_of_one_is_the_model_itself_and_more_exaggerates_the_label(kind: str) -> None:
+def test_guided_logits_extrapolate_from_unconditional_to_conditional(kind: str) -> None:
     prior = build(classes=3, kind=kind)
     labels = torch.tensor([0, 2])
-    plain, without = prior.incremental_decoder(2, (), labels), prior.incremental_decoder(2, (), None)
-    walks: list[Any] = [
-        plain,
-        without,
+    decoders: list[Any] = [
+        prior.incremental_decoder(2, (), labels),
+        prior.incremental_decoder(2, (), None),
         *(ClassifierFreeGuidance(prior, (), labels, scale) for scale in (1.0, 0.0, 3.0)),
     ]
-    for walk in walks:
-        walk.begin_row(0)
-    c, u, one, none, three = (walk.logits(0) for walk in walks)
-    assert not torch.allclose(c, u, atol=1e-3)
-    torch.testing.assert_close(one, c)
-    torch.testing.assert_close(none, u)
-    torch.testing.assert_close(three, u + 3 * (c - u))
+    for decoder in decoders:
+        decoder.begin_row(0)
+    conditional, unconditional, scale_1, scale_0, scale_3 = (decoder.logits(0) for decoder in decoders)
+    assert not torch.allclose(conditional, unconditional, atol=1e-3)
+    torch.testing.assert_close(scale_1, conditional)
+    torch.testing.assert_close(scale_0, unconditional)
+    torch.testing.assert_close(scale_3, unconditional + 3 * (conditional - unconditional))
 
 
-def test_each_level_is_sampled_by_its_own_settings(finished_run: Path) -> None:
+def test_each_level_uses_its_own_params(finished_run: Path) -> None:
     pipeline = allow_guidance(VQVAE2Pipeline.from_pretrained(finished_run))
     images, labels = range(2), pipeline.labels_of(range(2), None)
     bottom, top = pipeline.sample_codes(images, labels, 0, SamplingParams())
-    for choices in (SamplingParams(temperature={"bottom": 0}), SamplingParams(top_k={"bottom": 1})):
-        found = pipeline.sample_codes(images, labels, 0, choices)
+    for params in (SamplingParams(temperature={"bottom": 0}), SamplingParams(top_k={"bottom": 1})):
+        found = pipeline.sample_codes(images, labels, 0, params)
         assert torch.equal(found[1], top)
         prior = pipeline.priors[0]
-        likeliest = sample_level(prior, Noise(0, images, 0), LevelSamplingParams(temperature=0), (top,), labels)
-        assert torch.equal(found[0], likeliest)
+        most_likely = sample_level(prior, Noise(0, images, 0), LevelSamplingParams(temperature=0), (top,), labels)
+        assert torch.equal(found[0], most_likely)
         assert not torch.equal(found[0], bottom)
     guided = pipeline.sample_codes(images, labels, 0, SamplingParams(guidance_scale={"top": 40}))
     assert not torch.equal(guided[1], top)
-    again = pipeline(2, guidance_scale={"top": 40})
-    torch.testing.assert_close(again, pipeline.autoencoder.decode(guided))
+    sampled = pipeline(2, guidance_scale={"top": 40})
+    torch.testing.assert_close(sampled, pipeline.autoencoder.decode(guided))
 
 
-def test_guidance_is_refused_where_it_would_mean_nothing(finished_run: Path) -> None:
+def test_guidance_without_label_dropout_or_labels_raises(finished_run: Path) -> None:
     pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
     with pytest.raises(UserError, match="level bottom was trained without label dropout"):
         pipeline(1, guidance_scale=2)
@@ -143,7 +144,7 @@ def test_guidance_is_refused_where_it_would_mean_nothing(finished_run: Path) -> 
         pipeline(1, temperature={"middle": 0.5})
 
 
-def test_the_command_takes_values_by_level(
+def test_sample_command_accepts_values_per_level(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
@@ -171,6 +172,6 @@ def test_the_command_takes_values_by_level(
         str(out),
     ]
     assert main(command) == 0
-    choice = json.loads((out / "manifest.json").read_text())["sampling_params"]
-    assert choice == {"temperature": {"top": 1.0, "bottom": 0.5}, "top_k": 0, "top_p": 1.0, "guidance_scale": 2.0}
-    assert format_value(choice).startswith("temperature (top 1.0, bottom 0.5), top-k 0")
+    params = json.loads((out / "manifest.json").read_text())["sampling_params"]
+    assert params == {"temperature": {"top": 1.0, "bottom": 0.5}, "top_k": 0, "top_p": 1.0, "guidance_scale": 2.0}
+    assert format_value(params).startswith("temperature (top 1.0, bottom 0.5), top-k 0")

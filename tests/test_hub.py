@@ -1,4 +1,4 @@
-"""Loading pretrained models from files, folders and hub ids."""
+"""Test loading pretrained models from files, folders and hub ids."""
 
 from pathlib import Path
 from unittest import mock
@@ -29,19 +29,19 @@ def test_autoencoder_loads_from_file_folder_and_hub(finished_run: Path, tmp_path
 def test_pipeline_round_trip(finished_run: Path, tmp_path: Path) -> None:
     pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
     pipeline.save_pretrained(tmp_path / "saved")
-    again = VQVAE2Pipeline.from_pretrained(tmp_path / "saved")
-    assert again.class_names == pipeline.class_names
-    assert [again.autoencoder.digest, *(p.digest for p in again.priors)] == [
+    loaded = VQVAE2Pipeline.from_pretrained(tmp_path / "saved")
+    assert loaded.class_names == pipeline.class_names
+    assert [loaded.autoencoder.digest, *(p.digest for p in loaded.priors)] == [
         pipeline.autoencoder.digest,
         *(prior.digest for prior in pipeline.priors),
     ]
-    assert torch.equal(again(num_images=3, seed=1), pipeline(num_images=3, seed=1))
+    assert torch.equal(loaded(num_images=3, seed=1), pipeline(num_images=3, seed=1))
     with mock.patch("huggingface_hub.snapshot_download", return_value=str(tmp_path / "saved")) as download:
         assert len(VQVAE2Pipeline.from_pretrained("someone/faces").priors) == 2
     assert download.call_args.args == ("someone/faces",)
 
 
-def test_prior_of_another_level_is_refused(finished_run: Path, tmp_path: Path) -> None:
+def test_prior_of_another_level_raises(finished_run: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     VQVAE2Pipeline.from_pretrained(finished_run).save_pretrained(saved)
     (saved / "prior-top" / "model.safetensors").write_bytes((saved / "prior-bottom/model.safetensors").read_bytes())
@@ -49,7 +49,7 @@ def test_prior_of_another_level_is_refused(finished_run: Path, tmp_path: Path) -
         VQVAE2Pipeline.from_pretrained(saved)
 
 
-def test_missing_models_are_named(tmp_path: Path) -> None:
+def test_missing_model_errors_name_the_source(tmp_path: Path) -> None:
     for source in (tmp_path / "model.safetensors", "a/b/c", "model.pt"):
         for find in (weights_file, pipeline_folder):
             with pytest.raises(UserError, match="no such file or folder"):

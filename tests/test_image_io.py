@@ -1,4 +1,4 @@
-"""Decoding: every kind of picture becomes 8-bit channels in a defined way, and what cannot is unreadable."""
+"""Test decoding: conversion of every image mode to 8-bit channels, orientation, cropping, and unreadable files."""
 
 import struct
 import warnings
@@ -15,7 +15,7 @@ RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
 
 
 def png16(path: Path, pixels: np.ndarray) -> Path:
-    """A 16-bit PNG, grey (H, W) or RGB (H, W, 3), which Pillow cannot write for RGB."""
+    """Write a 16-bit PNG of gray (H, W) or RGB (H, W, 3) pixels. Pillow cannot write 16-bit RGB."""
     height, width = pixels.shape[:2]
     rows = pixels.astype(">u2").reshape(height, -1)
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
@@ -28,13 +28,13 @@ def png16(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["png grey", "png rgb", "tiff grey", "pgm"])
-def test_16_bits_are_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
-    if kind == "png grey":
+@pytest.mark.parametrize("kind", ["png gray", "png rgb", "tiff gray", "pgm"])
+def test_16_bit_images_are_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
+    if kind == "png gray":
         path = png16(tmp_path / "a.png", RAMP)
     elif kind == "png rgb":
         path = png16(tmp_path / "a.png", np.stack([RAMP] * 3, -1))
-    elif kind == "tiff grey":
+    elif kind == "tiff gray":
         path = tmp_path / "a.tif"
         Image.fromarray(RAMP).save(path)
     else:
@@ -46,7 +46,7 @@ def test_16_bits_are_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
     assert (found == found[..., :1]).all()
 
 
-def test_pixels_without_a_range_are_unreadable(tmp_path: Path) -> None:
+def test_float_and_32_bit_images_raise(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((8, 8), 70_000, np.int32)).save(tmp_path / "wide.tif")
     with pytest.raises(UnreadableImageError, match=r"float\.tif: .*floating-point"):
@@ -63,7 +63,7 @@ def palette(path: Path, **options: object) -> Path:
     return path
 
 
-def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
+def test_palette_images_with_and_without_transparency(tmp_path: Path) -> None:
     opaque = read_image(palette(tmp_path / "a.png"), (8, 8))
     assert (opaque[:, :4] == 0).all()
     assert (opaque[:, 4:] == (200, 100, 50)).all()
@@ -75,7 +75,7 @@ def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_laid_over_white_or_kept(tmp_path: Path, mode: str) -> None:
+def test_transparency_is_composited_over_white_or_kept(tmp_path: Path, mode: str) -> None:
     image = Image.new("RGBA", (8, 8), (100, 100, 100, 255))
     image.paste((100, 100, 100, 0), (0, 0, 4, 8))
     image.putpixel((7, 7), (0, 0, 0, 128))
@@ -97,18 +97,18 @@ def test_cmyk_is_converted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extension", ["webp", "png", "gif", "tif"])
-def test_the_first_frame_counts(tmp_path: Path, extension: str) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+def test_first_frame_of_an_animation_is_read(tmp_path: Path, extension: str) -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in ((255, 0, 0), (0, 0, 255))]
     options = {"lossless": True} if extension == "webp" else {}
     frames[0].save(tmp_path / f"a.{extension}", save_all=True, append_images=frames[1:], **options)
     assert (read_image(tmp_path / f"a.{extension}", (16, 16)) == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_is_applied_to_jpegs_too(tmp_path: Path, orientation: int) -> None:
+def test_every_exif_orientation_is_applied_to_jpegs(tmp_path: Path, orientation: int) -> None:
     upright = np.zeros((64, 32), np.uint8)
     upright[:32, :16], upright[32:, :16], upright[:32, 16:] = 250, 150, 50
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of Pillow's transpositions, the one that undoes each
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the Transpose that undoes each orientation
     image = Image.fromarray(upright).convert("RGB")
     if orientation > 1:
         image = image.transpose(Image.Transpose(back[orientation]))
@@ -120,8 +120,8 @@ def test_every_exif_orientation_is_applied_to_jpegs_too(tmp_path: Path, orientat
     np.testing.assert_allclose(corners, (250, 150, 50, 0), atol=6)
 
 
-@pytest.mark.parametrize("limit", [50, 30], ids=["warned of by Pillow", "refused by Pillow"])
-def test_decompression_bombs_are_unreadable_without_a_warning(
+@pytest.mark.parametrize("limit", [50, 30], ids=["Pillow warns", "Pillow raises"])
+def test_decompression_bombs_raise_without_warnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     Image.new("L", (8, 9)).save(tmp_path / "bomb.png")
@@ -133,12 +133,12 @@ def test_decompression_bombs_are_unreadable_without_a_warning(
     assert leaked == []
 
 
-def test_damaged_metadata_is_no_warning(tmp_path: Path) -> None:
+def test_corrupted_metadata_gives_no_warning(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
     assert read_image(tmp_path / "a.jpg", (8, 8)).shape == (8, 8, 3)
 
 
-def test_a_crop_at_the_full_scale_moves_whole_pixels(tmp_path: Path) -> None:
+def test_crop_at_full_scale_is_pixel_exact(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 21, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     for where, left in (((0.0, 0.0), 0), ((0.5, 0.5), 3), ((1.0, 1.0), 5)):
@@ -146,11 +146,11 @@ def test_a_crop_at_the_full_scale_moves_whole_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", [(0.0, 0.0), (0.3, 0.7), (1.0, 1.0)])
-def test_every_size_is_cropped_within_the_picture(where: tuple[float, float]) -> None:
-    for width in range(230, 250):  # 97 / (97 / 233) is above 233 in floating point, and so is 245's
+def test_crops_stay_within_the_image(where: tuple[float, float]) -> None:
+    for width in range(230, 250):  # 97 / (97 / 233) > 233 in floating point; so is 245
         assert read_image(Image.new("L", (width, 700)), (96, 97), 1, where).shape == (96, 97, 1)
 
 
-def test_missing_files_and_directories_stay_what_they_are(tmp_path: Path) -> None:
+def test_missing_file_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "missing.png", (8, 8))

@@ -1,4 +1,4 @@
-"""Images: the split, labels, the one transform, and files that are no images."""
+"""Test image datasets: split, labels, resizing and cropping, augmentation, and unreadable files."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from vqvae2.data.images import DataConfig, open_datasets, read_image, to_float, 
 from vqvae2.errors import UserError
 
 
-def picture(path: Path, width: int = 40, height: int = 30, mode: str = "RGB", seed: int = 0) -> Path:
+def write_image(path: Path, width: int = 40, height: int = 30, mode: str = "RGB", seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
     Image.fromarray(pixels).convert("RGB").convert(mode).save(path)
@@ -22,53 +22,53 @@ def picture(path: Path, width: int = 40, height: int = 30, mode: str = "RGB", se
 def folder(tmp_path: Path) -> Path:
     root = tmp_path / "images"
     for number in range(60):
-        picture(root / ("cat", "dog", "eel")[number % 3] / "deep" / f"{number}.png", seed=number)
+        write_image(root / ("cat", "dog", "eel")[number % 3] / "deep" / f"{number}.png", seed=number)
     (root / "notes.txt").write_text("not an image")
-    (root / ".hidden.png").write_text("nor this")
+    (root / ".hidden.png").write_text("not an image")
     return root
 
 
-def test_a_file_stays_on_its_side_when_files_are_added(folder: Path) -> None:
+def test_split_is_stable_when_files_are_added(folder: Path) -> None:
     config = DataConfig(path=str(folder), size=16, val_fraction=0.3)
-    training, held_out = open_datasets(config)
-    assert len(training) + len(held_out) == 60
-    assert 5 < len(held_out) < 35
-    before = set(held_out.names)
+    training, validation = open_datasets(config)
+    assert len(training) + len(validation) == 60
+    assert 5 < len(validation) < 35
+    before = set(validation.names)
     for number in range(60, 90):
-        picture(folder / "fox" / f"{number}.png", seed=number)
+        write_image(folder / "fox" / f"{number}.png", seed=number)
     _, later = open_datasets(config)
     assert before == {name for name in later.names if not name.startswith("fox")}
 
 
-def test_every_side_has_an_image_even_in_the_smallest_folder(tmp_path: Path) -> None:
+def test_each_split_has_at_least_one_image(tmp_path: Path) -> None:
     for number in range(2):
-        picture(tmp_path / f"{number}.png", seed=number)
-    training, held_out = open_datasets(DataConfig(path=str(tmp_path), size=16, val_fraction=0.001))
-    assert (len(training), len(held_out)) == (1, 1)
+        write_image(tmp_path / f"{number}.png", seed=number)
+    training, validation = open_datasets(DataConfig(path=str(tmp_path), size=16, val_fraction=0.001))
+    assert (len(training), len(validation)) == (1, 1)
 
 
-def test_labels_are_the_first_folder_of_a_path(folder: Path) -> None:
+def test_labels_are_the_first_path_component(folder: Path) -> None:
     training, _ = open_datasets(DataConfig(path=str(folder), size=16, labels="folder"))
     assert training.classes == ("cat", "dog", "eel")
     for index, name in enumerate(training.names):
         assert training.classes[training[index].label] == name.split("/")[0]
-    unlabelled, _ = open_datasets(DataConfig(path=str(folder), size=16))
-    assert unlabelled.classes == ()
-    assert unlabelled[0].label == -1
+    unlabeled, _ = open_datasets(DataConfig(path=str(folder), size=16))
+    assert unlabeled.classes == ()
+    assert unlabeled[0].label == -1
 
 
-def test_resizing_covers_the_size_and_crops_the_middle(tmp_path: Path) -> None:
+def test_resize_covers_the_size_and_crops_the_center(tmp_path: Path) -> None:
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, :20], pixels[:, 20:60], pixels[:, 60:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     Image.fromarray(pixels).save(tmp_path / "bands.png")
-    middle = read_image(tmp_path / "bands.png", (20, 20))
-    assert (middle[:, 2:-2] == (0, 255, 0)).all()
+    center = read_image(tmp_path / "bands.png", (20, 20))
+    assert (center[:, 2:-2] == (0, 255, 0)).all()
     left = read_image(tmp_path / "bands.png", (20, 20), crop_position=(0.0, 0.0))
     assert (left[:, :8] == (255, 0, 0)).all()
 
 
-def test_resizing_is_antialiased_and_agrees_with_torchvision(tmp_path: Path) -> None:
-    path = picture(tmp_path / "noise.png", 64, 64)
+def test_resize_is_antialiased_and_matches_torch(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "noise.png", 64, 64)
     ours = read_image(path, (16, 16)).astype(float)
     tensor = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float()
     theirs = torch.nn.functional.interpolate(tensor, size=16, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
@@ -77,7 +77,7 @@ def test_resizing_is_antialiased_and_agrees_with_torchvision(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 45), (45, 60), (61, 40), (20, 33), (400, 40), (40, 400), (3, 900)])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_resizing_agrees_with_pillow_whatever_the_shape(tmp_path: Path, width: int, height: int, channels: int) -> None:
+def test_resize_matches_pillow_for_any_shape(tmp_path: Path, width: int, height: int, channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
     image = Image.fromarray(pixels.squeeze())
     image.save(tmp_path / "noise.png")
@@ -90,13 +90,13 @@ def test_resizing_agrees_with_pillow_whatever_the_shape(tmp_path: Path, width: i
     assert ours.shape == (24, 32, channels)
     if channels < 4 and max(width / height, height / width) < 4:
         assert difference.max() <= 1
-    else:  # cropped between pixels while it is resized
-        assert difference.mean() < 40, "of noise; 85 where nothing fits"
+    else:  # resizing crops at subpixel positions
+        assert difference.mean() < 40, "mean difference of noise images; unrelated ones differ by 85"
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3), ("RGB", 1), ("RGB", 4)])
-def test_every_mode_becomes_the_channels_asked_for(tmp_path: Path, mode: str, channels: int) -> None:
-    path = picture(tmp_path / ("image.jpg" if mode == "CMYK" else "image.png"), mode=mode)
+def test_every_mode_is_converted_to_the_requested_channels(tmp_path: Path, mode: str, channels: int) -> None:
+    path = write_image(tmp_path / ("image.jpg" if mode == "CMYK" else "image.png"), mode=mode)
     assert read_image(path, (24, 32), channels).shape == (24, 32, channels)
 
 
@@ -104,14 +104,14 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, :20] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn right: what is left becomes the top
+    exif[0x0112] = 6  # rotate clockwise: the left edge becomes the top
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     upright = read_image(tmp_path / "turned.png", (40, 20))
     assert upright[:15].min() == 255
     assert upright[25:].max() == 0
 
 
-def test_augmentation_depends_on_the_draw_alone(folder: Path) -> None:
+def test_augmentation_depends_only_on_the_draw(folder: Path) -> None:
     training, _ = open_datasets(DataConfig(path=str(folder), size=16, flip=True, crop="random"))
     plain = training[0].image
     draws = {number: training[0, number].image for number in range(8)}
@@ -123,7 +123,7 @@ def test_augmentation_depends_on_the_draw_alone(folder: Path) -> None:
     assert torch.equal(mirrored[0, 2].image, plain)
 
 
-def test_floats_are_between_minus_one_and_one_and_come_back_as_the_same_bytes() -> None:
+def test_uint8_float_round_trip_is_exact() -> None:
     values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     floats = to_float(values)
     assert (floats.min(), floats.max(), floats.dtype) == (-1, 1, torch.float32)
@@ -131,20 +131,20 @@ def test_floats_are_between_minus_one_and_one_and_come_back_as_the_same_bytes() 
     assert to_uint8(torch.tensor([-3.0, 3.0]).view(1, 1, 2)).flatten().tolist() == [0, 255]
 
 
-def test_scenes_come_in_any_size_and_channels_with_their_classes() -> None:
+def test_scenes_support_any_size_and_channels_and_have_classes() -> None:
     config = DataConfig(size=(16, 24), channels=1, labels="folder", num_scenes=50, val_fraction=0.2)
-    training, held_out = open_datasets(config)
-    assert len(training) + len(held_out) == 50
+    training, validation = open_datasets(config)
+    assert len(training) + len(validation) == 50
     assert training[0].image.shape == (1, 16, 24)
     assert training.classes[training[3].label] == training.names[3].split("/")[0]
 
 
-def test_folders_that_cannot_be_used_are_named(tmp_path: Path, folder: Path) -> None:
+def test_unusable_folder_errors_name_the_folder(tmp_path: Path, folder: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     single = tmp_path / "single"
-    picture(single / "one.png")
-    picture(folder / "loose.png")
+    write_image(single / "one.png")
+    write_image(folder / "loose.png")
     for path, labels, message in (
         (tmp_path / "missing", "none", "no such folder: .*missing. Give a folder"),
         (folder / "notes.txt", "none", r"not a folder or archive: .*notes\.txt. Give a folder"),
@@ -156,10 +156,10 @@ def test_folders_that_cannot_be_used_are_named(tmp_path: Path, folder: Path) -> 
             open_datasets(DataConfig(path=str(path), size=16, labels=labels))  # pyright: ignore[reportArgumentType]
 
 
-def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
-    whole = picture(tmp_path / "whole.jpg", 200, 200).read_bytes()
+def test_unreadable_file_errors_name_the_file(tmp_path: Path) -> None:
+    whole = write_image(tmp_path / "whole.jpg", 200, 200).read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("this is a text")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "nothing.png").write_bytes(b"")
     for name in ("cut.jpg", "text.png", "nothing.png"):
         with pytest.raises(UserError, match=rf"{name}: cannot be read as an image .*\. Remove or replace it") as error:
@@ -168,6 +168,6 @@ def test_files_that_are_no_images_are_named(tmp_path: Path) -> None:
 
 
 def test_real_photographs_are_read(photographs: Path) -> None:
-    training, held_out = open_datasets(DataConfig(path=str(photographs / "kodak"), size=(64, 96), val_fraction=0.2))
-    assert len(training) + len(held_out) == 24
+    training, validation = open_datasets(DataConfig(path=str(photographs / "kodak"), size=(64, 96), val_fraction=0.2))
+    assert len(training) + len(validation) == 24
     assert training[0].image.float().std() > 10

@@ -1,4 +1,4 @@
-"""Checkpoints of the widely used PyTorch VQ-VAE-2, against its network written out again from the published layout."""
+"""Test importing checkpoints of the widely used PyTorch VQ-VAE-2, against a reimplementation of its network."""
 
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def residual() -> nn.Module:
     return holder
 
 
-class Peer(nn.Module):
-    """The network, by the facts of its layout."""
+class ReferenceVQVAE(nn.Module):
+    """The other implementation's network, rebuilt from the keys and shapes of its state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,46 +75,48 @@ class Peer(nn.Module):
 
 
 @pytest.fixture
-def peer() -> Peer:
+def reference() -> ReferenceVQVAE:
     torch.manual_seed(0)
-    peer = Peer().eval()
+    reference = ReferenceVQVAE().eval()
     with torch.no_grad():  # codebooks made of features, so that many codes are used
-        bottom = peer.enc_b.blocks(torch.rand(8, 3, 32, 32) * 2 - 1)
-        features = peer.quantize_conv_t(peer.enc_t.blocks(bottom))
-        peer.quantize_t.embed.copy_(some_rows(features))
-        top, _ = peer.quantize(features, peer.quantize_t.embed)
-        peer.quantize_b.embed.copy_(some_rows(peer.quantize_conv_b(torch.cat([peer.dec_t.blocks(top), bottom], 1))))
-    return peer
+        bottom = reference.enc_b.blocks(torch.rand(8, 3, 32, 32) * 2 - 1)
+        features = reference.quantize_conv_t(reference.enc_t.blocks(bottom))
+        reference.quantize_t.embed.copy_(random_rows(features))
+        top, _ = reference.quantize(features, reference.quantize_t.embed)
+        reference.quantize_b.embed.copy_(
+            random_rows(reference.quantize_conv_b(torch.cat([reference.dec_t.blocks(top), bottom], 1)))
+        )
+    return reference
 
 
-def some_rows(features: Tensor) -> Tensor:
+def random_rows(features: Tensor) -> Tensor:
     rows = features.permute(0, 2, 3, 1).reshape(-1, D)
     return rows[torch.randperm(len(rows))[:K]].T
 
 
 @pytest.mark.parametrize("form", ["bare", "model", "module"])
-def test_codes_and_reconstructions_are_the_peers(peer: Peer, tmp_path: Path, form: str) -> None:
-    state = peer.state_dict()
+def test_codes_and_reconstructions_match_the_reference(reference: ReferenceVQVAE, tmp_path: Path, form: str) -> None:
+    state = reference.state_dict()
     if form == "module":
         state = {f"module.{name}": tensor for name, tensor in state.items()}
-    torch.save({"model": state, "step": 7} if form == "model" else state, tmp_path / "peer.pt")
+    torch.save({"model": state, "step": 7} if form == "model" else state, tmp_path / "reference.pt")
     out = tmp_path / "ours.safetensors"
-    assert main(["import-vqvae", str(tmp_path / "peer.pt"), str(out), "--size", "32", "48"]) == 0
+    assert main(["import-vqvae", str(tmp_path / "reference.pt"), str(out), "--size", "32", "48"]) == 0
     ours = Autoencoder.from_pretrained(out)
     assert (ours.config.channels, ours.config.residual_channels, ours.config.residual_layers) == (C, R, 2)
     images = torch.rand(3, 3, 32, 48) * 2 - 1
     with torch.no_grad():
-        expected, bottom, top = peer(images)
+        expected, bottom, top = reference(images)
     codes = ours.encode(images)
     assert torch.equal(codes[0], bottom)
     assert torch.equal(codes[1], top)
-    assert min(len(bottom.unique()), len(top.unique())) > K // 2, "the codebook is used"
+    assert min(len(bottom.unique()), len(top.unique())) > K // 2, "most codes are used"
     torch.testing.assert_close(ours(images).images, expected, atol=1e-5, rtol=0)
 
 
-def test_other_layouts_are_refused_with_the_first_key_that_does_not_fit(peer: Peer, tmp_path: Path) -> None:
-    path = tmp_path / "peer.pt"
-    state = peer.state_dict()
+def test_other_layouts_raise_and_name_the_first_mismatched_key(reference: ReferenceVQVAE, tmp_path: Path) -> None:
+    path = tmp_path / "reference.pt"
+    state = reference.state_dict()
     for change, message in (
         ({"decoder.weight": torch.zeros(1)}, "unexpected key `decoder.weight`"),
         (state | {"dec.blocks.9.weight": torch.zeros(1)}, "unexpected key `dec.blocks.9.weight`"),
@@ -128,19 +130,17 @@ def test_other_layouts_are_refused_with_the_first_key_that_does_not_fit(peer: Pe
         assert "\n" not in str(error.value)
 
 
-class Dangerous:
+class PickledCode:
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("a program has run",)
+        return print, ("pickled code was executed",)
 
 
-def test_a_file_with_a_program_in_it_is_refused_and_the_program_does_not_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.save({"model": Dangerous()}, tmp_path / "bad.pt")
-    (tmp_path / "text.pt").write_text("no weights")
+def test_pickled_code_is_not_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": PickledCode()}, tmp_path / "bad.pt")
+    (tmp_path / "text.pt").write_text("not weights")
     for name in ("bad.pt", "text.pt"):
         with pytest.raises(UserError, match=f"{name}: corrupted, or not a weights-only file"):
             import_autoencoder(tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
         import_autoencoder(tmp_path / "missing.pt")
-    assert "a program has run" not in capsys.readouterr().out
+    assert "pickled code was executed" not in capsys.readouterr().out

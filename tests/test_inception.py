@@ -1,4 +1,4 @@
-"""The feature extractor against pytorch-fid's network, and every way in which weights can be wrong."""
+"""Test the feature extractor against pytorch-fid's network, and errors for invalid weights."""
 
 import socket
 from pathlib import Path
@@ -29,7 +29,7 @@ def peer_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("peer_weights")
-def test_features_of_every_depth_are_those_of_pytorch_fid() -> None:
+def test_features_of_every_depth_match_pytorch_fid() -> None:
     peer = InceptionV3(list(range(4))).eval()
     with torch.no_grad():
         maps = peer(images() / 255)
@@ -40,11 +40,11 @@ def test_features_of_every_depth_are_those_of_pytorch_fid() -> None:
         assert logits is None
         expected = expected.mean((2, 3))
         assert (features - expected).abs().max() < 2e-5 * expected.abs().max()
-        assert expected.std(0).mean() > 1e-3 * expected.abs().mean()  # else equality would show little
+        assert expected.std(0).mean() > 1e-3 * expected.abs().mean()  # otherwise equality would prove little
 
 
 @pytest.mark.usefixtures("peer_weights")
-def test_logits_come_in_the_same_pass_from_any_depth() -> None:
+def test_logits_are_available_at_any_feature_depth() -> None:
     network = fid_inception_v3().eval()
     deep = extractor(2048)(images(), logits=True)
     assert deep.logits is not None
@@ -55,7 +55,7 @@ def test_logits_come_in_the_same_pass_from_any_depth() -> None:
     torch.testing.assert_close(shallow.features, extractor(64)(images()).features)
 
 
-def test_an_image_has_its_features_whatever_its_company() -> None:
+def test_features_are_independent_of_the_batch() -> None:
     together = extractor(192)(images(3)).features
     alone = torch.cat([extractor(192)(image[None]).features for image in images(3)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
@@ -64,14 +64,14 @@ def test_an_image_has_its_features_whatever_its_company() -> None:
 @pytest.mark.parametrize(
     "bad",
     [torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)],
-    ids=["grey", "float", "no batch"],
+    ids=["gray", "float", "no batch"],
 )
-def test_other_than_uint8_rgb_is_refused(bad: torch.Tensor) -> None:
+def test_non_uint8_rgb_raises(bad: torch.Tensor) -> None:
     with pytest.raises(UserError, match="expected uint8 RGB"):
         extractor(64)(bad)
 
 
-def test_the_digest_is_recorded_and_the_standard_file_is_recognised() -> None:
+def test_digest_is_recorded_and_identifies_the_standard_weights() -> None:
     own = extractor(64)
     assert own.weights_digest == digest(weights())
     assert not own.is_standard
@@ -79,7 +79,7 @@ def test_the_digest_is_recorded_and_the_standard_file_is_recognised() -> None:
     assert not any(parameter.requires_grad for parameter in own.parameters())
 
 
-def test_safetensors_and_files_without_counters_load_alike(tmp_path: Path) -> None:
+def test_safetensors_and_files_without_batch_counters_load(tmp_path: Path) -> None:
     state = torch.load(weights(), weights_only=True)
     state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     save_file(state, tmp_path / "w.safetensors")
@@ -88,33 +88,33 @@ def test_safetensors_and_files_without_counters_load_alike(tmp_path: Path) -> No
     )
 
 
-def test_weights_of_another_network_name_the_first_key_that_does_not_fit(tmp_path: Path) -> None:
+def test_weights_of_another_network_raise_and_name_the_first_mismatched_key(tmp_path: Path) -> None:
     state = torch.load(weights(), weights_only=True)
-    some = dict(state)
-    first = next(iter(some))
-    del some[first]
-    for altered, message in (
-        (some, f"missing key `{first}`"),
+    incomplete = dict(state)
+    first = next(iter(incomplete))
+    del incomplete[first]
+    for modified, message in (
+        (incomplete, f"missing key `{first}`"),
         (state | {"AuxLogits.x": torch.zeros(1)}, "unexpected key `AuxLogits.x`"),
         (state | {"fc.bias": torch.zeros(1000)}, r"`fc.bias` has shape \(1000,\), expected \(1008,\)"),
     ):
-        save_file(altered, tmp_path / "w.safetensors")
+        save_file(modified, tmp_path / "w.safetensors")
         with pytest.raises(UserError, match=message) as caught:
             load_inception(tmp_path / "w.safetensors")
         assert "\n" not in str(caught.value)
 
 
-class Payload:
+class PickledCode:
     def __reduce__(self):
-        return (pytest.fail, ("a user's file was unpickled",))
+        return (pytest.fail, ("pickled code was executed",))
 
 
-def test_damaged_files_and_programs_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_corrupted_files_and_pickled_code_give_one_line_errors(tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(weights().read_bytes()[:100_000])
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
-    torch.save({"x": Payload()}, tmp_path / "program.pth")
+    torch.save({"x": PickledCode()}, tmp_path / "pickled.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     for path in tmp_path.iterdir():
         with pytest.raises(UserError, match=r"corrupted|not a state dict") as caught:
@@ -123,7 +123,7 @@ def test_damaged_files_and_programs_are_refused_in_one_line(tmp_path: Path) -> N
         assert "\n" not in str(caught.value)
 
 
-def test_paths_and_dimensions_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_invalid_paths_and_dimensions_raise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_inception(tmp_path / "none.pth")
     with pytest.raises(UserError, match="is a folder"):
@@ -133,11 +133,11 @@ def test_paths_and_dimensions_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("invalid hash value"), TimeoutError("timed out")])
-def test_without_weights_and_network_one_line_says_what_to_get(error: Exception, tmp_path: Path) -> None:
-    waited = []
+def test_failed_download_gives_one_line_error_with_instructions(error: Exception, tmp_path: Path) -> None:
+    timeouts = []
 
     def download(*_, **__) -> None:
-        waited.append(socket.getdefaulttimeout())
+        timeouts.append(socket.getdefaulttimeout())
         raise error
 
     with (
@@ -150,11 +150,11 @@ def test_without_weights_and_network_one_line_says_what_to_get(error: Exception,
     for part in (inception.WEIGHTS_NAME, "91 MB", "6726825d", "--inception-weights", str(tmp_path)):
         assert part in message
     assert "\n" not in message
-    assert waited[0] <= 10
+    assert timeouts[0] <= 10
     assert socket.getdefaulttimeout() is None
 
 
-def test_weights_in_the_cache_of_torch_are_found(tmp_path: Path) -> None:
+def test_weights_in_the_torch_hub_cache_are_used(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / inception.WEIGHTS_NAME).symlink_to(weights())
     with mock.patch("torch.hub.get_dir", return_value=str(tmp_path)):

@@ -1,4 +1,4 @@
-"""The Inception score against torch-fidelity, streamed, shuffled and shared."""
+"""Test the Inception score against torch-fidelity, for any order and batch size, and over two processes."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def logits(count: int = 47, classes: int = 20) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("splits", "seed"), [(1, 2020), (10, 2020), (7, 3)])
-def test_is_the_number_of_torch_fidelity(splits: int, seed: int) -> None:
+def test_score_matches_torch_fidelity(splits: int, seed: int) -> None:
     expected = isc_features_to_metric(logits(), splits, True, seed)
     result = inception_score(logits(), splits, seed)
     assert result.mean == pytest.approx(expected["inception_score_mean"], rel=1e-10)
@@ -26,7 +26,7 @@ def test_is_the_number_of_torch_fidelity(splits: int, seed: int) -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.permutations(range(47)), st.integers(1, 47))
-def test_order_and_batches_do_not_matter(order: list[int], batch: int) -> None:
+def test_score_is_independent_of_order_and_batch_size(order: list[int], batch: int) -> None:
     score = InceptionScore(47, 10, classes=20)
     for start in range(0, 47, batch):
         indices = torch.tensor(order[start : start + batch])
@@ -34,14 +34,14 @@ def test_order_and_batches_do_not_matter(order: list[int], batch: int) -> None:
     assert score.compute() == pytest.approx(inception_score(logits()), rel=1e-10)
 
 
-def test_sure_and_even_is_the_number_of_classes_and_unsure_is_one() -> None:
-    sure = torch.full((40, 4), -1e4)
-    sure[torch.arange(40), torch.arange(40) % 4] = 1e4
-    assert inception_score(sure, 1).mean == pytest.approx(4)
+def test_score_of_confident_and_uniform_predictions() -> None:
+    confident = torch.full((40, 4), -1e4)
+    confident[torch.arange(40), torch.arange(40) % 4] = 1e4
+    assert inception_score(confident, 1).mean == pytest.approx(4)
     assert inception_score(torch.zeros(40, 4), 1).mean == pytest.approx(1)
 
 
-def test_what_cannot_be_scored_is_refused() -> None:
+def test_too_few_images_raise() -> None:
     with pytest.raises(UserError, match="10 splits need at least as many images, got 3"):
         inception_score(logits(3))
     score = InceptionScore(5, 1, classes=20)
@@ -50,7 +50,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
         score.compute()
 
 
-def halves() -> InceptionScoreResult:
+def score_of_two_ranks() -> InceptionScoreResult:
     score = InceptionScore(47, 10, classes=20)
     indices = torch.arange(torch.distributed.get_rank(), 47, 2)
     score.update(logits()[indices], indices)
@@ -58,6 +58,6 @@ def halves() -> InceptionScoreResult:
     return score.compute()
 
 
-def test_two_processes_give_the_value_of_one() -> None:
-    for result in two_processes(halves):
+def test_all_reduce_over_two_processes_matches_one() -> None:
+    for result in two_processes(score_of_two_ranks):
         assert np.allclose(result, inception_score(logits()), rtol=1e-10)

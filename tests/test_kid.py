@@ -1,4 +1,4 @@
-"""KID against torch-fidelity with the same seed, and against its definition."""
+"""Test KID against torch-fidelity with the same seed, and against its definition."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def sets(n: int = 90, m: int = 70, dims: int = 16) -> tuple[torch.Tensor, torch.
 
 
 @pytest.mark.parametrize(("subsets", "size", "seed"), [(10, 40, 2020), (3, 70, 7)])
-def test_is_the_number_of_torch_fidelity(subsets: int, size: int, seed: int) -> None:
+def test_kid_matches_torch_fidelity(subsets: int, size: int, seed: int) -> None:
     a, b = sets()
     expected = kid_features_to_metric(
         a.double(), b.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
@@ -26,7 +26,7 @@ def test_is_the_number_of_torch_fidelity(subsets: int, size: int, seed: int) -> 
     assert (result.subsets, result.subset_size) == (subsets, size)
 
 
-def test_is_its_definition() -> None:
+def test_squared_mmd_matches_the_definition() -> None:
     x, y = (side[:5].numpy().astype(np.float64) for side in sets())
 
     def k(a: np.ndarray, b: np.ndarray) -> float:
@@ -37,7 +37,7 @@ def test_is_its_definition() -> None:
     assert squared_mmd(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(within - 2 * between, rel=1e-12)
 
 
-def test_is_unbiased_so_that_one_distribution_scores_about_zero_and_others_more() -> None:
+def test_kid_is_near_zero_for_equal_distributions() -> None:
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(600, 8, generator=generator), torch.randn(600, 8, generator=generator)
     same, other = kernel_inception_distance(a, b, 50, 100), kernel_inception_distance(a, b + 0.5, 50, 100)
@@ -45,14 +45,14 @@ def test_is_unbiased_so_that_one_distribution_scores_about_zero_and_others_more(
     assert same.std > 0
 
 
-def test_small_sets_make_small_subsets_and_the_seed_decides() -> None:
+def test_subset_size_is_limited_by_set_size_and_result_depends_on_seed() -> None:
     a, b = sets()
     assert kernel_inception_distance(a, b, 2, 1000).subset_size == 70
     assert kernel_inception_distance(a, b, 4, 20, seed=1) == kernel_inception_distance(a, b, 4, 20, seed=1)
     assert kernel_inception_distance(a, b, 4, 20, seed=1) != kernel_inception_distance(a, b, 4, 20, seed=2)
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_mismatched_features_and_too_few_images_raise() -> None:
     a, b = sets()
     with pytest.raises(UserError, match=r"\(90, 16\) and \(70, 15\)"):
         kernel_inception_distance(a, b[:, 1:])

@@ -1,4 +1,4 @@
-"""The loop: schedules, exact resuming, accumulation, averaged weights, signals, bad losses, damaged checkpoints."""
+"""Test the training loop: schedules, resuming, accumulation, EMA weights, signals, NaN losses, and checkpoints."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from vqvae2.errors import Stopped, UserError
 from vqvae2.training_config import TrainingConfig
 
 
-class Numbers:
-    """Points of a noisy line."""
+class RandomPoints:
+    """A dataset of 37 random points with three coordinates."""
 
     def __init__(self) -> None:
         self.x = torch.randn(37, 3, generator=torch.Generator().manual_seed(0))
@@ -32,28 +32,28 @@ class Numbers:
 
 
 class Regression(nn.Module):
-    """Dropout makes every step depend on the random state."""
+    """Linear regression with dropout, so that every step depends on the random state."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.dropout = nn.Linear(3, 1), nn.Dropout(0.5)
-        self.bad_at: int | None = None
+        self.nan_at: int | None = None
         self.calls = 0
 
     def forward(self, batch: tuple[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         (x,) = batch
         self.calls += 1
         error = (self.layer(self.dropout(x))[:, 0] - x.sum(1)).square().mean()
-        if self.bad_at is not None and self.calls == self.bad_at:
+        if self.nan_at is not None and self.calls == self.nan_at:
             error = error * torch.nan
         return error, {"error": error}
 
 
-class Line(TrainingStage):
+class LineStage(TrainingStage):
     monitor = "weight"
 
     def __init__(self, stop_at: int | None = None) -> None:
-        self.name, self.training_data, self.curves = "line", Numbers(), {"loss": ["train/loss"]}
+        self.name, self.training_data, self.curves = "line", RandomPoints(), {"loss": ["train/loss"]}
         torch.manual_seed(0)
         self.objective = Regression()
         self.stop_at, self.updates = stop_at, 0
@@ -68,7 +68,7 @@ class Line(TrainingStage):
 
     def preview(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
-        path.write_text("picture")
+        path.write_text("preview")
 
     def save(self, path: Path) -> None:
         torch.save(self.objective.state_dict(), path)
@@ -84,65 +84,70 @@ def config(**changes: Any) -> TrainingConfig:
     return TrainingConfig(**settings | {"log_every": 3, "preview_every": 6, "ema_decay": 0.9} | changes)
 
 
-def newest(folder: Path) -> dict[str, Tensor]:
+def newest_state(folder: Path) -> dict[str, Tensor]:
     tensors = load_file(max((folder / "checkpoints").iterdir()) / "state.safetensors")
-    return {name: tensor.clone() for name, tensor in tensors.items()}  # a memory map would follow the file
+    # load_file maps the file into memory, so clones protect the values from later writes.
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def entries(folder: Path) -> list[dict[str, float]]:
+def log_entries(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_stopping_and_going_on_gives_the_weights_of_one_run_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    summary = train(Line(), config(), straight, num_workers=0)
+def test_resumed_run_matches_uninterrupted_run_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    summary = train(LineStage(), config(), uninterrupted, num_workers=0)
     with pytest.raises(
         Stopped, match=rf"stopped by SIGTERM at step {stop_at}; .*same command again to resume"
     ) as stopped:
-        train(Line(stop_at), config(), broken, num_workers=0)
+        train(LineStage(stop_at), config(), interrupted, num_workers=0)
     assert stopped.value.status == 143
-    again = train(Line(), config(), broken, num_workers=0)
-    one, other = newest(straight), newest(broken)
+    resumed = train(LineStage(), config(), interrupted, num_workers=0)
+    one, other = newest_state(uninterrupted), newest_state(interrupted)
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
-    assert again["validation"] == summary["validation"]
-    assert [entry["step"] for entry in entries(broken)] == [entry["step"] for entry in entries(straight)]
+    assert resumed["validation"] == summary["validation"]
+    assert [entry["step"] for entry in log_entries(interrupted)] == [
+        entry["step"] for entry in log_entries(uninterrupted)
+    ]
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    train(Line(), config(), straight, num_workers=0)
-    stage = Line()
-    stage.after_update = lambda _: (_ for _ in ()).throw(ZeroDivisionError) if len(entries(broken)) > 2 else None
+def test_killed_run_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    train(LineStage(), config(), uninterrupted, num_workers=0)
+    stage = LineStage()
+    stage.after_update = lambda _: (
+        (_ for _ in ()).throw(ZeroDivisionError) if len(log_entries(interrupted)) > 2 else None
+    )
     with pytest.raises(ZeroDivisionError):
-        train(stage, config(), broken, num_workers=0)
-    kept = sorted(path.name for path in (broken / "checkpoints").iterdir())
-    assert kept == ["00000004", "00000005"], "every fourth, and the best validation's"
-    train(Line(), config(), broken, num_workers=0)
-    for name, tensor in newest(straight).items():
-        assert torch.equal(tensor, newest(broken)[name]), name
+        train(stage, config(), interrupted, num_workers=0)
+    kept = sorted(path.name for path in (interrupted / "checkpoints").iterdir())
+    assert kept == ["00000004", "00000005"], "every fourth step, and the best validation"
+    train(LineStage(), config(), interrupted, num_workers=0)
+    for name, tensor in newest_state(uninterrupted).items():
+        assert torch.equal(tensor, newest_state(interrupted)[name]), name
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
-    straight = tmp_path / "straight"
-    train(Line(), config(), straight, num_workers=0)
-    expected = newest(straight)
-    file = straight / "checkpoints" / "00000012" / "state.safetensors"
+def test_corrupted_newest_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -> None:
+    uninterrupted = tmp_path / "uninterrupted"
+    train(LineStage(), config(), uninterrupted, num_workers=0)
+    expected = newest_state(uninterrupted)
+    file = uninterrupted / "checkpoints" / "00000012" / "state.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(bytes(content))
     with pytest.warns(UserWarning, match="00000012: damaged checkpoint; using the previous one"):
-        train(Line(), config(), straight, num_workers=0)
+        train(LineStage(), config(), uninterrupted, num_workers=0)
     for name, tensor in expected.items():
-        assert torch.equal(tensor, newest(straight)[name]), name
+        assert torch.equal(tensor, newest_state(uninterrupted)[name]), name
 
 
-def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+def test_gradient_accumulation_matches_full_batch(tmp_path: Path) -> None:
     results = []
     for accumulate in (1, 4):
-        stage = Line()
+        stage = LineStage()
         stage.objective.dropout = nn.Dropout(0)
         train(stage, config(gradient_accumulation_steps=accumulate), tmp_path / str(accumulate), num_workers=0)
         results.append(stage.objective.layer.weight.detach().clone())
@@ -150,41 +155,41 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
-    summary = train(Line(), config(mixed_precision="bf16", steps=80, learning_rate=0.1), tmp_path, num_workers=0)
-    assert summary["validation"]["weight"] > 1, "of a line whose weights sum to three, through dropout"
-    assert newest(tmp_path)["objective/layer.weight"].dtype == torch.float32
+    summary = train(LineStage(), config(mixed_precision="bf16", steps=80, learning_rate=0.1), tmp_path, num_workers=0)
+    assert summary["validation"]["weight"] > 1, "the true weights sum to three"
+    assert newest_state(tmp_path)["objective/layer.weight"].dtype == torch.float32
 
 
-def test_workers_change_nothing(tmp_path: Path) -> None:
+def test_num_workers_does_not_change_the_result(tmp_path: Path) -> None:
     results = []
     for workers in (0, 2):
-        stage = Line()
+        stage = LineStage()
         train(stage, config(), tmp_path / str(workers), num_workers=workers)
         results.append(stage.objective.layer.weight.detach().clone())
     assert torch.equal(*results)
 
 
-def test_a_loss_that_is_not_a_number_stops_with_its_step_term_and_last_good_checkpoint(tmp_path: Path) -> None:
-    stage = Line()
-    stage.objective.bad_at = 10
+def test_nan_loss_error_names_step_term_and_last_checkpoint(tmp_path: Path) -> None:
+    stage = LineStage()
+    stage.objective.nan_at = 10
     with pytest.raises(UserError, match=r"step 10: the loss term `loss` is nan; .*checkpoints/00000008"):
         train(stage, config(), tmp_path, num_workers=0)
-    assert all(tensor.isfinite().all() for tensor in newest(tmp_path).values())
+    assert all(tensor.isfinite().all() for tensor in newest_state(tmp_path).values())
 
 
-def test_validation_sees_the_averaged_weights_and_training_goes_on_with_its_own(tmp_path: Path) -> None:
-    stage = Line()
+def test_validation_uses_ema_weights_and_training_keeps_its_own(tmp_path: Path) -> None:
+    stage = LineStage()
     train(stage, config(steps=10, validate_every=10), tmp_path, num_workers=0)
-    tensors = newest(tmp_path)
+    tensors = newest_state(tmp_path)
     averaged, latest = tensors["ema/layer.weight"], tensors["objective/layer.weight"]
     assert not torch.equal(averaged, latest)
     assert torch.equal(stage.objective.layer.weight, latest)
-    assert entries(tmp_path)[-1]["validation/weight"] == pytest.approx(float(averaged.sum()))
+    assert log_entries(tmp_path)[-1]["validation/weight"] == pytest.approx(float(averaged.sum()))
 
 
-def test_validation_and_training_values_are_logged_apart(tmp_path: Path) -> None:
-    train(Line(), config(steps=10, validate_every=5, log_every=4), tmp_path, num_workers=0)
-    logged = entries(tmp_path)
+def test_validation_and_training_values_are_logged_separately(tmp_path: Path) -> None:
+    train(LineStage(), config(steps=10, validate_every=5, log_every=4), tmp_path, num_workers=0)
+    logged = log_entries(tmp_path)
     assert [entry["step"] for entry in logged if "validation/weight" in entry] == [5, 10]
     assert [entry["step"] for entry in logged if "train/loss" in entry] == [4, 8, 10]
     assert all(entry.keys() in ({"step", "validation/weight"}, TRAINING_KEYS) for entry in logged)
@@ -193,7 +198,7 @@ def test_validation_and_training_values_are_logged_apart(tmp_path: Path) -> None
 TRAINING_KEYS = {"step", "train/loss", "train/error", "train/learning_rate"}
 
 
-def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     settings = config(steps=110, warmup_steps=10, schedule="cosine", learning_rate=1.0)
     assert [learning_rate(settings, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert learning_rate(settings, 60) == pytest.approx(0.5)
@@ -202,32 +207,32 @@ def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
         config(warmup_steps=12)
 
 
-def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
-    train(Line(), config(checkpoint_every=2, keep_checkpoints=2), tmp_path, num_workers=0)
+def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    train(LineStage(), config(checkpoint_every=2, keep_checkpoints=2), tmp_path, num_workers=0)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000005", "00000010", "00000012"]
 
 
-class Rising(Line):
-    """Its validation falls to its lowest at step 4, then rises."""
+class RisingStage(LineStage):
+    """A stage whose validation loss is lowest at step 4 and rises afterwards."""
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         return {"weight": abs(self.updates - 4.0) + 1}
 
 
-def test_training_ends_early_with_the_best_weights(tmp_path: Path) -> None:
+def test_early_stopping_returns_the_best_weights(tmp_path: Path) -> None:
     settings = {"steps": 20, "batch_size": 4, "validate_every": 2, "checkpoint_every": 100, "keep_checkpoints": 1}
     until_best = TrainingConfig(**settings | {"steps": 4})
-    four, early = Rising(), Rising()
+    four, early = RisingStage(), RisingStage()
     train(four, until_best, tmp_path / "four", num_workers=0)
     summary = train(early, TrainingConfig(**settings, early_stopping_patience=3), tmp_path / "early", num_workers=0)
     assert summary["steps"] == 4
     assert summary["validation"] == {"weight": 1.0}
     kept = sorted(path.name for path in (tmp_path / "early" / "checkpoints").iterdir())
-    assert kept == ["00000004", "00000010"], "the best, and the newest"
+    assert kept == ["00000004", "00000010"], "the best and the newest"
     assert torch.equal(early.objective.layer.weight, four.objective.layer.weight)
-    (tmp_path / "early" / "model.safetensors").unlink()  # killed before the result was written
+    (tmp_path / "early" / "model.safetensors").unlink()  # as if killed before the result was written
     assert (
-        train(Rising(), TrainingConfig(**settings, early_stopping_patience=3), tmp_path / "early", num_workers=0)
+        train(RisingStage(), TrainingConfig(**settings, early_stopping_patience=3), tmp_path / "early", num_workers=0)
         == summary
     )
-    assert train(Rising(), TrainingConfig(**settings), tmp_path / "all", num_workers=0)["steps"] == 20
+    assert train(RisingStage(), TrainingConfig(**settings), tmp_path / "all", num_workers=0)["steps"] == 20

@@ -1,4 +1,4 @@
-"""The autoencoder's losses: values computed directly, where each term's gradient goes, refusals."""
+"""Test the autoencoder losses: values against NumPy, gradient flow of each term, and errors."""
 
 import sys
 import urllib.error
@@ -31,7 +31,7 @@ SIZE = (32, 32)
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of torchvision's smallest backbone, in a file as its own."""
+    """Save random weights of SqueezeNet, the smallest backbone, in torchvision's format."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("backbone") / "squeezenet.pth"
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), path)
@@ -43,13 +43,13 @@ def distance(backbone: Path) -> PerceptualLoss:
     return PerceptualLoss("squeeze", backbone)
 
 
-def pictures(count: int = 3, channels: int = 3, seed: int = 0) -> Tensor:
+def uint8_images(count: int = 3, channels: int = 3, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, channels, *SIZE), dtype=torch.uint8, generator=generator)
 
 
 def images(count: int = 3, channels: int = 3, seed: int = 0) -> Tensor:
-    return pictures(count, channels, seed) / 127.5 - 1
+    return uint8_images(count, channels, seed) / 127.5 - 1
 
 
 def autoencoder(*quantizers: EMAConfig | GradientConfig) -> Autoencoder:
@@ -66,14 +66,14 @@ def gradient(commitment: float = 0.25) -> GradientConfig:
     return GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False, commitment_weight=commitment)
 
 
-def item(count: int = 3) -> ImageSample:
-    return ImageSample(pictures(count), torch.zeros(count))
+def batch_of_images(count: int = 3) -> ImageSample:
+    return ImageSample(uint8_images(count), torch.zeros(count))
 
 
-# Settings
+# Configuration
 
 
-def test_the_default_is_the_mean_squared_error_and_configs_without_the_section_still_load(tmp_path: Path) -> None:
+def test_default_loss_is_mse_and_overrides_enable_other_terms(tmp_path: Path) -> None:
     (tmp_path / "old.yaml").write_text(TINY)
     experiment = RunConfig.from_yaml(tmp_path / "old.yaml")
     assert experiment.autoencoder.loss == AutoencoderLossConfig()
@@ -89,7 +89,7 @@ def test_the_default_is_the_mean_squared_error_and_configs_without_the_section_s
     assert changed.autoencoder.loss.adversarial.start == 9
 
 
-def test_an_adversary_and_fp16_are_refused_together(tmp_path: Path) -> None:
+def test_adversarial_loss_with_fp16_raises(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(TINY)
     data = read_yaml(tmp_path / "config.yaml")
     data["autoencoder"]["loss"] = {"adversarial": {"weight": 0.1}}
@@ -102,9 +102,9 @@ def test_an_adversary_and_fp16_are_refused_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pixel", ["mse", "l1"])
-def test_the_pixel_term_is_the_mean_over_every_value(pixel: Any) -> None:
+def test_pixel_loss_matches_numpy(pixel: Any) -> None:
     network = autoencoder(ema(), gradient()).eval()
-    loss, terms = AutoencoderObjective(network, AutoencoderLossConfig(pixel=pixel))(item())
+    loss, terms = AutoencoderObjective(network, AutoencoderLossConfig(pixel=pixel))(batch_of_images())
     result = network(images())
     difference = (result.images - images()).detach().double().numpy()
     expected = np.abs(difference).mean() if pixel == "l1" else np.square(difference).mean()
@@ -114,14 +114,14 @@ def test_the_pixel_term_is_the_mean_over_every_value(pixel: Any) -> None:
     assert loss.item() == pytest.approx(expected + sum(level.loss.item() for level in result.levels), rel=1e-5)
 
 
-def lpips_by_hand(state: dict[str, Tensor], made: Tensor, original: Tensor) -> Tensor:
-    """Zhang et al. 2018, eq. 1, on torchvision's network: squared differences of unit features, weighed, averaged."""
+def lpips_reference(state: dict[str, Tensor], reconstructed: Tensor, original: Tensor) -> Tensor:
+    """Compute LPIPS with torchvision's network: squared differences of unit features (Zhang et al. 2018, eq. 1)."""
     network = torchvision.models.squeezenet1_1(weights=None).eval()
     network.load_state_dict(state)
     linear = torch.load(Path(lpips.__file__).parent / "weights/v0.1/squeeze.pth", map_location="cpu", weights_only=True)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    x = (torch.cat([made, original]) - shift[:, None, None]) / scale[:, None, None]
-    total, at = torch.zeros(len(made)), 0
+    x = (torch.cat([reconstructed, original]) - shift[:, None, None]) / scale[:, None, None]
+    total, at = torch.zeros(len(reconstructed)), 0
     for index, layer in enumerate(network.features):
         x = layer(x)
         if index in (1, 4, 7, 9, 10, 11, 12):
@@ -132,24 +132,24 @@ def lpips_by_hand(state: dict[str, Tensor], made: Tensor, original: Tensor) -> T
     return total.mean()
 
 
-def test_the_perceptual_term_is_lpips(distance: PerceptualLoss, backbone: Path) -> None:
+def test_perceptual_loss_matches_lpips(distance: PerceptualLoss, backbone: Path) -> None:
     state = torch.load(backbone, weights_only=True)
-    made, original = images(seed=1).requires_grad_(), images()
-    found, expected = distance(made, original), lpips_by_hand(state, made, original)
+    reconstructed, original = images(seed=1).requires_grad_(), images()
+    found, expected = distance(reconstructed, original), lpips_reference(state, reconstructed, original)
     assert found > 0.01
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(*(torch.autograd.grad(value, made)[0] for value in (found, expected)))
+    torch.testing.assert_close(*(torch.autograd.grad(value, reconstructed)[0] for value in (found, expected)))
     assert distance(original, original) == 0
 
 
-def test_grey_is_repeated_and_of_four_channels_three_count(distance: PerceptualLoss) -> None:
-    grey, other = images(channels=1), images(channels=1, seed=1)
-    assert distance(grey, other) == distance(grey.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1))
+def test_perceptual_loss_repeats_gray_and_ignores_alpha(distance: PerceptualLoss) -> None:
+    gray, other = images(channels=1), images(channels=1, seed=1)
+    assert distance(gray, other) == distance(gray.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1))
     four, rest = images(channels=4), images(channels=4, seed=1)
     assert distance(four, rest) == distance(four[:, :3], rest[:, :3])
 
 
-def test_the_perceptual_term_stays_in_float32_under_autocast(distance: PerceptualLoss) -> None:
+def test_perceptual_loss_stays_in_float32_under_autocast(distance: PerceptualLoss) -> None:
     plain = distance(images(), images(seed=1))
     with torch.autocast("cpu", torch.bfloat16):
         cast = distance(images(), images(seed=1))
@@ -157,27 +157,27 @@ def test_the_perceptual_term_stays_in_float32_under_autocast(distance: Perceptua
     assert torch.equal(plain, cast)
 
 
-def test_the_hinge_losses_are_those_of_the_scores() -> None:
+def test_hinge_losses_match_numpy() -> None:
     torch.manual_seed(0)
-    judge = DiscriminatorConfig(channels=8, layers=2).build(SIZE)
-    nn.init.normal_(judge.body[-1].weight)  # scores on both sides of the hinge
-    real, made = images(), images(seed=1)
-    scores = [judge(each).detach().numpy() for each in (real, made)]
-    loss, terms = DiscriminatorObjective(judge)((real, made))
+    discriminator = DiscriminatorConfig(channels=8, layers=2).build(SIZE)
+    nn.init.normal_(discriminator.body[-1].weight)  # gives scores on both sides of the hinge
+    real, reconstructed = images(), images(seed=1)
+    scores = [discriminator(each).detach().numpy() for each in (real, reconstructed)]
+    loss, terms = DiscriminatorObjective(discriminator)((real, reconstructed))
     expected = (np.maximum(0, 1 - scores[0]).mean() + np.maximum(0, 1 + scores[1]).mean()) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert [terms["score_real"].item(), terms["score_reconstructed"].item()] == pytest.approx(
         [each.mean() for each in scores], rel=1e-4, abs=1e-5
     )
-    adversary = AdversarialLoss(AdversarialLossConfig(weight=1), judge)
-    assert adversary(real, made).item() == pytest.approx(-scores[1].mean(), rel=1e-4, abs=1e-5)
+    adversarial_loss = AdversarialLoss(AdversarialLossConfig(weight=1), discriminator)
+    assert adversarial_loss(real, reconstructed).item() == pytest.approx(-scores[1].mean(), rel=1e-4, abs=1e-5)
 
 
-# Where each term's gradient goes
+# Gradient flow of each term
 
 ENCODERS = {"encoders.0", "encoders.1", "pre_quant_convs.0", "pre_quant_convs.1"}
 EVERYWHERE = ENCODERS | {"decoders.0", "upsamplers.0", "decoder"}
-BOTTOM = ENCODERS | {"decoders.0"}  # the bottom is quantized given the decoded top, through which gradients pass
+BOTTOM = ENCODERS | {"decoders.0"}  # the bottom is conditioned on the decoded top, which passes gradients on
 TOP = ENCODERS - {"pre_quant_convs.0"}
 Term = Callable[[AutoencoderObjective, tuple[QuantizerOutput, ...], dict[str, Tensor]], Tensor]
 
@@ -190,7 +190,9 @@ def level(index: int) -> Term:
     return lambda objective, levels, terms: levels[index].loss
 
 
-def judged(objective: AutoencoderObjective, levels: tuple[QuantizerOutput, ...], terms: dict[str, Tensor]) -> Tensor:
+def discriminator_loss(
+    objective: AutoencoderObjective, levels: tuple[QuantizerOutput, ...], terms: dict[str, Tensor]
+) -> Tensor:
     assert objective.adversarial is not None
     assert objective.adversarial.latest is not None
     return DiscriminatorObjective(objective.adversarial.discriminator)(objective.adversarial.latest)[0]
@@ -203,49 +205,49 @@ def judged(objective: AutoencoderObjective, levels: tuple[QuantizerOutput, ...],
         ((ema(), gradient()), "l1", named("l1"), EVERYWHERE),
         ((ema(), gradient()), "mse", named("perceptual"), EVERYWHERE),
         ((ema(), gradient()), "mse", named("adversarial"), EVERYWHERE),
-        ((ema(), gradient()), "mse", judged, {"discriminator"}),
-        ((ema(), ema()), "mse", level(0), BOTTOM),  # the commitment terms alone
+        ((ema(), gradient()), "mse", discriminator_loss, {"discriminator"}),
+        ((ema(), ema()), "mse", level(0), BOTTOM),  # commitment terms only
         ((ema(), ema()), "mse", level(1), TOP),
-        ((gradient(0), gradient()), "mse", level(0), {"quantizers.0"}),  # the codebook terms alone
+        ((gradient(0), gradient()), "mse", level(0), {"quantizers.0"}),  # codebook terms only
         ((gradient(), gradient(0)), "mse", level(1), {"quantizers.1"}),
     ],
     ids=["mse", "l1", "perceptual", "adversarial", "discriminator", *("commitment " + at for at in ("bottom", "top"))]
     + ["codebook " + at for at in ("bottom", "top")],
 )
-def test_each_term_reaches_the_weights_it_should_and_no_others(
+def test_each_loss_term_trains_only_its_own_parameters(
     distance: PerceptualLoss, quantizers: Any, pixel: Any, term: Term, reached: set[str]
 ) -> None:
     network = autoencoder(*quantizers)
     adversarial = AdversarialLossConfig(weight=0.1, discriminator=DiscriminatorConfig(channels=8, layers=1))
-    adversary = AdversarialLoss(adversarial, adversarial.discriminator.build(SIZE))
-    adversary.active = True
+    adversarial_loss = AdversarialLoss(adversarial, adversarial.discriminator.build(SIZE))
+    adversarial_loss.active = True
     config = AutoencoderLossConfig(pixel=pixel, perceptual=PerceptualLossConfig(weight=1), adversarial=adversarial)
-    objective = AutoencoderObjective(network, config, distance, adversary)
-    kept: list[tuple[QuantizerOutput, ...]] = []
-    network.register_forward_hook(lambda module, inputs, output: kept.append(output.levels))
-    _, terms = objective(item())
-    term(objective, kept[0], terms).backward()
+    objective = AutoencoderObjective(network, config, distance, adversarial_loss)
+    levels_of_forward: list[tuple[QuantizerOutput, ...]] = []
+    network.register_forward_hook(lambda module, inputs, output: levels_of_forward.append(output.levels))
+    _, terms = objective(batch_of_images())
+    term(objective, levels_of_forward[0], terms).backward()
     found = {}
-    for name, parameter in (*network.named_parameters(), *_named(adversary.discriminator)):
+    for name, parameter in (*network.named_parameters(), *_named(adversarial_loss.discriminator)):
         part = name if name.startswith("quantizers") else ".".join(name.split(".")[:2])
-        part = part.removesuffix(".embedding") if part.startswith(("quantizers", "encoders", "joins")) else part
+        part = part.removesuffix(".embedding") if part.startswith("quantizers") else part
         for whole in ("decoder.", "discriminator."):
             part = whole[:-1] if part.startswith(whole) else part
         found.setdefault(part, []).append(parameter.grad is not None and bool(parameter.grad.any()))
     assert {part for part, each in found.items() if any(each)} == reached
-    assert not {part for part in reached if not all(found[part])}, "every weight of a part"
+    assert not {part for part in reached if not all(found[part])}, "every parameter of these modules has a gradient"
 
 
 def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(f"discriminator.{name}", parameter) for name, parameter in module.named_parameters()]
 
 
-def test_the_perceptual_network_and_the_judge_are_no_part_of_the_objective(distance: PerceptualLoss) -> None:
+def test_objective_excludes_perceptual_network_and_discriminator(distance: PerceptualLoss) -> None:
     network = autoencoder(ema(), gradient())
     adversarial = AdversarialLossConfig(weight=1)
-    adversary = AdversarialLoss(adversarial, adversarial.discriminator.build(SIZE))
+    adversarial_loss = AdversarialLoss(adversarial, adversarial.discriminator.build(SIZE))
     whole = AutoencoderObjective(
-        network, AutoencoderLossConfig(perceptual=PerceptualLossConfig(weight=1)), distance, adversary
+        network, AutoencoderLossConfig(perceptual=PerceptualLossConfig(weight=1)), distance, adversarial_loss
     )
     plain = AutoencoderObjective(network)
     assert whole.state_dict().keys() == plain.state_dict().keys()
@@ -253,29 +255,29 @@ def test_the_perceptual_network_and_the_judge_are_no_part_of_the_objective(dista
     assert not any(parameter.requires_grad for parameter in distance._network.parameters())
 
 
-def test_before_its_start_the_adversary_says_nothing() -> None:
+def test_adversarial_loss_is_inactive_before_start() -> None:
     adversarial = AdversarialLossConfig(weight=1, start=5)
-    adversary = AdversarialLoss(adversarial, adversarial.discriminator.build(SIZE))
+    adversarial_loss = AdversarialLoss(adversarial, adversarial.discriminator.build(SIZE))
     network = autoencoder(ema(), gradient())
-    loss, terms = AutoencoderObjective(network, AutoencoderLossConfig(adversarial=adversarial), None, adversary)(item())
-    plain, _ = AutoencoderObjective(autoencoder(ema(), gradient()))(item())
+    loss, terms = AutoencoderObjective(network, AutoencoderLossConfig(adversarial=adversarial), None, adversarial_loss)(
+        batch_of_images()
+    )
+    plain, _ = AutoencoderObjective(autoencoder(ema(), gradient()))(batch_of_images())
     assert "adversarial" not in terms
     assert torch.equal(loss, plain)
 
 
-# Refusals: one line that says what is missing and where to put it
+# Errors
 
 
-def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
+def test_missing_lpips_gives_one_line_error(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match=r"needs the package `lpips`; pip install 'vqvae2\[perceptual\]'"):
         make_perceptual_loss(PerceptualLossConfig(weight=1, network="squeeze", weights=str(backbone)), SIZE)
     assert make_perceptual_loss(PerceptualLossConfig(weight=0), SIZE) is None
 
 
-def test_weights_that_cannot_be_fetched_are_one_line_with_their_place(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_failed_weights_download_error_names_url_and_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise urllib.error.URLError("no network")
 
@@ -287,17 +289,17 @@ def test_weights_that_cannot_be_fetched_are_one_line_with_their_place(
     assert "autoencoder.loss.perceptual.weights" in str(error.value)
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path: Path, backbone: Path) -> None:
-    damaged, program, foreign, numbers = (tmp_path / name for name in ("damaged", "program", "foreign", "numbers"))
+def test_invalid_weights_files_raise(tmp_path: Path, backbone: Path) -> None:
+    damaged, pickled, foreign, numbers = (tmp_path / name for name in ("damaged", "pickled", "foreign", "numbers"))
     damaged.write_bytes(backbone.read_bytes()[:-1000])
-    torch.save({"features.0.weight": Path("not a tensor")}, program)
+    torch.save({"features.0.weight": Path("not a tensor")}, pickled)
     torch.save({"features.0.weight": torch.zeros(2, 2)}, foreign)
     torch.save([1, 2], numbers)
     for path, message in (
         (tmp_path / "absent", "no such file"),
         (tmp_path, "is a folder"),
         (damaged, "corrupted"),
-        (program, "corrupted, or not a weights-only file"),
+        (pickled, "corrupted, or not a weights-only file"),
         (numbers, "not a state dict"),
         (foreign, r"torchvision's squeezenet1_1 \(`features.0.weight` has shape \(2, 2\), not \(64, 3, 3, 3\)\)"),
     ):
@@ -305,7 +307,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, backbone: Path) -
             make_perceptual_loss(PerceptualLossConfig(weight=1, network="squeeze", weights=str(path)), SIZE)
 
 
-def test_images_too_small_for_the_perceptual_network_are_refused(distance: PerceptualLoss, backbone: Path) -> None:
+def test_images_too_small_for_perceptual_network_raise(distance: PerceptualLoss, backbone: Path) -> None:
     assert distance(torch.zeros(1, 3, 17, 17), torch.ones(1, 3, 17, 17)).isfinite()
     with pytest.raises(UserError, match=r"squeeze needs images of at least 17 pixels, these are 32 × 16"):
         make_perceptual_loss(PerceptualLossConfig(weight=1, network="squeeze", weights=str(backbone)), (32, 16))

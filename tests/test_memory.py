@@ -1,4 +1,4 @@
-"""Memory of a walk: the estimate is what a real one holds, and what does not fit is split, with no other change."""
+"""Test the memory estimate of incremental decoding, and that a memory limit splits batches without other effects."""
 
 import json
 from pathlib import Path
@@ -22,28 +22,28 @@ KINDS = ["pixelsnail", "pixelcnn", "transformer"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"coarser": ((4, 3),), "classes": 3}], ids=["alone", "conditioned"])
-def test_the_estimate_is_what_a_whole_walk_holds(kind: str, settings: dict[str, Any]) -> None:
+def test_decoder_bytes_matches_actual_memory(kind: str, settings: dict[str, Any]) -> None:
     prior = build(size=(8, 6), kind=kind, **settings)
 
-    def held(batch: int) -> int:
+    def actual_bytes(batch: int) -> int:
         given = inputs(prior, batch)
-        steps = prior.incremental_decoder(batch, given["coarser"], given["labels"])
+        decoder = prior.incremental_decoder(batch, given["coarser"], given["labels"])
         for row in range(8):
-            steps.begin_row(row)
+            decoder.begin_row(row)
             for column in range(6):
-                steps.logits(column)
-                steps.set_codes(column, given["codes"][:, row, column])
-        with mock.patch.object(IncrementalRowConv, "max_cache_bytes", 0):  # the cached rows exist by now
-            return memory._reachable_bytes(steps)
+                decoder.logits(column)
+                decoder.set_codes(column, given["codes"][:, row, column])
+        with mock.patch.object(IncrementalRowConv, "max_cache_bytes", 0):  # the row caches have been allocated already
+            return memory._reachable_bytes(decoder)
 
-    found = {batch: decoder_bytes(prior, batch) for batch in (1, 2, 5)}
-    assert found[5] - found[2] == 3 * (found[2] - found[1]) > 0
+    estimated = {batch: decoder_bytes(prior, batch) for batch in (1, 2, 5)}
+    assert estimated[5] - estimated[2] == 3 * (estimated[2] - estimated[1]) > 0
     for batch in (2, 5):
-        # What differs is small: a walk makes new what it only reads in the beginning.
-        assert found[batch] == pytest.approx(held(batch), rel=0.1)
+        # Small buffers that are initially shared are reallocated during decoding.
+        assert estimated[batch] == pytest.approx(actual_bytes(batch), rel=0.1)
 
 
-def test_a_transformers_cache_is_its_keys_and_values() -> None:
+def test_transformer_cache_size_is_keys_and_values() -> None:
     prior = build(size=(8, 6), kind="transformer")
     each = decoder_bytes(prior, 3) - decoder_bytes(prior, 2)
     cache = 2 * 2 * 48 * 16 * 4  # layers, keys and values, positions, channels, bytes
@@ -55,26 +55,26 @@ def test_a_transformers_cache_is_its_keys_and_values() -> None:
     assert batch_that_fits(prior, 3, False, gibibytes) == batch_that_fits(prior, 3, False, None) == 3
 
 
-def test_images_are_the_same_however_small_the_memory(
+def test_memory_limit_does_not_change_the_images(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[int] = []
     sample_codes = VQVAE2Pipeline.sample_codes
 
-    def watched(self: VQVAE2Pipeline, images: list[int], *rest: Any, **options: Any) -> Any:
+    def recording(self: VQVAE2Pipeline, images: list[int], *rest: Any, **options: Any) -> Any:
         batches.append(len(images))
         return sample_codes(self, images, *rest, **options)
 
-    monkeypatch.setattr(VQVAE2Pipeline, "sample_codes", watched)
+    monkeypatch.setattr(VQVAE2Pipeline, "sample_codes", recording)
     config = SamplingConfig(count=5, batch_size=5)
-    whole = contents(sample_run(finished_run, config, tmp_path / "whole") / "images")
+    expected = contents(sample_run(finished_run, config, tmp_path / "expected") / "images")
     assert batches == [5]
     tight = sample_run(finished_run, config.model_copy(update={"memory": 1e-9}), tmp_path / "tight")
     assert batches == [5] + 5 * [1]
-    assert contents(tight / "images") == whole
-    two = VQVAE2Pipeline.from_pretrained(finished_run)
-    each = max(decoder_bytes(prior, 2) for prior in two.priors)
-    assert 1 < two.batch_that_fits(1000, SamplingParams(), 20 * each / 2**30) < 100
+    assert contents(tight / "images") == expected
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
+    each = max(decoder_bytes(prior, 2) for prior in pipeline.priors)
+    assert 1 < pipeline.batch_that_fits(1000, SamplingParams(), 20 * each / 2**30) < 100
     summary = json.loads((tight / "summary.json").read_text())
     assert summary["images"] == 5
     assert summary["images_per_second"] > 0

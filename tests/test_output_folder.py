@@ -1,4 +1,4 @@
-"""What lies beside sampled images: a grid, a row for each class, and how fast they were made."""
+"""Test the output folder of sampling: the image grid, the class grid, and the throughput summary."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from vqvae2.pictures import save_png, save_rows
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_rows_have_captions_and_may_differ_in_length(tmp_path: Path, channels: int) -> None:
+def test_save_rows_draws_captions_and_rows_of_different_lengths(tmp_path: Path, channels: int) -> None:
     images = torch.full((3, channels, 32, 32), 100, dtype=torch.uint8)
     save_rows(tmp_path / "rows.png", {"a cat": images, "caf\udce9": images[:1]})
     with Image.open(tmp_path / "rows.png") as picture:
@@ -23,7 +23,7 @@ def test_rows_have_captions_and_may_differ_in_length(tmp_path: Path, channels: i
     margin = pixels.shape[1] - (3 * 98 + 2)
     assert pixels.shape[0] == 2 * 98 + 2
     assert margin > 30
-    for row in range(2):  # each caption stands in its own row, dark on white
+    for row in range(2):  # each caption is dark on white and within its row
         band = pixels[2 + 98 * row : 98 * (row + 1), :margin]
         assert band.min() < 60
         assert (band[:20] == 255).all()
@@ -35,7 +35,7 @@ def test_rows_have_captions_and_may_differ_in_length(tmp_path: Path, channels: i
         assert (shown[100:196, 100:] == 255).all()
 
 
-def test_a_class_has_a_row_of_its_images(tmp_path: Path) -> None:
+def test_class_grid_has_one_row_per_class(tmp_path: Path) -> None:
     labels = [2, 0, 2, 1, 2]
     for number, label in enumerate(labels):
         save_png(image_path(tmp_path, number), torch.full((3, 96, 96), 40 + 50 * label, dtype=torch.uint8))
@@ -51,7 +51,7 @@ def test_a_class_has_a_row_of_its_images(tmp_path: Path) -> None:
     assert not (tmp_path / "classes.png").exists()
 
 
-def test_sampling_says_how_fast_it_was(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_reports_throughput(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     assert (run / "samples" / "classes.png").is_file()
     (run / "samples" / "classes.png").unlink()

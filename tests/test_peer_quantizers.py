@@ -1,7 +1,7 @@
-"""Quantizers beside the package vector-quantize-pytorch, and properties for any shape, type and number of codes.
+"""Test quantizers against vector-quantize-pytorch, and properties for any shape, dtype and codebook size.
 
-Conventions in which the two differ, converted here: the peer takes features (B, N, D), weighs the commitment term by 1
-by default, and updates its codebook within the forward pass, where ours waits for `update`.
+The conventions differ: the reference takes features (B, N, D), has a default commitment weight of 1, and updates its
+codebook in the forward pass, while ours updates in `update()`.
 """
 
 import pytest
@@ -23,7 +23,7 @@ def features(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pair(cosine: bool = False, rotation: bool = False, decay: float = 0.9) -> tuple[EMAQuantizer, VectorQuantize]:
-    """Ours and the peer's with one codebook, without restarts, which draw other rows."""
+    """Return our quantizer and the reference with the same codebook, without restarts, which draw different rows."""
     torch.manual_seed(0)
     ours = EMAConfig(
         codebook_size=CODES,
@@ -53,7 +53,7 @@ def pair(cosine: bool = False, rotation: bool = False, decay: float = 0.9) -> tu
 
 @pytest.mark.parametrize("rotation", [False, True], ids=["straight-through", "rotation"])
 @pytest.mark.parametrize("cosine", [False, True], ids=["euclidean", "cosine"])
-def test_codes_values_loss_and_gradients_are_the_peers(cosine: bool, rotation: bool) -> None:
+def test_codes_values_loss_and_gradients_match_reference(cosine: bool, rotation: bool) -> None:
     ours, theirs = pair(cosine, rotation)
     x = features(3, 40, DIM).requires_grad_()
     upstream = features(3, 40, DIM, seed=1)
@@ -69,7 +69,7 @@ def test_codes_values_loss_and_gradients_are_the_peers(cosine: bool, rotation: b
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["euclidean", "cosine"])
-def test_the_codebook_moves_as_the_peers(cosine: bool) -> None:
+def test_ema_codebook_update_matches_reference(cosine: bool) -> None:
     ours, theirs = pair(cosine)
     for step in range(6):
         x = features(2, 30, DIM, seed=step) + 0.3 * step
@@ -77,17 +77,18 @@ def test_the_codebook_moves_as_the_peers(cosine: bool) -> None:
         _, codes, _ = theirs(x)
         ours.update()
         assert torch.equal(found.codes, codes)
-        book = theirs._codebook
-        torch.testing.assert_close(ours.ema_cluster_size, book.cluster_size[0], **CLOSE)
-        torch.testing.assert_close(ours.ema_embedding_sum, book.embed_avg[0], **CLOSE)
-        torch.testing.assert_close(ours.embedding, book.embed[0], **CLOSE)
+        codebook = theirs._codebook
+        torch.testing.assert_close(ours.ema_cluster_size, codebook.cluster_size[0], **CLOSE)
+        torch.testing.assert_close(ours.ema_embedding_sum, codebook.embed_avg[0], **CLOSE)
+        torch.testing.assert_close(ours.embedding, codebook.embed[0], **CLOSE)
     assert (ours.embedding - pair(cosine)[0].embedding).abs().max() > 0.1
 
 
-def test_the_loss_based_codebook_has_the_peers_losses() -> None:
-    """The peer learns a codebook by the gradient of its commitment term, which then reaches both sides with one weight.
+def test_gradient_codebook_loss_matches_reference() -> None:
+    """Compare losses and gradients.
 
-    With β = 1 our two terms have the same gradients together, and twice the value.
+    The reference trains its codebook with the gradient of the commitment term, which has one weight for both sides.
+    With β = 1 the sum of our two terms has the same gradients and twice the value.
     """
     ours = GradientConfig(codebook_size=CODES, code_dim=DIM, kmeans_init=False, commitment_weight=1).build()
     theirs = VectorQuantize(
@@ -114,7 +115,7 @@ def test_the_loss_based_codebook_has_the_peers_losses() -> None:
 
 
 @pytest.mark.parametrize("grid", [(8, 8, 8), (5, 4, 3), (7, 5, 5, 5)])
-def test_fsq_codes_values_and_gradients_are_the_peers(grid: tuple[int, ...]) -> None:
+def test_fsq_codes_values_and_gradients_match_reference(grid: tuple[int, ...]) -> None:
     ours = FSQConfig(grid=grid, code_dim=DIM + 4).build()
     theirs = FSQ(levels=list(grid), dim=DIM + 4)
     for name in ("project_in", "project_out"):
@@ -127,8 +128,8 @@ def test_fsq_codes_values_and_gradients_are_the_peers(grid: tuple[int, ...]) -> 
     torch.testing.assert_close(found.quantized.movedim(1, -1), values, **CLOSE)
     mine, other = (torch.autograd.grad(value.sum(), x)[0] for value in (found.quantized, values))
     torch.testing.assert_close(mine, other, **CLOSE)
-    every = torch.arange(ours.codebook_size)[None]
-    torch.testing.assert_close(ours.lookup(every).movedim(1, -1), theirs.indices_to_codes(every), **CLOSE)
+    all_codes = torch.arange(ours.codebook_size)[None]
+    torch.testing.assert_close(ours.lookup(all_codes).movedim(1, -1), theirs.indices_to_codes(all_codes), **CLOSE)
 
 
 # Properties
@@ -146,21 +147,21 @@ CONFIGS = st.one_of(
     st.builds(FSQConfig, grid=st.lists(st.integers(2, 5), min_size=1, max_size=3).map(tuple), code_dim=st.just(3)),
 )  # fmt: skip
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=3)  # with batch and width: ranks 3 to 5
-TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
 
 
 def state(quantizer: Quantizer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
 
 
-@given(config=CONFIGS, batch=st.integers(0, 3), spatial=SHAPES, kind=TYPES, seed=st.integers(0, 99))
+@given(config=CONFIGS, batch=st.integers(0, 3), spatial=SHAPES, dtype=DTYPES, seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_training_on_any_shape_and_type(
-    config: EMAConfig | GradientConfig | FSQConfig, batch: int, spatial: list[int], kind: torch.dtype, seed: int
+def test_training_supports_any_shape_and_dtype(
+    config: EMAConfig | GradientConfig | FSQConfig, batch: int, spatial: list[int], dtype: torch.dtype, seed: int
 ) -> None:
     torch.manual_seed(seed)
     quantizer = config.build().train()
-    x = features(batch, 3, *spatial, seed=seed).to(kind).requires_grad_()
+    x = features(batch, 3, *spatial, seed=seed).to(dtype).requires_grad_()
     result = quantizer(x)
     assert result.quantized.shape == x.shape
     assert result.quantized.dtype == result.loss.dtype == torch.float32
@@ -171,16 +172,16 @@ def test_training_on_any_shape_and_type(
     torch.testing.assert_close(quantizer.lookup(result.codes), result.quantized, atol=1e-4, rtol=1e-4)
     (result.quantized.sum() + result.loss).backward()
     assert x.grad is not None
-    assert x.grad.dtype == kind
+    assert x.grad.dtype == dtype
     assert x.grad.isfinite().all()
     quantizer.update()
     assert all(tensor.isfinite().all() for tensor in quantizer.state_dict().values())
 
 
-@given(config=CONFIGS, batch=st.integers(0, 3), spatial=SHAPES, kind=TYPES, trained=st.booleans())
+@given(config=CONFIGS, batch=st.integers(0, 3), spatial=SHAPES, dtype=DTYPES, trained=st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_evaluation_mutates_nothing_and_gives_what_it_gave(
-    config: EMAConfig | GradientConfig | FSQConfig, batch: int, spatial: list[int], kind: torch.dtype, trained: bool
+def test_evaluation_changes_no_state_and_is_deterministic(
+    config: EMAConfig | GradientConfig | FSQConfig, batch: int, spatial: list[int], dtype: torch.dtype, trained: bool
 ) -> None:
     torch.manual_seed(0)
     quantizer = config.build()
@@ -189,12 +190,12 @@ def test_evaluation_mutates_nothing_and_gives_what_it_gave(
         quantizer.update()
     quantizer.eval()
     before = state(quantizer)
-    x = features(batch, 3, *spatial).to(kind)
-    kept = x.clone()
+    x = features(batch, 3, *spatial).to(dtype)
+    original = x.clone()
     first = quantizer(x)
     quantizer.update()
     second = quantizer(x)
-    assert torch.equal(x, kept)
+    assert torch.equal(x, original)
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.quantized, second.quantized)
     for name, tensor in state(quantizer).items():
@@ -203,8 +204,8 @@ def test_evaluation_mutates_nothing_and_gives_what_it_gave(
 
 @given(config=CONFIGS, seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_places_do_not_matter(config: EMAConfig | GradientConfig | FSQConfig, seed: int) -> None:
-    """Each vector is quantized on its own: maps shuffled before are maps shuffled after."""
+def test_codes_are_independent_of_position_order(config: EMAConfig | GradientConfig | FSQConfig, seed: int) -> None:
+    """Quantization commutes with a permutation of the positions, because each vector is quantized independently."""
     torch.manual_seed(seed)
     quantizer = config.build().eval()
     x, order = features(2, 3, 7, seed=seed), torch.randperm(7)

@@ -1,4 +1,4 @@
-"""`vqvae2 prepare` and `vqvae2 inspect`: what is stored, going on after a kill, and what is refused."""
+"""Test `vqvae2 prepare` and `vqvae2 inspect`: stored records, resuming after a kill, and errors."""
 
 import signal
 import subprocess
@@ -46,7 +46,7 @@ def records(path: Path) -> dict[bytes, bytes]:
 
 
 @pytest.mark.parametrize(("encoding", "error"), [("raw", 0), ("png", 0), ("jpeg", 30), ("webp", 30)])
-def test_prepared_images_are_those_of_the_folder(tmp_path: Path, encoding: str, error: int) -> None:
+def test_prepared_images_match_the_folder(tmp_path: Path, encoding: str, error: int) -> None:
     folder, out = fill(tmp_path / "images"), tmp_path / "out"
     prepare([str(folder), str(out), "--size", "16", "--format", encoding, "--num-workers", "0"])
     settings = {"size": 16, "labels": "folder", "val_fraction": 0.3}
@@ -57,8 +57,10 @@ def test_prepared_images_are_those_of_the_folder(tmp_path: Path, encoding: str, 
         assert list(ours.names) == list(theirs.names)
         assert (ours.classes, ours.digest()) == (theirs.classes, theirs.digest())
         for index, item in enumerate(ours):
-            whole = Image.open(folder / theirs.names[index]).resize((27, 16), Image.Resampling.BICUBIC, reducing_gap=3)
-            expected = np.asarray(whole.crop((6, 0, 22, 16))).astype(int)
+            resized = Image.open(folder / theirs.names[index]).resize(
+                (27, 16), Image.Resampling.BICUBIC, reducing_gap=3
+            )
+            expected = np.asarray(resized.crop((6, 0, 22, 16))).astype(int)
             assert np.abs(item.image.permute(1, 2, 0).numpy() - expected).mean() <= error
             if index == len(ours) - 1:
                 break
@@ -68,12 +70,12 @@ def test_random_crops_reach_the_edges_of_prepared_images(tmp_path: Path) -> None
     out = tmp_path / "out"
     prepare([str(fill(tmp_path / "images")), str(out), "--size", "16", "--format", "png", "--num-workers", "0"])
     images, _ = open_datasets(DataConfig(path=str(out), size=16, crop="random"))
-    assert len({images[0, draw].image.numpy().tobytes() for draw in range(60)}) == 12  # 27 − 16 + 1 places
+    assert len({images[0, draw].image.numpy().tobytes() for draw in range(60)}) == 12  # 27 − 16 + 1 positions
 
 
-def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> None:
+def test_killed_prepare_resumes_to_the_same_records(tmp_path: Path) -> None:
     folder = fill(tmp_path / "images", 200)
-    (folder / "dog" / "0071.png").write_text("no image")
+    (folder / "dog" / "0071.png").write_text("not an image")
     out = tmp_path / "killed"
     command = [str(folder), str(out), "--size", "16", "--num-workers", "1"]
     slow = (
@@ -87,25 +89,25 @@ def test_a_killed_preparation_goes_on_to_the_same_records(tmp_path: Path) -> Non
     assert process.stdout is not None
     assert process.stdout.readline() == b"written\n"
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=20)  # its worker leaves too, and closes what it inherited
+    process.communicate(timeout=20)  # returns when the worker exits too and closes the inherited pipes
     with pytest.raises(UserError, match=r"is unfinished\. Run the same `vqvae2 prepare` again"):
         open_datasets(DataConfig(path=str(out), size=16))
     assert len(records(out)) == 1 + 64
     prepare(command)
-    straight = tmp_path / "straight"
-    prepare([str(folder), str(straight), "--size", "16", "--num-workers", "0"])
-    assert records(out) == records(straight)
-    assert (out / "index.safetensors").read_bytes() == (straight / "index.safetensors").read_bytes()
+    uninterrupted = tmp_path / "uninterrupted"
+    prepare([str(folder), str(uninterrupted), "--size", "16", "--num-workers", "0"])
+    assert records(out) == records(uninterrupted)
+    assert (out / "index.safetensors").read_bytes() == (uninterrupted / "index.safetensors").read_bytes()
     header = read_header(out)
     assert (header.count, header.unreadable, header.classes) == (200, ("dog/0071.png",), ("cat", "dog"))
-    training, held_out = open_datasets(DataConfig(path=str(out), size=16))
-    assert len(training) + len(held_out) == 199
+    training, validation = open_datasets(DataConfig(path=str(out), size=16))
+    assert len(training) + len(validation) == 199
     before = records(out)
-    prepare(command)  # finished: nothing is left to do
+    prepare(command)  # complete, so this does nothing
     assert records(out) == before
 
 
-def test_what_cannot_be_prepared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = fill(tmp_path / "images"), tmp_path / "out"
     common = [str(folder), str(out), "--num-workers", "0"]
     prepare([*common, "--size", "16"])
@@ -117,7 +119,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path, capsys: pytest.Captu
         prepare([str(folder), str(tmp_path / "x"), "--size", "16", "--channels", "4"])
     with pytest.raises(UserError, match=r"quality.*less than or equal to 100"):
         prepare([str(folder), str(tmp_path / "x"), "--size", "16", "--quality", "101"])
-    (folder / "dog" / "0001.png").write_text("no image")
+    (folder / "dog" / "0001.png").write_text("not an image")
     with pytest.raises(UserError, match=r"1 of 12 images .*0001\.png"):
         prepare([str(folder), str(tmp_path / "y"), "--size", "16", "--num-workers", "0"])
     write_codes(tmp_path / "codes", code_header(3, (4, 2, 2)))
@@ -128,12 +130,12 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path, capsys: pytest.Captu
         inspect([str(folder)])
 
 
-def test_inspect_prints_what_a_code_store_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_code_store_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     maps, labels = write_codes(tmp_path / "train", code_header(70, (300, 3, 2), (4, 1, 1), classes=tuple("abcde")))
     inspect([str(tmp_path / "train")])
     text = capsys.readouterr().out
-    shares = torch.bincount(maps[1].flatten(), minlength=4).double() / 70
-    entropy = float(-(shares * shares.log()).sum())
+    probabilities = torch.bincount(maps[1].flatten(), minlength=4).double() / 70
+    entropy = float(-(probabilities * probabilities.log()).sum())
     assert "70 in split train" in text
     assert f"top           1×1, codebook size 4: usage 100.0%, entropy {entropy:.3f} nats" in text
     assert f"bottom        3×2, codebook size 300: usage {len(maps[0].unique()) / 300:.1%}" in text
@@ -142,7 +144,7 @@ def test_inspect_prints_what_a_code_store_holds(tmp_path: Path, capsys: pytest.C
         assert picture.width > 2.5 * picture.height, "a panel for each level and one for the classes"
 
 
-def test_inspect_prints_what_prepared_images_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_prepared_image_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare([str(fill(tmp_path / "images")), str(tmp_path / "out"), "--size", "16", "--num-workers", "0"])
     capsys.readouterr()
     inspect([str(tmp_path / "out"), "--out", str(tmp_path / "grid.png")])

@@ -1,4 +1,4 @@
-"""Priors learn what can be learned: a Markov source to its entropy rate, copies, and what a label determines."""
+"""Test that priors learn: a Markov source to its entropy rate, copies of a coarser level, and labels."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from vqvae2.data.code_store import CodeBatch
 from vqvae2.priors import PixelCNNConfig, PixelSNAILConfig, Prior, PriorConfig, PriorSpec, TransformerConfig
 
 CODES, SIZE = 6, 8
-MOVES, CHANCES = (0, 1, 3), (0.7, 0.2, 0.1)
+INCREMENTS, PROBABILITIES = (0, 1, 3), (0.7, 0.2, 0.1)
 CONFIGS: dict[str, PriorConfig] = {
     "pixelsnail": PixelSNAILConfig(channels=32, residual_channels=32, kernel=3, blocks=1, layers=1, heads=2, dropout=0),
     "pixelcnn": PixelCNNConfig(channels=32, kernel=3, layers=2, output_channels=32, dropout=0),
@@ -22,8 +22,10 @@ CONFIGS: dict[str, PriorConfig] = {
 }
 
 
-def trained(config: PriorConfig, spec: PriorSpec, batch: Any, steps: int, level: int = 0, rate: float = 5e-3) -> Prior:
-    """A prior after `steps` on batches drawn by `batch(step)`."""
+def train_prior(
+    config: PriorConfig, spec: PriorSpec, batch: Any, steps: int, level: int = 0, rate: float = 5e-3
+) -> Prior:
+    """Train a prior for `steps` steps on the batches returned by `batch(step)`."""
     torch.manual_seed(0)
     objective = PriorObjective(config.build(spec), level)
     optimizer = torch.optim.Adam(objective.parameters())
@@ -42,63 +44,65 @@ def nll(prior: Prior, batch: CodeBatch) -> float:
     return float(PriorObjective(prior, 0).eval()(batch)[0])
 
 
-def lines(count: int, seed: int) -> torch.Tensor:
-    """Maps whose rows are Markov chains that start evenly: a code is followed by itself or one of two others."""
+def markov_maps(count: int, seed: int) -> torch.Tensor:
+    """Return code maps whose rows are Markov chains: each code stays, or increases by 1 or 3 (mod CODES)."""
     generator = np.random.default_rng(seed)
     codes = np.empty((count, SIZE, SIZE), np.int64)
     codes[:, :, 0] = generator.integers(CODES, size=(count, SIZE))
     for column in range(1, SIZE):
-        moved = generator.choice(MOVES, p=CHANCES, size=(count, SIZE))
-        codes[:, :, column] = (codes[:, :, column - 1] + moved) % CODES
+        increments = generator.choice(INCREMENTS, p=PROBABILITIES, size=(count, SIZE))
+        codes[:, :, column] = (codes[:, :, column - 1] + increments) % CODES
     return torch.from_numpy(codes)
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
-def test_a_markov_source_is_learned_to_its_entropy_rate(kind: str) -> None:
-    steps = -sum(chance * math.log(chance) for chance in CHANCES)
-    entropy = (math.log(CODES) + (SIZE - 1) * steps) / SIZE  # in nats per code
+def test_prior_learns_markov_source_to_its_entropy_rate(kind: str) -> None:
+    entropy_rate = -sum(p * math.log(p) for p in PROBABILITIES)
+    entropy = (math.log(CODES) + (SIZE - 1) * entropy_rate) / SIZE  # in nats per code
 
     def batch(count: int, seed: int) -> CodeBatch:
-        return CodeBatch((lines(count, seed),), _none(count))
+        return CodeBatch((markov_maps(count, seed),), _none(count))
 
     spec = PriorSpec(level=MapSpec(codebook_size=CODES, height=SIZE, width=SIZE))
-    prior = trained(CONFIGS[kind], spec, lambda step: batch(64, step), steps=240 if kind == "transformer" else 130)
+    prior = train_prior(CONFIGS[kind], spec, lambda step: batch(64, step), steps=240 if kind == "transformer" else 130)
     found = nll(prior, batch(2000, 10_000))
     assert entropy * 0.98 < found < entropy * 1.02
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
-def test_a_bottom_level_that_copies_the_top_costs_nothing(kind: str) -> None:
+def test_prior_learns_to_copy_the_coarser_level(kind: str) -> None:
     top, bottom = MapSpec(codebook_size=CODES, height=4, width=4), MapSpec(codebook_size=CODES, height=8, width=8)
 
-    def copies(count: int, seed: int) -> CodeBatch:
+    def copy_batch(count: int, seed: int) -> CodeBatch:
         codes = torch.randint(CODES, (count, 4, 4), generator=torch.Generator().manual_seed(seed))
         return CodeBatch((codes.repeat_interleave(2, 1).repeat_interleave(2, 2), codes), _none(count))
 
     config = CONFIGS[kind].model_copy(update={"condition_layers": 1})
-    prior = trained(config, PriorSpec(level=bottom, coarser=(top,)), lambda step: copies(32, step), steps=120)
-    assert nll(prior, copies(200, 10_000)) < 0.05
+    prior = train_prior(config, PriorSpec(level=bottom, coarser=(top,)), lambda step: copy_batch(32, step), steps=120)
+    assert nll(prior, copy_batch(200, 10_000)) < 0.05
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
-def test_labels_that_determine_the_codes_are_used(kind: str) -> None:
+def test_prior_uses_labels(kind: str) -> None:
     patterns = torch.randint(CODES, (3, SIZE, SIZE), generator=torch.Generator().manual_seed(1))
 
-    def labelled(count: int, seed: int) -> CodeBatch:
+    def labeled_batch(count: int, seed: int) -> CodeBatch:
         labels = torch.randint(3, (count,), generator=torch.Generator().manual_seed(seed))
         return CodeBatch((patterns[labels],), labels)
 
     spec = PriorSpec(level=MapSpec(codebook_size=CODES, height=SIZE, width=SIZE), num_classes=3)
-    # Without coordinates as input, a transformer needs longer to find out where it is.
-    prior = trained(CONFIGS[kind], spec, lambda step: labelled(32, step), steps=400 if kind == "transformer" else 100)
-    batch = labelled(60, 10_000)
-    right, wrong = nll(prior, batch), nll(prior, batch._replace(label=(batch.label + 1) % 3))
-    assert right < 0.05
-    assert wrong > right + 0.5
+    # Without coordinates as input, a transformer needs more steps to learn positions.
+    prior = train_prior(
+        CONFIGS[kind], spec, lambda step: labeled_batch(32, step), steps=400 if kind == "transformer" else 100
+    )
+    batch = labeled_batch(60, 10_000)
+    correct, wrong = nll(prior, batch), nll(prior, batch._replace(label=(batch.label + 1) % 3))
+    assert correct < 0.05
+    assert wrong > correct + 0.5
 
 
-def test_label_dropout_teaches_the_label_free_distribution_too() -> None:
-    def labelled(count: int, seed: int) -> CodeBatch:
+def test_label_dropout_trains_the_unconditional_distribution() -> None:
+    def labeled_batch(count: int, seed: int) -> CodeBatch:
         labels = torch.randint(2, (count,), generator=torch.Generator().manual_seed(seed))
         return CodeBatch((labels[:, None, None].expand(count, 2, 2).clone(),), labels)
 
@@ -107,19 +111,19 @@ def test_label_dropout_teaches_the_label_free_distribution_too() -> None:
     objective = PriorObjective(CONFIGS["pixelcnn"].build(spec), 0, label_dropout=0.5)
     optimizer = torch.optim.Adam(objective.parameters(), lr=5e-3)
     for step in range(150):
-        objective(labelled(32, step))[0].backward()
+        objective(labeled_batch(32, step))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
-    network, batch = objective.network.eval(), labelled(64, 10_000)
+    network, batch = objective.network.eval(), labeled_batch(64, 10_000)
     with torch.no_grad():
-        free = network(batch.codes[0], (), None).softmax(1)[:, :, 0, 0]
+        unconditional = network(batch.codes[0], (), None).softmax(1)[:, :, 0, 0]
     assert nll(network, batch) < 0.05
-    torch.testing.assert_close(free, torch.full_like(free, 0.5), atol=0.15, rtol=0)
+    torch.testing.assert_close(unconditional, torch.full_like(unconditional, 0.5), atol=0.15, rtol=0)
     with torch.no_grad():
         after = F.cross_entropy(
             network(batch.codes[0], (), None).flatten(2)[:, :, 1:], batch.codes[0].flatten(1)[:, 1:]
         )
-    assert float(after) < 0.1, "the first code tells the rest"
+    assert float(after) < 0.1, "the first code determines the rest"
 
 
 def _none(count: int) -> torch.Tensor:

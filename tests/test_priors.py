@@ -1,4 +1,4 @@
-"""Every prior: causality by gradient and by perturbation, and two paths with the same logits at every position."""
+"""Test priors: causality, incremental logits against the full forward pass, checkpointing, and weights files."""
 
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ MATRIX: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", MATRIX, ids=str)
-def test_both_paths_give_the_same_logits_at_every_position(settings: dict[str, Any]) -> None:
+def test_incremental_logits_match_full_forward(settings: dict[str, Any]) -> None:
     prior = build(**settings)
     given = inputs(prior, batch=3)
     with torch.no_grad():
@@ -113,14 +113,14 @@ def test_both_paths_give_the_same_logits_at_every_position(settings: dict[str, A
     assert expected.shape == (3, CODES, *prior.spec.level.shape)
     found = incremental_logits(prior, **given)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    as_on_a_gpu = incremental_logits(prior, **given, as_tensors=True)
-    torch.testing.assert_close(as_on_a_gpu, found, atol=1e-5, rtol=1e-4)
+    with_tensors = incremental_logits(prior, **given, as_tensors=True)
+    torch.testing.assert_close(with_tensors, found, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"kernel": 5, "attention": False}, {"output_layers": 1, "layers": 2}], ids=str
 )
-def test_no_gradient_comes_from_the_position_itself_or_later_ones(settings: dict[str, Any]) -> None:
+def test_gradients_are_causal(settings: dict[str, Any]) -> None:
     prior = build(size=(4, 5), **settings)
     codes = inputs(prior, batch=1)["codes"]
     embedded = prior.embedding(codes).detach().requires_grad_()
@@ -128,14 +128,14 @@ def test_no_gradient_comes_from_the_position_itself_or_later_ones(settings: dict
     logits = prior(codes)[0].flatten(1)  # (K, positions)
     for position in range(20):
         (gradient,) = torch.autograd.grad(logits[:, position].sum(), embedded, retain_graph=True)
-        reached = gradient[0].flatten(0, 1).abs().sum(1) > 0
-        assert not reached[position:].any(), position
+        depends = gradient[0].flatten(0, 1).abs().sum(1) > 0
+        assert not depends[position:].any(), position
         if position:
-            assert reached[position - 1] or position % 5 == 0, "the neighbour to the left is seen"
-            assert reached.any()
+            assert depends[position - 1] or position % 5 == 0, "the left neighbor is visible"
+            assert depends.any()
 
 
-def test_changing_a_code_changes_only_later_logits_and_attention_reaches_to_the_end() -> None:
+def test_pixelsnail_is_causal_and_attention_reaches_the_last_position() -> None:
     prior = build(size=(6, 5), kernel=3, blocks=1, layers=1)
     codes = inputs(prior, batch=1)["codes"]
     with torch.no_grad():
@@ -146,11 +146,11 @@ def test_changing_a_code_changes_only_later_logits_and_attention_reaches_to_the_
             differs = (prior(changed)[0].flatten(1) - before).abs().amax(0) > 0
             assert not differs[: position + 1].any()
             if position < 29:
-                assert differs[29], "attention sees everything before"
+                assert differs[29], "attention covers all previous positions"
 
 
 @pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
-def test_coarser_codes_and_labels_matter(kind: str) -> None:
+def test_logits_depend_on_coarser_codes_and_labels(kind: str) -> None:
     prior = build(size=(8, 6), coarser=((4, 3), (2, 1)), classes=3, kind=kind)
     given = inputs(prior)
     with torch.no_grad():
@@ -163,14 +163,14 @@ def test_coarser_codes_and_labels_matter(kind: str) -> None:
         assert not torch.equal(prior(**given | {"labels": None}), before)
 
 
-def test_wrong_coarser_maps_are_refused() -> None:
+def test_wrong_coarser_maps_raise() -> None:
     prior = build(size=(8, 6), coarser=((4, 3),))
     with pytest.raises(ValueError, match=r"coarser code maps of sizes \(\(4, 3\),\)"):
         prior(torch.zeros(1, 8, 6, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("kind", ["pixelcnn", "transformer"])
-def test_changing_a_code_of_other_priors_changes_later_logits_only(kind: str) -> None:
+def test_pixelcnn_and_transformer_are_causal(kind: str) -> None:
     prior = build(size=(4, 5), kind=kind)
     codes = inputs(prior, batch=1)["codes"]
     with torch.no_grad():
@@ -183,25 +183,25 @@ def test_changing_a_code_of_other_priors_changes_later_logits_only(kind: str) ->
             if position < 19:
                 assert differs[position + 1 :].any(), position
             if kind == "transformer":
-                assert differs[position + 1 :].all(), "attention sees everything before"
+                assert differs[position + 1 :].all(), "attention covers all previous positions"
 
 
 @pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
-def test_recomputing_blocks_changes_no_gradient(kind: str) -> None:
+def test_gradient_checkpointing_keeps_gradients(kind: str) -> None:
     prior = build(size=(6, 6), coarser=((3, 3),), classes=2, kind=kind, dropout=0.3).train()
     given, gradients = inputs(prior), []
-    for recompute in (False, True):
-        prior.gradient_checkpointing = recompute
+    for enabled in (False, True):
+        prior.gradient_checkpointing = enabled
         prior.zero_grad()
         torch.manual_seed(0)
         torch.nn.functional.cross_entropy(prior(**given), given["codes"]).backward()
         gradients.append([parameter.grad for parameter in prior.parameters()])
-    for kept, computed_again in zip(*gradients, strict=True):
-        torch.testing.assert_close(computed_again, kept, atol=1e-7, rtol=1e-5)
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, kept, atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"output_layers": 1}, {"kind": "pixelcnn"}, {"kind": "transformer"}], ids=str)
-def test_training_reaches_every_weight(settings: dict[str, Any]) -> None:
+def test_gradients_reach_every_weight(settings: dict[str, Any]) -> None:
     prior = build(size=(6, 6), coarser=((3, 3),), classes=2, **settings).train()
     given = inputs(prior)
     torch.nn.functional.cross_entropy(prior(**given), given["codes"]).backward()
@@ -211,7 +211,7 @@ def test_training_reaches_every_weight(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
-def test_a_file_brings_back_the_same_prior(tmp_path: Path, kind: str) -> None:
+def test_save_and_load_round_trip(tmp_path: Path, kind: str) -> None:
     prior = build(size=(6, 6), coarser=((3, 3),), classes=2, kind=kind)
     path = tmp_path / "model.safetensors"
     save_prior(path, prior, prior.config, autoencoder="a" * 64)
@@ -221,12 +221,12 @@ def test_a_file_brings_back_the_same_prior(tmp_path: Path, kind: str) -> None:
     assert loaded.made_from == {"autoencoder": "a" * 64}
 
 
-def test_an_autoencoder_is_not_taken_for_a_prior(finished_run: Path) -> None:
+def test_loading_an_autoencoder_as_a_prior_raises(finished_run: Path) -> None:
     with pytest.raises(UserError, match="network type 'autoencoder', expected 'prior'"):
         load_prior(finished_run / "autoencoder" / "model.safetensors")
 
 
-def test_settings_that_cannot_work_are_refused() -> None:
+def test_invalid_settings_raise() -> None:
     for settings, message in (
         ({"kernel": 4}, "odd"),
         ({"channels": 6, "heads": 2}, r"half the channels \(3\)"),

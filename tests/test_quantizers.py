@@ -1,4 +1,4 @@
-"""Quantizers, recomputed in NumPy: nearest codes, EMA update, losses, routing of gradients, restarts."""
+"""Test quantizers against NumPy: nearest codes, EMA updates, losses, gradients, restarts, k-means, and FSQ."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def rows_of(x: Tensor) -> np.ndarray:
     n=st.integers(0, 40), k=st.integers(1, 20), d=st.integers(1, 9), block=st.integers(1, 999), seed=st.integers(0, 99)
 )
 @settings(max_examples=60, deadline=None)
-def test_nearest_is_at_the_smallest_distance_for_any_block_size(n: int, k: int, d: int, block: int, seed: int) -> None:
+def test_nearest_codes_match_numpy_for_any_block_size(n: int, k: int, d: int, block: int, seed: int) -> None:
     rows, vectors = features(n, d, seed=seed), features(k, d, seed=seed + 1)
     found = nearest_codes(rows, vectors, block_bytes=block).numpy()
     distances = np.square(rows.double().numpy()[:, None] - vectors.double().numpy()[None]).sum(-1)
@@ -41,7 +41,7 @@ def test_nearest_is_at_the_smallest_distance_for_any_block_size(n: int, k: int, 
     np.testing.assert_allclose(distances[np.arange(n), found], distances.min(1, initial=np.inf), atol=1e-5)
 
 
-def test_cluster_sums_count_and_add() -> None:
+def test_cluster_sums_match_masked_sums() -> None:
     rows, codes = features(50, 3), torch.randint(5, (50,))
     counts, sums = cluster_sums(rows, codes, 5)
     for code in range(5):
@@ -61,7 +61,7 @@ def test_kmeans_finds_separate_clusters() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("spatial", [(), (5,), (3, 4), (2, 3, 2)])
-def test_any_rank_gives_maps_of_the_same_shape_and_lookup_repeats_them(name: str, spatial: tuple[int, ...]) -> None:
+def test_any_rank_keeps_its_shape_and_lookup_matches(name: str, spatial: tuple[int, ...]) -> None:
     quantizer = CONFIGS[name].build().eval()
     x = features(3, 4, *spatial)
     result = quantizer(x)
@@ -72,7 +72,7 @@ def test_any_rank_gives_maps_of_the_same_shape_and_lookup_repeats_them(name: str
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_empty_batch_is_fine_and_wrong_widths_are_refused(name: str) -> None:
+def test_empty_batch_is_supported_and_wrong_channels_raise(name: str) -> None:
     quantizer = CONFIGS[name].build()
     result = quantizer(torch.empty(0, 4, 3))
     assert result.codes.shape == (0, 3)
@@ -82,7 +82,7 @@ def test_the_empty_batch_is_fine_and_wrong_widths_are_refused(name: str) -> None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_evaluation_changes_nothing(name: str) -> None:
+def test_evaluation_changes_no_state(name: str) -> None:
     quantizer = CONFIGS[name].build().eval()
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}
     quantizer(features(4, 4, 8))
@@ -91,7 +91,7 @@ def test_evaluation_changes_nothing(name: str) -> None:
         assert torch.equal(value, before[key]), key
 
 
-def test_ema_update_is_the_formula_of_appendix_a1() -> None:
+def test_ema_update_matches_appendix_a1() -> None:
     config = EMAConfig(
         codebook_size=5, code_dim=3, kmeans_init=False, dead_code_threshold=0, ema_decay=0.9, epsilon=1e-5
     )
@@ -112,7 +112,7 @@ def test_ema_update_is_the_formula_of_appendix_a1() -> None:
         np.testing.assert_allclose(quantizer.embedding.numpy(), vectors, atol=1e-5)
 
 
-def test_accumulated_batches_update_like_one_batch() -> None:
+def test_accumulated_batches_match_full_batch() -> None:
     torch.manual_seed(0)
     one = EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False, dead_code_threshold=0).build()
     two = EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False, dead_code_threshold=0).build()
@@ -133,7 +133,7 @@ def test_accumulated_batches_update_like_one_batch() -> None:
         GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False),
     ],
 )
-def test_losses_are_those_of_equation_3(config: EMAConfig | GradientConfig) -> None:
+def test_losses_match_equation_3(config: EMAConfig | GradientConfig) -> None:
     quantizer = config.build()
     x = features(2, 4, 5)
     result = quantizer(x)
@@ -144,7 +144,7 @@ def test_losses_are_those_of_equation_3(config: EMAConfig | GradientConfig) -> N
         np.testing.assert_allclose(term.item(), error, rtol=1e-5)
 
 
-def test_beta_weighs_the_commitment_term_and_each_term_reaches_its_own_side() -> None:
+def test_commitment_weight_scales_the_encoder_gradient_only() -> None:
     quantizer = GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False, commitment_weight=0.25).build()
     x = features(2, 4, 5).requires_grad_()
     result = quantizer(x)
@@ -158,7 +158,7 @@ def test_beta_weighs_the_commitment_term_and_each_term_reaches_its_own_side() ->
     torch.testing.assert_close(quantizer.embedding.grad, expected, atol=1e-7, rtol=1e-5)
 
 
-def test_the_decoders_gradient_reaches_the_encoder_alone() -> None:
+def test_decoder_gradient_reaches_only_the_encoder() -> None:
     quantizer = GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False).build()
     x = features(2, 4, 5).requires_grad_()
     weight = features(2, 4, 5, seed=1)
@@ -167,11 +167,11 @@ def test_the_decoders_gradient_reaches_the_encoder_alone() -> None:
     assert quantizer.embedding.grad is None or not quantizer.embedding.grad.any()
 
 
-def test_rotation_keeps_the_value_and_turns_the_gradient() -> None:
+def test_rotation_trick_keeps_values_and_rotates_gradients() -> None:
     x, q = features(7, 4).requires_grad_(), features(7, 4, seed=1)
     torch.testing.assert_close(rotation_trick(x, q), q, atol=1e-5, rtol=0)
     torch.testing.assert_close(straight_through(x, q), q, atol=1e-6, rtol=0)
-    # The gradient with respect to the output, turned back: its angle to q becomes its angle to x.
+    # The upstream gradient, rotated back: its angle to q becomes its angle to x.
     upstream = features(7, 4, seed=2)
     (gradient,) = torch.autograd.grad(rotation_trick(x, q), x, upstream)
     scale = q.norm(dim=1) / x.norm(dim=1)
@@ -180,7 +180,7 @@ def test_rotation_keeps_the_value_and_turns_the_gradient() -> None:
     torch.testing.assert_close(gradient.norm(dim=1), scale * upstream.norm(dim=1), atol=1e-4, rtol=1e-4)
 
 
-def test_autocast_does_not_touch_the_quantizer() -> None:
+def test_autocast_does_not_change_the_quantizer() -> None:
     quantizer = CONFIGS["ema"].build().eval()
     x = features(3, 4, 50)
     plain = quantizer(x)
@@ -192,7 +192,7 @@ def test_autocast_does_not_touch_the_quantizer() -> None:
 
 
 @pytest.mark.parametrize("config", [EMAConfig, GradientConfig])
-def test_a_dead_code_comes_back_as_a_feature_with_its_sums(config: type[EMAConfig] | type[GradientConfig]) -> None:
+def test_dead_codes_restart_at_features(config: type[EMAConfig] | type[GradientConfig]) -> None:
     quantizer = config(codebook_size=4, code_dim=2, kmeans_init=False, dead_code_threshold=0.1, ema_decay=0.5).build()
     with torch.no_grad():
         quantizer.embedding.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0], [50.0, 50.0], [-50.0, 50.0]]))
@@ -202,12 +202,12 @@ def test_a_dead_code_comes_back_as_a_feature_with_its_sums(config: type[EMAConfi
         x = features(16, 2, 4, seed=step)
         quantizer(x)
         quantizer.update()
-    assert quantizer.embedding.abs().max() < 10, "codes far from every feature were restarted among them"
+    assert quantizer.embedding.abs().max() < 10, "codes far from all features restart at features"
     codes = quantizer.eval()(features(64, 2, 4, seed=99)).codes
     assert len(codes.unique()) == 4
 
 
-def test_without_restarts_a_dead_code_stays() -> None:
+def test_dead_codes_stay_if_restarts_are_off() -> None:
     quantizer = EMAConfig(codebook_size=2, code_dim=2, kmeans_init=False, dead_code_threshold=0).build()
     for buffer in (quantizer.embedding, quantizer.ema_embedding_sum):
         buffer.copy_(torch.tensor([[0.0, 0.0], [50.0, 50.0]]))
@@ -218,32 +218,32 @@ def test_without_restarts_a_dead_code_stays() -> None:
 
 
 @pytest.mark.parametrize("config", [EMAConfig, GradientConfig])
-def test_kmeans_puts_the_codebook_among_the_features_before_the_first_lookup(
+def test_kmeans_initializes_the_codebook_from_the_first_batch(
     config: type[EMAConfig] | type[GradientConfig],
 ) -> None:
     quantizer: Quantizer = config(codebook_size=16, code_dim=4).build()
     x = 30 + features(8, 4, 64)
     error = quantizer(x).loss_terms["commitment"]
-    assert error < 1.0, "within the spread of the features, which are 30 away from where codebooks begin"
+    assert error < 1.0, "the error is within the variance of the features, which are 30 away from the initial codebook"
     vectors = quantizer.state_dict()["embedding"].clone()
     quantizer(x)
-    assert torch.equal(vectors, quantizer.state_dict()["embedding"]), "only the first batch initialises"
+    assert torch.equal(vectors, quantizer.state_dict()["embedding"]), "only the first batch initializes the codebook"
 
 
 @pytest.mark.parametrize("grid", [(2,), (3,), (8, 8, 8), (5, 4, 3, 2)])
-def test_fsq_reaches_every_code_and_no_other(grid: tuple[int, ...]) -> None:
+def test_fsq_uses_every_code(grid: tuple[int, ...]) -> None:
     quantizer = FSQConfig(grid=grid, code_dim=len(grid)).build().eval()
     torch.nn.init.eye_(quantizer.project_in.weight)
     torch.nn.init.zeros_(quantizer.project_in.bias)
     uniform = torch.rand(20_000, len(grid), generator=torch.Generator().manual_seed(0)) * 1.998 - 0.999
-    half, even = (quantizer.grid - 1) * 1.001 / 2, (quantizer.grid % 2 == 0) / 2
-    codes = quantizer(uniform.atanh() - torch.atanh(even / half)).codes  # every cell of the grid is as likely
+    half, offset = (quantizer.grid - 1) * 1.001 / 2, (quantizer.grid % 2 == 0) / 2
+    codes = quantizer(uniform.atanh() - torch.atanh(offset / half)).codes  # all cells of the grid are equally likely
     assert sorted(codes.unique().tolist()) == list(range(quantizer.codebook_size))
-    every = torch.arange(quantizer.codebook_size)[None]
-    assert len(quantizer.lookup(every)[0].T.unique(dim=0)) == quantizer.codebook_size
+    all_codes = torch.arange(quantizer.codebook_size)[None]
+    assert len(quantizer.lookup(all_codes)[0].T.unique(dim=0)) == quantizer.codebook_size
 
 
-def test_fsq_passes_the_gradient_of_the_bounded_value() -> None:
+def test_fsq_gradient_is_that_of_the_bounded_value() -> None:
     quantizer = FSQConfig(grid=(7, 4), code_dim=2).build()
     x = features(5, 2).requires_grad_()
     values = quantizer(x).quantized

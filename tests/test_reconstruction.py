@@ -1,4 +1,4 @@
-"""Reconstruction errors against NumPy and scikit-image, and the one place where floats become 8-bit levels."""
+"""Test reconstruction metrics against NumPy and scikit-image, and the conversion of floats to 8-bit levels."""
 
 import numpy as np
 import pytest
@@ -19,14 +19,14 @@ def pair(n: int = 3, channels: int = 3, height: int = 24, width: int = 31) -> tu
     return a, a + 0.1 * torch.randn(a.shape, generator=generator)
 
 
-def test_levels_are_those_of_a_file() -> None:
-    every = torch.arange(256)
-    assert torch.equal(rec.to_8bit_levels((every / 127.5 - 1).view(1, 1, 16, 16)).flatten(), every.float())
+def test_to_8bit_levels_rounds_and_clips() -> None:
+    levels = torch.arange(256)
+    assert torch.equal(rec.to_8bit_levels((levels / 127.5 - 1).view(1, 1, 16, 16)).flatten(), levels.float())
     assert rec.to_8bit_levels(torch.tensor([-3.0, 1.4]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_equals_scikit_image(channels: int) -> None:
+def test_mse_psnr_and_ssim_match_scikit_image(channels: int) -> None:
     a, b = (rec.to_8bit_levels(images) for images in pair(channels=channels))
     for index, (x, y) in enumerate(zip(a.double().numpy(), b.double().numpy(), strict=True)):
         assert rec.mse(a, b)[index] == pytest.approx(((x - y) ** 2).mean(), rel=1e-6)
@@ -37,7 +37,7 @@ def test_equals_scikit_image(channels: int) -> None:
         assert rec.ssim(a, b)[index] == pytest.approx(expected, abs=2e-6)
 
 
-def test_another_data_range_scales_the_constants() -> None:
+def test_data_range_scales_the_ssim_constants() -> None:
     a, b = pair()
     torch.testing.assert_close(rec.ssim(a * 127.5, b * 127.5, 255.0), rec.ssim(a, b, 2.0), rtol=0, atol=0.2)
     x, y = (image.double().numpy()[0] + 1 for image in (a, b))
@@ -49,14 +49,14 @@ def test_another_data_range_scales_the_constants() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(11, 20), st.integers(11, 20), st.integers(0, 255))
-def test_equal_images_are_perfect_whatever_their_size_and_shade(height: int, width: int, shade: int) -> None:
+def test_equal_images_have_perfect_metrics(height: int, width: int, shade: int) -> None:
     image = torch.full((1, 1, height, width), float(shade))
     assert rec.ssim(image, image).item() == pytest.approx(1, abs=1e-6)
     assert rec.mse(image, image).item() == 0
     assert rec.psnr(image, image).item() == float("inf")
 
 
-def test_streaming_means_are_means_over_images() -> None:
+def test_streaming_means_match_means_over_images() -> None:
     a, b = pair(n=5)
     statistics = rec.ReconstructionStatistics()
     for start in (0, 2, 4):
@@ -71,14 +71,14 @@ def test_streaming_means_are_means_over_images() -> None:
     assert result.ssim == pytest.approx(rec.ssim(torch.from_numpy(x), torch.from_numpy(y)).mean().item(), rel=1e-6)
 
 
-def test_one_perfect_image_does_not_make_the_mean_infinite() -> None:
+def test_mean_psnr_is_finite_with_a_perfect_image() -> None:
     black = -torch.ones(1, 3, 16, 16)
     statistics = rec.ReconstructionStatistics()
     statistics.update(black, black)
     assert statistics.compute().psnr == pytest.approx(10 * np.log10(12 * 255**2))
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_mismatched_and_too_small_images_raise() -> None:
     statistics = rec.ReconstructionStatistics()
     with pytest.raises(UserError, match="at least one pair"):
         statistics.compute()
@@ -88,7 +88,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         statistics.update(torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16))
 
 
-def halves() -> rec.ReconstructionMetrics:
+def metrics_of_two_ranks() -> rec.ReconstructionMetrics:
     a, b = pair(n=5)
     rank = torch.distributed.get_rank()
     statistics = rec.ReconstructionStatistics()
@@ -97,11 +97,11 @@ def halves() -> rec.ReconstructionMetrics:
     return statistics.compute()
 
 
-def test_two_processes_give_the_value_of_one() -> None:
+def test_all_reduce_over_two_processes_matches_one() -> None:
     whole = rec.ReconstructionStatistics()
     whole.update(*pair(n=5))
     expected = whole.compute()
-    for result in two_processes(halves):
+    for result in two_processes(metrics_of_two_ranks):
         assert result.count == 5
         assert (result.mse, result.psnr, result.ssim) == pytest.approx(
             (expected.mse, expected.psnr, expected.ssim), rel=1e-6

@@ -1,4 +1,4 @@
-"""Sampling: filters against NumPy, the distribution itself, and images that depend on seed and number alone."""
+"""Test sampling: filters against NumPy, the distribution, reproducibility, and the incremental sampler."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,20 +24,20 @@ def test_top_k_keeps_the_k_largest(seed: int, k: int) -> None:
     np.testing.assert_array_equal(kept, expected)
 
 
-@given(seed=st.integers(0, 999), share=st.floats(0.01, 1.0))
+@given(seed=st.integers(0, 999), threshold=st.floats(0.01, 1.0))
 @settings(deadline=None)
-def test_top_p_keeps_the_fewest_that_reach_the_share(seed: int, share: float) -> None:
+def test_top_p_keeps_the_smallest_sufficient_set(seed: int, threshold: float) -> None:
     logits = 3 * torch.randn(4, 9, generator=torch.Generator().manual_seed(seed))
-    kept = keep_top_p(logits, share).isfinite()
+    kept = keep_top_p(logits, threshold).isfinite()
     probabilities = logits.double().softmax(1)
     for row, mask in zip(probabilities, kept, strict=True):
-        assert row[mask].sum() >= share - 1e-5
-        assert row[mask].sum() - row[mask].min() < share + 1e-5
+        assert row[mask].sum() >= threshold - 1e-5
+        assert row[mask].sum() - row[mask].min() < threshold + 1e-5
         assert row[mask].min() >= row[~mask].max() if (~mask).any() else True
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_codes_are_drawn_from_the_softmax(temperature: float) -> None:
+def test_sampled_codes_follow_the_softmax(temperature: float) -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
     count = 40_000
     noise = Noise(0, [7], 0).row(count, 4)[:, 0]
@@ -47,13 +47,13 @@ def test_codes_are_drawn_from_the_softmax(temperature: float) -> None:
     assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / count)
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
+def test_temperature_zero_is_argmax() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     for seed in range(20):
         assert sample_codes(logits, Noise(seed, [0], 0).row(1, 3)[0], LevelSamplingParams(temperature=0)) == 1
 
 
-def test_an_image_depends_on_the_seed_and_its_number_not_on_the_batch() -> None:
+def test_samples_depend_on_seed_and_index_but_not_on_the_batch() -> None:
     prior = build(size=(6, 6), coarser=((3, 3),), classes=3)
     coarser, labels = inputs(prior, batch=7)["coarser"], inputs(prior, batch=7)["labels"]
     whole = sample_level(prior, Noise(5, range(7), 0), LevelSamplingParams(), coarser, labels)
@@ -72,7 +72,7 @@ def test_an_image_depends_on_the_seed_and_its_number_not_on_the_batch() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
-def test_the_incremental_sampler_gives_the_codes_of_a_naive_one(params: LevelSamplingParams, kind: str) -> None:
+def test_incremental_sampler_matches_naive_sampler(params: LevelSamplingParams, kind: str) -> None:
     prior = build(size=(5, 6), coarser=((5, 3),), kind=kind)
     coarser = inputs(prior, batch=3)["coarser"]
     found = sample_level(prior, Noise(0, range(3), 0), params, coarser)
@@ -88,7 +88,7 @@ def test_the_incremental_sampler_gives_the_codes_of_a_naive_one(params: LevelSam
 
 
 class Replay:
-    """Stands for a CUDA graph: the work again, after the few times that recording takes."""
+    """A stand-in for a CUDA graph: three warmup calls, and `replay` calls the function again."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self.replay = work
@@ -98,18 +98,16 @@ class Replay:
 
 @pytest.mark.parametrize("width", [1, 6])
 @pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
-def test_a_position_that_is_replayed_gives_the_same_codes(
-    kind: str, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replayed_graph_gives_the_same_codes(kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prior = build(size=(5, width), classes=2, kind=kind)
     labels = torch.tensor([0, 1, 1])
     expected = sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), (), labels)
     monkeypatch.setattr(row_sampler, "capture", Replay)
-    start = row_sampler.RowSampler.__init__
+    init = row_sampler.RowSampler.__init__
 
-    def recorded(self: row_sampler.RowSampler, *arguments: Any) -> None:
-        start(self, *arguments)
+    def init_with_graph(self: row_sampler.RowSampler, *arguments: Any) -> None:
+        init(self, *arguments)
         self.use_graph = True
 
-    monkeypatch.setattr(row_sampler.RowSampler, "__init__", recorded)
+    monkeypatch.setattr(row_sampler.RowSampler, "__init__", init_with_graph)
     assert torch.equal(sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), (), labels), expected)

@@ -1,4 +1,4 @@
-"""The order of training data: a function of seed and step, shared by processes, covering every epoch."""
+"""Test the order of training data: reproducible, resumable, and partitioned over processes."""
 
 import pytest
 import torch
@@ -13,18 +13,18 @@ def keys(count: int = 20, batch: int = 8, start: int = 0, stop: int = 5, **other
     return list(ResumableBatchSampler(count, batch, start=start, stop=stop, **others))
 
 
-def test_starting_later_gives_the_rest() -> None:
+def test_start_skips_earlier_batches() -> None:
     assert keys(start=3) == keys()[3:]
 
 
-def test_every_epoch_has_each_item_once() -> None:
+def test_every_epoch_contains_each_item_once() -> None:
     indices = [index for batch in keys(count=20, batch=8, stop=5) for index, _ in batch]
     assert sorted(indices[:20]) == list(range(20))
     assert sorted(indices[20:]) == list(range(20))
-    assert indices[:20] != indices[20:], "shuffled anew"
+    assert indices[:20] != indices[20:], "each epoch has its own order"
 
 
-def test_two_processes_and_accumulated_batches_see_the_batches_of_one() -> None:
+def test_ranks_and_micro_batches_partition_each_batch() -> None:
     whole = keys(batch=8)
     ranks = [keys(batch=8, rank=rank, world_size=2) for rank in range(2)]
     assert [first + second for first, second in zip(*ranks, strict=True)] == whole
@@ -32,17 +32,17 @@ def test_two_processes_and_accumulated_batches_see_the_batches_of_one() -> None:
     assert [[key for part in micro[at : at + 4] for key in part] for at in range(0, len(micro), 4)] == whole
 
 
-def test_another_seed_gives_another_order() -> None:
+def test_order_depends_on_the_seed() -> None:
     assert keys(seed=1) != keys(seed=2)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+def test_indivisible_batch_size_raises() -> None:
     with pytest.raises(UserError, match="batch_size: 8 is not divisible by 3 processes × 1"):
         keys(world_size=3)
 
 
 @given(count=st.integers(0, 50), batch=st.integers(1, 9), world_size=st.integers(1, 4))
-def test_in_order_sees_everything_once(count: int, batch: int, world_size: int) -> None:
+def test_sequential_sampler_covers_each_item_once(count: int, batch: int, world_size: int) -> None:
     seen = [
         i for rank in range(world_size) for part in SequentialBatchSampler(count, batch, rank, world_size) for i in part
     ]
@@ -55,14 +55,14 @@ class Numbers:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         if index == 7:
-            raise UserError("item 7 is damaged")
+            raise UserError("item 7 is corrupted")
         return torch.tensor(index)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_in_a_worker_arrives_as_the_one_line_it_was(num_workers: int) -> None:
+def test_worker_error_keeps_its_message(num_workers: int) -> None:
     batches = load_batches(Numbers(), SequentialBatchSampler(10, 3), num_workers)
     assert next(batches).tolist() == [0, 1, 2]
     with pytest.raises(UserError) as error:
         list(batches)
-    assert str(error.value) == "item 7 is damaged"
+    assert str(error.value) == "item 7 is corrupted"

@@ -1,4 +1,4 @@
-"""Sources of images: every kind gives the same images, labels and split; an index is kept while nothing changes."""
+"""Test image sources: folders, archives and datasets give the same images and labels, and the index is cached."""
 
 import multiprocessing
 import os
@@ -29,65 +29,68 @@ COUNT = 24
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes of small JPEGs."""
+    """Write a folder with two classes of small JPEGs."""
     root = tmp_path / "images"
     for number in range(COUNT):
         path = root / ("cat", "dog")[number % 2] / f"{number:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (20, 26, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
-    (root / "notes.txt").write_text("no image")
+    (root / "notes.txt").write_text("not an image")
     return root
 
 
-def zipped(folder: Path, out: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+def write_zip(folder: Path, out: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(out, "w", method) as archive:
         for path in sorted(folder.rglob("*")):
             archive.write(path, path.relative_to(folder))
     return out
 
 
-def tarred(folder: Path, out: Path, mode: str = "w") -> Path:
+def write_tar(folder: Path, out: Path, mode: str = "w") -> Path:
     with tarfile.open(out, mode) as archive:  # pyright: ignore[reportCallIssue, reportArgumentType]
         archive.add(folder, ".")
     return out
 
 
-def opened(path: object, **settings: object) -> tuple[ImageDataset, ImageDataset]:
+def open_splits(path: object, **settings: object) -> tuple[ImageDataset, ImageDataset]:
     config = {"path": str(path), "size": 16, "labels": "folder", "val_fraction": 0.3, **settings}
     return open_datasets(DataConfig.from_dict(config, "test"))
 
 
-def stacked(images: ImageDataset, num_workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def load_all(images: ImageDataset, num_workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     batches = list(load_batches(images, SequentialBatchSampler(len(images), 5), num_workers))
     return torch.cat([batch.image for batch in batches]), torch.cat([batch.label for batch in batches])
 
 
-def age(folder: Path, seconds: int = 100) -> None:
-    """Make folders look as if nothing had changed in them for a while."""
+def backdate(folder: Path, seconds: int = 100) -> None:
+    """Move the modification times of all folders into the past."""
     for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         before = path.stat().st_mtime_ns - seconds * 10**9
         os.utime(path, ns=(before, before))
 
 
 @pytest.mark.parametrize("kind", ["stored zip", "deflated zip", "tar"])
-def test_an_archive_gives_what_its_folder_gives(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_archive_matches_its_folder(folder: Path, tmp_path: Path, kind: str) -> None:
     if kind == "tar":
-        archive = tarred(folder, tmp_path / "images.tar")
+        archive = write_tar(folder, tmp_path / "images.tar")
     else:
         method = zipfile.ZIP_STORED if kind == "stored zip" else zipfile.ZIP_DEFLATED
-        archive = zipped(folder, tmp_path / "images.zip", method)
-    for ours, theirs in zip(opened(archive), opened(folder), strict=True):
+        archive = write_zip(folder, tmp_path / "images.zip", method)
+    for ours, theirs in zip(open_splits(archive), open_splits(folder), strict=True):
         assert list(ours.names) == list(theirs.names)
         assert (ours.classes, ours.digest()) == (theirs.classes, theirs.digest())
-        for one, other in zip(stacked(ours), stacked(theirs), strict=True):
+        for one, other in zip(load_all(ours), load_all(theirs), strict=True):
             assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_archives_are_read_by_forked_and_spawned_workers(folder: Path, tmp_path: Path, method: str) -> None:
-    archives = [opened(zipped(folder, tmp_path / "a.zip"))[0], opened(tarred(folder, tmp_path / "a.tar"))[0]]
-    expected = [pixels(images) for images in archives]  # the files are open now, in this process
+def test_archives_are_readable_in_forked_and_spawned_workers(folder: Path, tmp_path: Path, method: str) -> None:
+    archives = [
+        open_splits(write_zip(folder, tmp_path / "a.zip"))[0],
+        open_splits(write_tar(folder, tmp_path / "a.tar"))[0],
+    ]
+    expected = [pixels(images) for images in archives]  # opens the files in this process
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.map(pixels, archives) == expected
 
@@ -96,65 +99,65 @@ def pixels(images: ImageDataset) -> bytes:
     return b"".join(images[index].image.numpy().tobytes() for index in range(len(images)))
 
 
-def test_shards_are_one_source_with_classes_of_their_own(folder: Path, tmp_path: Path) -> None:
+def test_shards_form_one_source_with_classes_from_cls_files(folder: Path, tmp_path: Path) -> None:
     files = sorted(folder.rglob("*.jpg"))
     for shard in range(3):
         with tarfile.open(tmp_path / f"{shard:04d}.tar", "w") as archive:
             for number, path in enumerate(files[shard::3]):
-                archive.add(path, f"{number:03d}.jpg")  # keys begin anew in every shard
+                archive.add(path, f"{number:03d}.jpg")  # keys repeat in every shard
                 label = tmp_path / "label"
                 label.write_text("10" if path.parent.name == "cat" else "9")
                 archive.add(label, f"{number:03d}.cls")
-    images, held_out = opened(tmp_path / "{0000..0002}.tar")
-    assert len(images) + len(held_out) == COUNT
+    images, validation = open_splits(tmp_path / "{0000..0002}.tar")
+    assert len(images) + len(validation) == COUNT
     assert images.classes == ("9", "10")
     index = list(images.names).index("0001/002.jpg") if "0001/002.jpg" in set(images.names) else -1
-    part, at = (images, index) if index >= 0 else (held_out, list(held_out.names).index("0001/002.jpg"))
+    part, at = (images, index) if index >= 0 else (validation, list(validation.names).index("0001/002.jpg"))
     assert part.label(at) == (files[1 + 2 * 3].parent.name == "cat")
     with pytest.raises(UserError, match=r"no such archive: .*0003\.tar"):
-        opened(tmp_path / "{0000..0003}.tar")
+        open_splits(tmp_path / "{0000..0003}.tar")
 
 
-def test_archives_elsewhere_give_what_local_ones_give(folder: Path, tmp_path: Path) -> None:
+def test_remote_archives_match_local_ones(folder: Path, tmp_path: Path) -> None:
     memory = MemoryFileSystem()
-    for number, archive in enumerate((tarred(folder, tmp_path / "0.tar"), zipped(folder, tmp_path / "1.zip"))):
+    for number, archive in enumerate((write_tar(folder, tmp_path / "0.tar"), write_zip(folder, tmp_path / "1.zip"))):
         memory.pipe_file(f"/archives/{archive.name}", archive.read_bytes())
-        ours, theirs = opened(f"memory://archives/{archive.name}")[0], opened(archive)[0]
+        ours, theirs = open_splits(f"memory://archives/{archive.name}")[0], open_splits(archive)[0]
         assert ours.digest() == theirs.digest()
-        assert all(map(torch.equal, stacked(ours), stacked(theirs))), number
-    shards, _ = opened("memory://archives/{0..0}.tar")
-    assert shards.digest() == opened("memory://archives/0.tar")[0].digest()
+        assert all(map(torch.equal, load_all(ours), load_all(theirs))), number
+    shards, _ = open_splits("memory://archives/{0..0}.tar")
+    assert shards.digest() == open_splits("memory://archives/0.tar")[0].digest()
     with pytest.raises(UserError, match=r"no such archive: memory://archives/3\.tar"):
-        opened("memory://archives/3.tar")
+        open_splits("memory://archives/3.tar")
     with pytest.raises(UserError, match=r"cannot read nowhere://a/0\.tar \(Protocol not known"):
-        opened("nowhere://a/0.tar")
+        open_splits("nowhere://a/0.tar")
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_archives_elsewhere_are_read_by_forked_and_spawned_workers(folder: Path, tmp_path: Path, method: str) -> None:
-    images, _ = opened(f"file://{tarred(folder, tmp_path / 'a.tar')}")
+def test_remote_archives_are_readable_in_forked_and_spawned_workers(folder: Path, tmp_path: Path, method: str) -> None:
+    images, _ = open_splits(f"file://{write_tar(folder, tmp_path / 'a.tar')}")
     expected = pixels(images)
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.map(pixels, [images]) == [expected]
 
 
-def test_the_index_of_an_archive_elsewhere_is_kept_until_it_is_replaced(folder: Path, tmp_path: Path) -> None:
+def test_remote_archive_index_is_cached_until_the_archive_changes(folder: Path, tmp_path: Path) -> None:
     memory, address, cache = MemoryFileSystem(), "memory://kept/a.tar", tmp_path / "index"
-    memory.pipe_file("/kept/a.tar", tarred(folder, tmp_path / "a.tar").read_bytes())
+    memory.pipe_file("/kept/a.tar", write_tar(folder, tmp_path / "a.tar").read_bytes())
     assert len(open_source(address, cache).index) == COUNT
-    with mock.patch.object(TarSource, "scan", side_effect=AssertionError("it is known")):
+    with mock.patch.object(TarSource, "scan", side_effect=AssertionError("the cached index was not used")):
         assert len(open_source(address, cache).index) == COUNT
     (folder / "cat" / "00.jpg").unlink()
-    memory.pipe_file("/kept/a.tar", tarred(folder, tmp_path / "b.tar").read_bytes())
+    memory.pipe_file("/kept/a.tar", write_tar(folder, tmp_path / "b.tar").read_bytes())
     assert len(open_source(address, cache).index) == COUNT - 1
 
 
-def test_a_request_that_fails_is_made_again_and_in_the_end_is_one_line(
+def test_failed_requests_are_retried_and_then_give_one_line_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = MemoryFileSystem()
-    memory.pipe_file("/flaky/a.tar", tarred(folder, tmp_path / "a.tar").read_bytes())
-    images, _ = opened("memory://flaky/a.tar")
+    memory.pipe_file("/flaky/a.tar", write_tar(folder, tmp_path / "a.tar").read_bytes())
+    images, _ = open_splits("memory://flaky/a.tar")
     expected, read, calls = pixels(images), MemoryFileSystem.cat_file, []
 
     def flaky(self: MemoryFileSystem, *arguments: object, **options: object) -> bytes:
@@ -172,10 +175,10 @@ def test_a_request_that_fails_is_made_again_and_in_the_end_is_one_line(
         pixels(images)
 
 
-def test_archives_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "no.zip").write_bytes(b"no archive")
-    (tmp_path / "no.tar").write_bytes(b"no archive" * 100)
-    tarred(folder, tmp_path / "packed.tar.gz", "w:gz")
+def test_unusable_archive_errors_name_the_archive(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "no.zip").write_bytes(b"not an archive")
+    (tmp_path / "no.tar").write_bytes(b"not an archive" * 100)
+    write_tar(folder, tmp_path / "packed.tar.gz", "w:gz")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
         archive.writestr("text.txt", "x")
     for name, message in (
@@ -187,12 +190,12 @@ def test_archives_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) ->
         ("{5..2}.tar", "range .* is empty"),
     ):
         with pytest.raises(UserError, match=message):
-            opened(tmp_path / name)
+            open_splits(tmp_path / name)
 
 
-def test_a_damaged_member_is_unreadable(folder: Path, tmp_path: Path) -> None:
-    archive = zipped(folder, tmp_path / "images.zip", zipfile.ZIP_STORED)
-    images, _ = opened(archive)
+def test_corrupted_archive_member_raises(folder: Path, tmp_path: Path) -> None:
+    archive = write_zip(folder, tmp_path / "images.zip", zipfile.ZIP_STORED)
+    images, _ = open_splits(archive)
     number = int(images.indices[0])
     data = bytearray(archive.read_bytes())
     data[int(images.source.index.columns["offset"][number]) + 200] ^= 255
@@ -201,31 +204,31 @@ def test_a_damaged_member_is_unreadable(folder: Path, tmp_path: Path) -> None:
         images[0]
 
 
-def test_an_index_is_kept_while_the_folder_stays_as_it_is(
+def test_index_is_cached_while_the_folder_is_unchanged(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "run" / "data-index.safetensors"
-    age(folder)
+    backdate(folder)
     first = open_source(str(folder), cache).index
     monkeypatch.setattr(FolderSource, "scan", lambda path: pytest.fail(f"scanned {path} again"))
-    again = open_source(str(folder), cache).index
-    assert list(again.names) == list(first.names)
-    assert (again.classes, again.labels.tolist()) == (first.classes, first.labels.tolist())
-    assert [part.tolist() for part in again.split(0.3)] == [part.tolist() for part in first.split(0.3)]
+    cached = open_source(str(folder), cache).index
+    assert list(cached.names) == list(first.names)
+    assert (cached.classes, cached.labels.tolist()) == (first.classes, first.labels.tolist())
+    assert [part.tolist() for part in cached.split(0.3)] == [part.tolist() for part in first.split(0.3)]
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "rename", "new folder", "other folder", "damage", "just now"])
-def test_an_index_is_made_anew_when_something_changed(folder: Path, tmp_path: Path, change: str) -> None:
+def test_index_is_rebuilt_after_a_change(folder: Path, tmp_path: Path, change: str) -> None:
     cache = tmp_path / "data-index.safetensors"
     if change != "just now":
-        age(folder)
+        backdate(folder)
     path = folder
     assert len(open_source(str(folder), cache).index) == COUNT
     image = folder / "cat" / "00.jpg"
     if change == "add" or change == "just now":
         times = (folder / "cat").stat()
         (folder / "cat" / "new.jpg").write_bytes(image.read_bytes())
-        if change == "just now":  # a clock that ticks too slowly to see it
+        if change == "just now":  # the change is within the resolution of the clock
             os.utime(folder / "cat", ns=(times.st_atime_ns, times.st_mtime_ns))
     elif change == "remove":
         image.unlink()
@@ -242,7 +245,7 @@ def test_an_index_is_made_anew_when_something_changed(folder: Path, tmp_path: Pa
     assert found == sorted(p.relative_to(path).as_posix() for p in path.rglob("*.jpg"))
 
 
-def test_names_are_compact_and_come_back(tmp_path: Path) -> None:
+def test_string_table_is_compact_and_round_trips(tmp_path: Path) -> None:
     texts = ["", "a/b.png", "ü.png", "\udcff.png", "日本/語.jpg"]
     names = StringTable.from_strings(texts)
     assert list(names) == texts
@@ -258,7 +261,7 @@ def test_names_are_compact_and_come_back(tmp_path: Path) -> None:
     assert len(pickle.dumps(loaded)) < 50 * 20_000
 
 
-def test_torchvision_data_sets_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_torchvision_dataset_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Tiny(torchvision.datasets.VisionDataset):
         classes = ("air/plane", "car")
         targets = (1, 0) * 5
@@ -276,7 +279,7 @@ def test_torchvision_data_sets_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path
             return Image.new("RGB", (8, 8), (index, 0, 0)), self.targets[index]
 
     monkeypatch.setattr(torchvision.datasets, "Tiny", Tiny, raising=False)
-    images, _ = opened(f"torchvision:Tiny:{tmp_path}", size=8)
+    images, _ = open_splits(f"torchvision:Tiny:{tmp_path}", size=8)
     assert images.classes == ("air-plane", "car")
     for index, name in enumerate(images.names):
         number = int(name[-8:])
@@ -285,22 +288,22 @@ def test_torchvision_data_sets_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(
         UserError, match=r"cannot open Tiny in the folder 'data'.*download=True.*torchvision:Tiny:FOLDER"
     ):
-        opened("torchvision:Tiny")
+        open_splits("torchvision:Tiny")
     with pytest.raises(UserError, match="torchvision has no data set 'Nothing'"):
-        opened("torchvision:Nothing")
+        open_splits("torchvision:Nothing")
 
 
-def test_cifar10_that_was_not_downloaded_is_one_line(tmp_path: Path) -> None:
+def test_missing_cifar10_gives_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Download it with") as error:
-        opened(f"torchvision:CIFAR10:{tmp_path}")
+        open_splits(f"torchvision:CIFAR10:{tmp_path}")
     assert "\n" not in str(error.value)
 
 
-def test_hugging_face_data_sets_by_name(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_hugging_face_dataset_by_name(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "datasets", None)
         with pytest.raises(UserError, match=r"pip install 'vqvae2\[huggingface\]'"):
-            opened("huggingface:someone/images")
+            open_splits("huggingface:someone/images")
     files = sorted(folder.rglob("*.jpg"))
 
     class ClassLabel:
@@ -312,7 +315,7 @@ def test_hugging_face_data_sets_by_name(monkeypatch: pytest.MonkeyPatch, folder:
 
     ImageFeature.__name__ = "Image"
 
-    class Table:  # the part of datasets.Dataset that we use
+    class Table:  # the part of datasets.Dataset that the source uses
         features = types.MappingProxyType({"image": ImageFeature(), "label": ClassLabel()})
 
         def __len__(self) -> int:
@@ -336,12 +339,14 @@ def test_hugging_face_data_sets_by_name(monkeypatch: pytest.MonkeyPatch, folder:
 
     module = types.SimpleNamespace(load_dataset=load_dataset, Image=ImageFeature)
     monkeypatch.setitem(sys.modules, "datasets", module)  # pyright: ignore[reportArgumentType]
-    images, _ = opened("huggingface:someone/images")
+    images, _ = open_splits("huggingface:someone/images")
     by_folder = {path.stem: path for path in files}
-    theirs = {name: image for part in opened(folder) for name, image in zip(part.names, stacked(part)[0], strict=True)}
+    theirs = {
+        name: image for part in open_splits(folder) for name, image in zip(part.names, load_all(part)[0], strict=True)
+    }
     for index, name in enumerate(images.names):
         path = files[int(name[-8:])]
         assert images.classes[images[index].label] == path.parent.name
         assert torch.equal(images[index].image, theirs[f"{path.parent.name}/{by_folder[path.stem].name}"])
     with pytest.raises(UserError, match="cannot open 'nobody/nothing'"):
-        opened("huggingface:nobody/nothing")
+        open_splits("huggingface:nobody/nothing")

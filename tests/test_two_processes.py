@@ -1,4 +1,4 @@
-"""Two processes with batch N end with what one process with batch 2N ends with."""
+"""Test that two processes with batch size N match one process with batch size 2N."""
 
 import os
 import subprocess
@@ -22,10 +22,21 @@ from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig
 
 STEPS, BATCH = 20, 8
+NO_DROPOUT = ["--priors.top.model.dropout", "0", "--priors.bottom.model.dropout", "0"]
+# Runs several commands with one launch, because starting the processes takes longer than the commands.
+RUN_COMMANDS = f"""
+import sys
+from vqvae2.__main__ import main
+config, *commands = sys.argv[1:]
+for command in commands:
+    name, *options = command.split()
+    if status := main([name, config, *options, *{NO_DROPOUT}]):
+        sys.exit(status)
+"""
 
 
-def trained(dead_code_threshold: float) -> dict[str, Tensor]:
-    """The quantizers' state after 20 steps of an autoencoder on this process's share of every batch."""
+def train_quantizers(dead_code_threshold: float) -> dict[str, Tensor]:
+    """Train an autoencoder for 20 steps on this rank's part of every batch and return the state of its quantizers."""
     torch.manual_seed(0)
     levels = (
         LevelConfig(
@@ -40,19 +51,17 @@ def trained(dead_code_threshold: float) -> dict[str, Tensor]:
         ),
     )
     network = AutoencoderConfig(levels=levels, channels=16, residual_channels=8).build((32, 32))
-    for (
-        join
-    ) in network.pre_quant_convs:  # features spread out about as far as a trained network's, not a hundredth of it
-        torch.nn.init.normal_(join.weight)
+    for conv in network.pre_quant_convs:  # scales features to about the variance of a trained network
+        torch.nn.init.normal_(conv.weight)
     objective = AutoencoderObjective(network)
     wrapped = DistributedDataParallel(objective) if distributed.is_distributed() else objective
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-    share = BATCH // distributed.get_world_size()
-    mine = slice(distributed.get_rank() * share, (distributed.get_rank() + 1) * share)
+    batch_size = BATCH // distributed.get_world_size()
+    mine = slice(distributed.get_rank() * batch_size, (distributed.get_rank() + 1) * batch_size)
     for step in range(STEPS):
         images = torch.randint(0, 256, (BATCH, 3, 4, 4), generator=torch.Generator().manual_seed(step))
         images = images.repeat_interleave(8, 2).repeat_interleave(8, 3).to(torch.uint8)
-        loss, _ = wrapped(ImageSample(images[mine], torch.zeros(share)))
+        loss, _ = wrapped(ImageSample(images[mine], torch.zeros(batch_size)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -60,39 +69,38 @@ def trained(dead_code_threshold: float) -> dict[str, Tensor]:
     return network.quantizers.state_dict()
 
 
-def test_codebooks_sums_and_restarts_are_those_of_one_process() -> None:
-    expected = trained(0.4)  # so high that there are restarts in many steps
+def test_codebook_statistics_and_restarts_match_one_process() -> None:
+    expected = train_quantizers(0.4)  # high, so that many steps restart codes
     for name in ("0.embedding", "1.embedding"):
-        assert not torch.allclose(expected[name], trained(0.0)[name], atol=0.1), "restarts have changed the codebook"
-    for state in two_processes(trained, 0.4):
+        assert not torch.allclose(expected[name], train_quantizers(0.0)[name], atol=0.1), "restarts change the codebook"
+    for state in two_processes(train_quantizers, 0.4):
         for name, tensor in expected.items():
             torch.testing.assert_close(state[name], tensor, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The run folders of the training stages on one process and on two, launched as a person would."""
+    """Train on one process and, with torchrun, on two, and return both run folders."""
     folder = tmp_path_factory.mktemp("launched")
-    settings = ["--priors.top.model.dropout", "0", "--priors.bottom.model.dropout", "0"]
+    script = folder / "commands.py"
+    script.write_text(RUN_COMMANDS)
+    commands = ["train-autoencoder", "extract-codes", "train-prior --level bottom"]
     for processes in (1, 2):
-        config = folder / f"{processes}.yaml"
-        config.write_text(f"{TINY}run: {folder / str(processes)}\n")
-        common = [str(config), *settings]
-        for command in (["train-autoencoder"], ["extract-codes"], ["train-prior", "--level", "bottom"]):
-            if processes == 1:
-                assert main([command[0], *common, *command[1:]]) == 0
-                continue
-            # `accelerate launch --cpu` starts one process whatever it is told; this is what it runs for GPUs.
-            launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vqvae2"]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            arguments = [sys.executable, "-m", *launch, command[0], *common, *command[1:]]
-            done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
+        (folder / f"{processes}.yaml").write_text(f"{TINY}run: {folder / str(processes)}\n")
+    for command in commands:
+        name, *options = command.split()
+        assert main([name, str(folder / "1.yaml"), *options, *NO_DROPOUT]) == 0
+    # `accelerate launch --cpu` always starts one process. For GPUs it runs torchrun, as here.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    arguments = [*launch, str(script), str(folder / "2.yaml"), *commands]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return folder / "1", folder / "2"
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "prior-bottom"])
-def test_a_launched_stage_ends_with_the_weights_of_one_process(launched: tuple[Path, Path], stage: str) -> None:
+def test_launched_stage_matches_one_process(launched: tuple[Path, Path], stage: str) -> None:
     one, two = (load_file(run / stage / "model.safetensors") for run in launched)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")

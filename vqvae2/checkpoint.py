@@ -34,7 +34,10 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> No
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({_CHECKSUM_KEY: _checksum(metadata, tensors), _FORMAT_KEY: _FORMAT} | metadata)
     with files.atomic_write(path) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata={_METADATA_KEY: text})
+        try:
+            safetensors.torch.save_file(tensors, partial, metadata={_METADATA_KEY: text})
+        except SafetensorError as error:  # for example a full disk
+            raise OSError(None, str(error), str(path)) from None
 
 
 def load(path: Path, network: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""Stops every stage at random moments, runs the same command again, and compares what it made with an undisturbed run.
+"""Interrupt every stage at random moments, rerun the command, and compare the results with an uninterrupted run.
 
     python -m tests.harness.kills [--moments 20] [--signals KILL TERM] [--stages autoencoder extract …] [--seed 0]
 
-KILL ends the main process at once, as a lost machine or the kernel's memory killer does; its workers have to notice.
-TERM asks, as a cluster does before it takes a machine away: the command says how to go on and leaves with status 143.
-Everything a stage leaves behind is compared, byte for byte but for times and older checkpoints, the pages of a
-database, whose records are compared instead, and TensorBoard's logs. Exit status 1 where anything differs.
+SIGKILL ends the main process immediately, as the out-of-memory killer does; its workers must exit. SIGTERM requests a
+stop, as a scheduler does before preemption: the command prints how to resume and exits with status 143. All output
+files of a stage are compared byte by byte, except for times, older checkpoints and TensorBoard logs. Of an LMDB, the
+records are compared instead of the pages. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -43,27 +43,27 @@ autoencoder:
       - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 8}}
       - {stride: 2, quantizer: {kind: gradient, codebook_size: 12, code_dim: 8}}
   training:
-    {steps: 120, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40,
+    {steps: STEPS, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40,
      checkpoint_every: 10}
 extract_codes: {flip: true}
 priors:
   top: &prior
     model: {kind: pixelsnail, channels: 16, residual_channels: 16, kernel: 3, blocks: 1, layers: 2, heads: 2}
     training:
-      {steps: 120, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40,
+      {steps: STEPS, batch_size: 8, ema_decay: 0.9, log_every: 7, validate_every: 20, preview_every: 40,
        checkpoint_every: 10, early_stopping_patience: 50}
   bottom: *prior
 sampling: {count: 24, batch_size: 4}
 """
-_LEAVES_S = 30  # how long workers of a killed process may take to notice
-_LONGEST_S = 600
+_EXIT_TIMEOUT_S = 30  # seconds for the workers of a killed process to exit
+_RUN_TIMEOUT_S = 600
 
 
 class Stage(NamedTuple):
-    """A command, and the folder that it fills; HERE, CONFIG and PHOTOGRAPHS stand for paths."""
+    """A command and its output folder. HERE, CONFIG and PHOTOGRAPHS are placeholders for paths."""
 
     command: list[str]
-    makes: str
+    output: str
 
 
 STAGES = {
@@ -77,9 +77,9 @@ STAGES = {
 
 
 def start(arguments: list[str], log: Path) -> int:
-    """Run a command in a forked process, in a group of its own, with what it prints in a file; the process's number.
+    """Run a command in a forked process with its own process group and its output in `log`; return the process id.
 
-    A fork has everything imported already, so moments fall into the work and not into the start of Python.
+    The parent has imported all modules, so signals interrupt the work of the command and not the imports.
     """
     process = os.fork()
     if process:
@@ -99,49 +99,49 @@ def start(arguments: list[str], log: Path) -> int:
 
 
 def wait(process: int, seconds: float) -> int | None:
-    """The exit status of a process, minus the signal that ended it; None where it is still there after the time."""
-    ends = time.monotonic() + seconds
+    """Return the exit status of a process, -N if signal N ended it, or None if it still runs after `seconds`."""
+    deadline = time.monotonic() + seconds
     while True:
         found, status = os.waitpid(process, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > ends:
+        if time.monotonic() > deadline:
             return None
         time.sleep(0.002)
 
 
 def run(stage: Stage, work: Path, name: str, after: float | None = None, number: int = 0) -> tuple[int, float]:
-    """Run a stage in the folder `name`, with a signal `after` so many seconds; exit status and seconds."""
-    places = {"HERE": work / name, "PHOTOGRAPHS": work / "photographs", "CONFIG": work / "config.yaml"}
+    """Run a stage in the folder `name`, with signal `number` after `after` seconds; return status and duration."""
+    paths = {"HERE": work / name, "PHOTOGRAPHS": work / "photographs", "CONFIG": work / "config.yaml"}
     arguments = [
-        re.sub("^(HERE|PHOTOGRAPHS|CONFIG)", lambda found: str(places[found[0]]), part) for part in stage.command
+        re.sub("^(HERE|PHOTOGRAPHS|CONFIG)", lambda found: str(paths[found[0]]), part) for part in stage.command
     ]
     started = time.monotonic()
     process = start(arguments, work / f"{name}.log")
-    status = wait(process, _LONGEST_S if after is None else after)
+    status = wait(process, _RUN_TIMEOUT_S if after is None else after)
     if status is None:
         os.kill(process, number)
-        status = wait(process, _LEAVES_S)
+        status = wait(process, _EXIT_TIMEOUT_S)
         _wait_for_group(process)
-    assert status is not None, f"{' '.join(arguments)}: does not leave within {_LEAVES_S} s"
+    assert status is not None, f"{' '.join(arguments)}: does not exit within {_EXIT_TIMEOUT_S} s"
     return status, time.monotonic() - started
 
 
 def _wait_for_group(leader: int) -> None:
-    """Until the last process that a killed one has started is gone."""
-    ends = time.monotonic() + _LEAVES_S
-    while time.monotonic() < ends:
+    """Wait until all processes in the group of a killed process have exited."""
+    deadline = time.monotonic() + _EXIT_TIMEOUT_S
+    while time.monotonic() < deadline:
         try:
             os.killpg(leader, 0)
         except ProcessLookupError:
             return
         time.sleep(0.05)
     os.killpg(leader, signal.SIGKILL)
-    raise AssertionError(f"workers are still there {_LEAVES_S} s after their command was killed")
+    raise AssertionError(f"workers still run {_EXIT_TIMEOUT_S} s after their command was killed")
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What must be equal in every file below a folder."""
+    """Return, for every file in a folder, the contents that must be equal."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
@@ -163,47 +163,52 @@ def _content(path: Path) -> Any:
     return path.read_bytes()
 
 
-def compare(undisturbed: Path, resumed: Path) -> list[str]:
-    """Names of the files that differ; of checkpoints the newest counts, since one that was made at a signal stays."""
-    for folder in (undisturbed, resumed):
+def compare(uninterrupted: Path, resumed: Path) -> list[str]:
+    """Return the names of the files that differ.
+
+    Only the newest checkpoint is compared, because the one written at a signal is kept.
+    """
+    for folder in (uninterrupted, resumed):
         for old in sorted((folder / "checkpoints").glob("0*"))[:-1]:
             shutil.rmtree(old)
-    ours, theirs = contents(undisturbed), contents(resumed)
-    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    expected, found = contents(uninterrupted), contents(resumed)
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
 def check(name: str, work: Path, moments: Iterator[float], signals: list[int], report: Callable[[str], None]) -> int:
-    """Disturb one stage at each of these shares of its time with each signal; how many results differed."""
+    """Interrupt a stage at each fraction of its duration with each signal; return how many results differ."""
     stage, failures = STAGES[name], 0
     before = work / "before"
     shutil.rmtree(before, ignore_errors=True)
-    shutil.copytree(work / "undisturbed", before)
-    status, taken = run(stage, work, "undisturbed")
-    assert status == 0, (work / "undisturbed.log").read_text()[-2000:]
-    disturbed = 0
+    shutil.copytree(work / "uninterrupted", before)
+    status, duration = run(stage, work, "uninterrupted")
+    assert status == 0, (work / "uninterrupted.log").read_text()[-2000:]
+    num_stopped = 0
     for moment in moments:
         for number in signals:
             shutil.rmtree(work / "resumed", ignore_errors=True)
             shutil.copytree(before, work / "resumed")
-            first, _ = run(stage, work, "resumed", moment * taken, number)
-            disturbed += first != 0
-            again, _ = run(stage, work, "resumed")
-            differ = compare(work / "undisturbed" / stage.makes, work / "resumed" / stage.makes)
-            # A signal to a process that is not a command yet ends it as it ends any other.
+            first, _ = run(stage, work, "resumed", moment * duration, number)
+            num_stopped += first != 0
+            second, _ = run(stage, work, "resumed")
+            differ = compare(work / "uninterrupted" / stage.output, work / "resumed" / stage.output)
+            # Before the command installs its handler, SIGTERM has the default effect.
             expected = {0, -number} | ({128 + number} if number == signal.SIGTERM else set())
-            if differ or again or first not in expected:
+            if differ or second or first not in expected:
                 failures += 1
                 log = (work / "resumed.log").read_text()[-1000:]
                 report(
-                    f"{name}: {signal.Signals(number).name} at {moment:.2f}: statuses {first}, {again}; {differ}\n{log}"
+                    f"{name}: {signal.Signals(number).name} at {moment:.2f}: status {first}, {second}; {differ}\n{log}"
                 )
             (work / "resumed.log").unlink()
-    report(f"{name}: {taken:.1f} s undisturbed; {disturbed} times stopped within it; {failures} results differ")
+    report(
+        f"{name}: {duration:.1f} s uninterrupted; {num_stopped} times stopped before its end; {failures} results differ"
+    )
     return failures
 
 
 def photographs(folder: Path, count: int) -> None:
-    """A data set of small pictures, one of them damaged."""
+    """Write a dataset of `count` small images, one of which is truncated."""
     for number in range(count):
         path = folder / scenes.CLASSES[scenes.label(number)] / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,31 +217,33 @@ def photographs(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Print a line a stage."""
+    """Print one line per stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--signals", nargs="+", default=["KILL", "TERM"], choices=["KILL", "TERM"])
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=120, help="training steps of each stage")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # a process with threads cannot be forked well
+    torch.set_num_threads(1)  # forking a multithreaded process is unsafe
     for each in COMMANDS.values():
         importlib.import_module(each.target.partition(":")[0])
-    chance = random.Random(options.seed)
+    rng = random.Random(options.seed)
     signals = [int(getattr(signal, f"SIG{name}")) for name in options.signals]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         photographs(work / "photographs", options.images)
-        (work / "config.yaml").write_text(CONFIG.replace("PHOTOGRAPHS", str(work / "photographs")))
-        (work / "undisturbed").mkdir()
+        config = CONFIG.replace("PHOTOGRAPHS", str(work / "photographs")).replace("STEPS", str(options.steps))
+        (work / "config.yaml").write_text(config)
+        (work / "uninterrupted").mkdir()
         failures = 0
         for name, stage in STAGES.items():
             if name in options.stages:
-                moments = (chance.random() for _ in range(options.moments))
+                moments = (rng.random() for _ in range(options.moments))
                 failures += check(name, work, moments, signals, lambda text: print(text, flush=True))
             else:
-                run(stage, work, "undisturbed")
+                run(stage, work, "uninterrupted")
     sys.exit(failures > 0)
 
 

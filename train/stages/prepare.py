@@ -1,4 +1,4 @@
-"""The command `vqvae2 prepare`: resize a data set once and keep it in LMDB, which every later run reads faster."""
+"""The command `vqvae2 prepare`: resize a dataset once and store it in LMDB, which later runs read faster."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,7 +21,7 @@ from vqvae2.data.sources import open_source
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedWriter, encode_image
 from vqvae2.errors import UserError
 
-_PER_TRANSACTION = 64  # images; what a kill loses is the batches that workers have at hand
+_PER_TRANSACTION = 64  # images; a killed process loses only the batches in progress
 
 
 class PrepareOptions(Options):
@@ -40,10 +40,10 @@ class PrepareOptions(Options):
 
 
 class Encoded(Dataset[tuple[Tensor, list[int]]]):
-    """The images of a data set as records, a batch's in one tensor with their lengths; an unreadable one is empty.
+    """Encoded images. A batch is one uint8 tensor of concatenated records, and their lengths; 0 if unreadable.
 
-    Tensors leave a worker through shared memory. Bytes would leave through a pipe, on which the worker of a killed
-    command would wait for ever.
+    Workers return tensors through shared memory. Bytes would go through a pipe, which would block the workers
+    of a killed command forever.
     """
 
     def __init__(self, images: ImageDataset, header: PreparedHeader) -> None:
@@ -67,7 +67,7 @@ class Encoded(Dataset[tuple[Tensor, list[int]]]):
 
 
 def prepare(config: DataConfig, out: Path, encoding: str, quality: int | None) -> PreparedHeader:
-    """Write the images of `config` to the folder `out`, each just covering the size, or go on where it was stopped."""
+    """Resize the images of `config` to cover the size and write them to the folder `out`, or resume writing."""
     if encoding == "jpeg" and config.channels == 4:
         raise UserError("--format: jpeg has no transparency; choose webp, png or raw for --channels 4")
     source = open_source(config.source)

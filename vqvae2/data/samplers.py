@@ -130,7 +130,10 @@ def load_batches(
                 "ran out. Use fewer workers and run the same command again."
             ) from None
         if isinstance(batch, UserError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch, batches  # break the reference cycle with the traceback, so that the workers exit at once
         yield batch
 
 
