@@ -11,6 +11,8 @@ from vqvae2.errors import UserError
 from vqvae2.pictures import read_png, save_grid, save_rows
 
 _GRID_IMAGES = 64
+_PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+_PNG_END = b"IEND\xaeB`\x82"
 _MAX_CLASS_ROWS, _CLASS_ROW_IMAGES = 64, 8
 
 
@@ -35,20 +37,34 @@ def next_free_folder(first: Path, manifest: dict[str, Any]) -> Path:
 
 
 def check_folder(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise UserError if a folder holds images made with other settings."""
-    if read_manifest(folder) not in (None, manifest):
+    """Raise UserError if a folder holds images made with other settings, or other files and no manifest."""
+    found = read_manifest(folder)
+    if found is None:
+        check_new(folder)
+    elif found != manifest:
         raise UserError(f"{folder}: holds images made with other settings. Choose another folder with --out.")
 
 
 def check_new(folder: Path) -> None:
     """Raise UserError if a folder that is about to be created exists and is not empty."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    children = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
+    if any(not child.name.startswith(".") for child in children):  # a killed command may leave a hidden partial file
         raise UserError(f"{folder}: exists and is not empty. Choose another folder with --out.")
 
 
 def image_path(folder: Path, number: int) -> Path:
     """Return the path of image `number`."""
     return folder / "images" / f"{number:06d}.png"
+
+
+def is_complete_png(path: Path, size: tuple[int, int]) -> bool:
+    """Return whether a PNG of this height and width has been written completely, without decoding it."""
+    if not path.is_file():
+        return False
+    data = path.read_bytes()
+    height, width = size
+    header = _PNG_START + width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return data.startswith(header) and data.endswith(_PNG_END)
 
 
 def write_grids(folder: Path, count: int, labels: Sequence[int] | None, class_names: Sequence[str]) -> None:

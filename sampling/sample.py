@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from sampling.evaluation.rejection import ClassifierRejection
-from sampling.output_folder import check_folder, image_path, next_free_folder, write_grids
+from sampling.output_folder import check_folder, image_path, is_complete_png, next_free_folder, write_grids
 from sampling.params import SamplingConfig
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
@@ -74,7 +74,7 @@ def sample_images(
 
 
 def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Path:
-    """Sample the images of a run into a folder, and return the folder. ImageDataset that exist are kept.
+    """Sample the images of a run into a folder, and return the folder. Complete images are kept.
 
     The folder is `out`, or `samples` in the run, or `samples-2`, … if that holds images made with other settings. It
     contains images/, grid.png, classes.png if there are labels, manifest.json, and summary.json with the time.
@@ -87,7 +87,8 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     check_folder(folder, manifest)
     if process.is_main_process:
         files.write_json(folder / "manifest.json", manifest)
-    missing = [number for number in range(config.count) if not image_path(folder, number).is_file()]
+    size = pipeline.autoencoder.size
+    missing = [number for number in range(config.count) if not is_complete_png(image_path(folder, number), size)]
     process.wait_for_everyone()  # so that every process finds the same images missing
     started = time.monotonic()
     share = missing[process.process_index :: process.num_processes]

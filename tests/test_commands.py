@@ -160,7 +160,7 @@ def test_module_and_console_command_are_equivalent() -> None:
         (["--data.pth", "x"], ["--data.pth", "--data.path"]),
         (["--data.path", "/does/not/exist"], ["/does/not/exist", "no such folder"]),
         (["--data.size", "36"], ["data.size", "36", "32 or 40"]),
-        (["--autoencoder.training.batch-size", "0"], ["batch_size", "greater than or equal to 1"]),
+        (["--autoencoder.training.batch-size", "0"], ["batch-size", "greater than or equal to 1"]),
     ],
     ids=["misspelled", "missing folder", "size", "value"],
 )

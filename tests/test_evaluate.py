@@ -144,3 +144,16 @@ def test_invalid_references_give_one_line_errors(run: Path, inception_weights: P
     shutil.rmtree(run / "samples")
     with pytest.raises(UserError, match=r"no samples found\. Create them with `vqvae2 sample"):
         evaluate(run, inception_weights)
+
+
+def test_metrics_of_a_collapsed_level_are_formatted() -> None:
+    prior = {"nll": 0.01, "uniform": 2.77, "unigram": 0.0}
+    metrics = {
+        "reconstruction": {"psnr": 20.0, "ssim": 0.5},
+        "codes": {"top": {"usage": 0.1, "perplexity": 1.0}},
+        "likelihood": {"top": prior},
+        "bits_per_image": 0.1,
+        "bits_per_dimension": 0.001,
+        "fid": {"value": None, "text": "not measured", "comparable": False},
+    }
+    assert "NLL 0.010 nats per code (uniform 2.770, unigram 0.000)" in format_metrics(metrics)

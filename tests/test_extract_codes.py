@@ -84,7 +84,7 @@ def test_extraction_resumes_after_moving_the_data_folder_but_not_with_other_imag
 
     (tmp_path / "moved" / "000.png").rename(tmp_path / "moved" / "new.png")
     mark_unfinished(run.folder.code_store("train") / "data.mdb", run.folder.code_store("train"))
-    with pytest.raises(UserError, match="codes of other images or another autoencoder"):
+    with pytest.raises(UserError, match="does not hold the images that"):
         extract_codes(moved)
 
 

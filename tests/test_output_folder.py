@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from sampling.output_folder import image_path, write_grids
+from tests.test_commands import fails
 from vqvae2.__main__ import main
 from vqvae2.pictures import save_png, save_rows
 
@@ -63,3 +64,23 @@ def test_sample_reports_throughput(finished_run: Path, tmp_path: Path, capsys: p
     summary = json.loads((run / "samples-2" / "summary.json").read_text())
     assert summary["images"] == 3
     assert summary["images_per_second"] > 0
+
+
+def test_foreign_folder_is_refused_and_damaged_images_are_sampled_again(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", str(finished_run), "--count", "3", "--out"]
+    foreign = tmp_path / "foreign" / "images"
+    foreign.mkdir(parents=True)
+    (foreign / "000001.png").write_bytes(b"a picture of the user")
+    fails(capsys, [*command, str(foreign.parent)], str(foreign.parent), "not empty")
+    assert (foreign / "000001.png").read_bytes() == b"a picture of the user"
+    assert len(list(foreign.parent.iterdir())) == 1
+    out = tmp_path / "out"
+    assert main([*command, str(out)]) == 0
+    files = {path: path.read_bytes() for path in (out / "images").iterdir()}
+    (out / "images" / "000000.png").write_bytes(b"")
+    (out / "images" / "000001.png").write_bytes(files[out / "images" / "000001.png"][:-7])
+    save_png(out / "images" / "000002.png", torch.zeros(3, 16, 16, dtype=torch.uint8))  # another size
+    assert main([*command, str(out)]) == 0
+    assert {path: path.read_bytes() for path in (out / "images").iterdir()} == files

@@ -200,7 +200,7 @@ def test_names_with_invalid_utf8_are_replaced(run: Path) -> None:
 
 def test_report_of_a_new_run_names_missing_parts(run: Path) -> None:
     for path in run.iterdir():
-        if path.name != "config.yaml":
+        if path.is_dir():
             shutil.rmtree(path)
     report = Page(write_report(run))
     report.check_self_contained()

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import time
@@ -18,6 +19,7 @@ import torchvision
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from tests.test_commands import images
 from vqvae2.data.images import DataConfig, ImageDataset, open_datasets
 from vqvae2.data.index import ImageIndex, StringTable
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
@@ -350,3 +352,37 @@ def test_hugging_face_dataset_by_name(monkeypatch: pytest.MonkeyPatch, folder: P
         assert torch.equal(images[index].image, theirs[f"{path.parent.name}/{by_folder[path.stem].name}"])
     with pytest.raises(UserError, match="cannot open 'nobody/nothing'"):
         open_splits("huggingface:nobody/nothing")
+
+
+def scanned(folder: Path) -> list[str]:
+    return list(FolderSource.scan(str(folder)).names)
+
+
+def test_folder_scan_visits_each_folder_once_and_skips_hidden_and_output_folders(
+    tmp_path: Path, finished_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = images(tmp_path / "photos", 3)
+    (photos / "loop").symlink_to(photos, target_is_directory=True)
+    images(tmp_path / "elsewhere", 2)
+    (photos / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (photos / "again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    images(photos / ".ipynb_checkpoints", 2)
+    shutil.copytree(finished_run, photos / "runs" / "x")
+    for name in ("a.txt", "b.txt", "animation.gif"):
+        (photos / name).write_text("not an image")
+    assert scanned(photos) == ["0.png", "1.png", "2.png", "again/0.png", "again/1.png"]
+    assert "3 other files skipped: .txt (2), .gif (1)" in caplog.text
+
+
+def test_pipes_and_dangling_links_count_as_unreadable(tmp_path: Path) -> None:
+    photos = images(tmp_path / "photos", 30)
+    os.mkfifo(photos / "zz.png")
+    (photos / "zy.png").symlink_to(tmp_path / "missing.png")
+    config = DataConfig(path=str(photos), size=16, val_fraction=0.1, max_unreadable_fraction=0.5)
+    for num_workers in (0, 1):
+        for dataset in open_datasets(config):
+            assert len(list(load_batches(dataset, SequentialBatchSampler(len(dataset), 5), num_workers))) > 0
+    strict = config.model_copy(update={"max_unreadable_fraction": 0.0})
+    training, _ = open_datasets(strict)
+    with pytest.raises(UserError, match="not a regular file"):
+        list(load_batches(training, SequentialBatchSampler(len(training), 5), 1))

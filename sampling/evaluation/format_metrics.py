@@ -38,8 +38,9 @@ def _training_lines(metrics: dict[str, Any]) -> list[str]:
         lines.append(_line(f"codes {level}", f"usage {codes['usage']:.0%}, perplexity {codes['perplexity']:.1f}"))
     for level, prior in metrics["likelihood"].items():
         baselines = f"uniform {prior['uniform']:.3f}, unigram {prior['unigram']:.3f}"
-        change = f"{prior['nll'] / prior['unigram'] - 1:+.0%} relative to unigram"
-        lines.append(_line(f"prior {level}", f"NLL {prior['nll']:.3f} nats per code ({baselines}; {change})"))
+        if prior["unigram"] > 0:  # 0 if all held-out codes are equal
+            baselines += f"; {prior['nll'] / prior['unigram'] - 1:+.0%} relative to unigram"
+        lines.append(_line(f"prior {level}", f"NLL {prior['nll']:.3f} nats per code ({baselines})"))
     dimension = f"{metrics['bits_per_dimension']:.4f} bits per dimension"
     return [*lines, _line("bits per image", f"{metrics['bits_per_image']:,.0f}, {dimension}")]
 

@@ -13,6 +13,7 @@ from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vqvae2 import files
@@ -141,7 +142,10 @@ class ImageIndex:
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         text = json.dumps({"sha256": _digest(header, arrays)} | header)
         with files.atomic_write(path) as partial:
-            save_file(arrays, partial, {"index": text})
+            try:
+                save_file(arrays, partial, {"index": text})
+            except SafetensorError as error:  # for example a full disk
+                raise OSError(None, str(error), str(path)) from None
 
     @classmethod
     def load(cls, path: Path) -> "ImageIndex | None":

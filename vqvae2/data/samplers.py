@@ -5,6 +5,7 @@ The samples of all epochs, shuffled differently in each epoch, form one infinite
 samples in the same order as one.
 """
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -114,7 +115,7 @@ def load_batches(
         collate_fn=_collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_init_worker,
     )
     batches = iter(loader)
     while True:
@@ -155,5 +156,8 @@ def _collate(samples: Any) -> Any:
     return default_collate(samples) if isinstance(samples, list) else samples
 
 
-def _use_one_thread(_: int) -> None:
+def _init_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # A signal to the process group is for the main process, which saves a checkpoint and then stops the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -17,6 +17,7 @@ from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest_codes
 
 _KMEANS_ITERATIONS = 10
 _KMEANS_SAMPLES_PER_CODE = 64
+_KMEANS_MAX_SAMPLES = 2**17  # the time of k-means is proportional to samples × codes
 
 
 class CodebookConfig(Config):
@@ -155,7 +156,8 @@ class CodebookQuantizer(Quantizer):
             self._known_initialized = True  # cached, because `item` synchronizes with a GPU
             return
         generator = self._generator()
-        sample = _sample_latents(latents, self.codebook_size * _KMEANS_SAMPLES_PER_CODE, generator)
+        samples = min(self.codebook_size * _KMEANS_SAMPLES_PER_CODE, max(_KMEANS_MAX_SAMPLES, self.codebook_size))
+        sample = _sample_latents(latents, samples, generator)
         centers, counts = kmeans(sample, self.codebook_size, _KMEANS_ITERATIONS, generator)
         if is_distributed():  # sums on a GPU are not bitwise identical on all ranks
             for tensor in (centers, counts):

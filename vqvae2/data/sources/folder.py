@@ -1,20 +1,30 @@
 """A folder of image files, including subfolders."""
 
+import collections
+import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from vqvae2.config import is_resolved
+from vqvae2.data.image_io import UnreadableImageError
 from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.base import Source, is_image, require_images
 from vqvae2.errors import UserError
+
+_log = logging.getLogger(__name__)
+_LISTED_SUFFIXES = 5
 
 # File systems have a limited time resolution: a folder that changed this recently can change again unnoticed.
 _TIME_RESOLUTION_NS = 2 * 10**9
 
 
 class FolderSource(Source):
-    """All images in a folder and its subfolders, named by their relative paths with `/`. Links are followed.
+    """All images in a folder and its subfolders, named by their relative paths with `/`.
+
+    Links are followed, but each folder is scanned only once. Hidden folders, run folders and folders of samples are
+    skipped.
 
     The index is stale if the modification time of a folder has changed, which happens when a file or subfolder is
     added, removed or renamed. Overwriting a file does not change the index. Changes are missed on file systems without
@@ -37,14 +47,26 @@ class FolderSource(Source):
         names: list[str] = []
         folders: dict[str, int] = {}
         started = time.time_ns()
-        for folder, _, found in os.walk(path, followlinks=True):
+        seen: set[tuple[int, int]] = set()
+        skipped: collections.Counter[str] = collections.Counter()
+        for folder, subfolders, found in os.walk(path, followlinks=True, onerror=_raise_unreadable):
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in seen or _is_output(Path(folder)):
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             relative = os.path.relpath(folder, path).replace(os.sep, "/")
-            changed = Path(folder).stat().st_mtime_ns
+            changed = status.st_mtime_ns
             # −1 equals no modification time, so that the next command scans again.
             folders[relative] = changed if changed < started - _TIME_RESOLUTION_NS else -1
             prefix = "" if relative == "." else relative + "/"
             names += [prefix + name for name in found if is_image(name)]
+            skipped.update(Path(name).suffix.lower() or name for name in found if not is_image(name))
         require_images(names, path)
+        if skipped:
+            kinds = ", ".join(f"{kind} ({count:,})" for kind, count in skipped.most_common(_LISTED_SUFFIXES))
+            _log.warning("vqvae2: %s: %s other files skipped: %s", path, f"{skipped.total():,}", kinds)
         return ImageIndex.build(names, stamp={"root": str(root.resolve()), "folders": folders})
 
     @classmethod
@@ -58,4 +80,17 @@ class FolderSource(Source):
 
     def open(self, number: int, size: tuple[int, int]) -> Path:
         del size
-        return Path(self.path, self.index.names[number])
+        path = Path(self.path, self.index.names[number])
+        if not path.is_file():  # a dangling link, or a pipe, which would block
+            raise UnreadableImageError(path, "not a regular file")
+        return path
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise UserError(f"data.path: {error.filename}: {error.strerror}. Check its permissions, or move it elsewhere.")
+
+
+def _is_output(folder: Path) -> bool:
+    """Return whether a folder is a run folder or holds samples, which are not training images."""
+    is_samples = (folder / "manifest.json").is_file() and (folder / "images").is_dir()
+    return is_samples or is_resolved(folder / "config.yaml")
