@@ -76,7 +76,7 @@ class VQVAE2Pipeline:
         for index, name in enumerate(level_names(len(autoencoder.map_specs))):
             priors.append(load_prior(folder.prior_weights(name), device))
             _check_prior(folder, name, index, priors[-1], autoencoder)
-        return cls(autoencoder, tuple(priors), _class_names(folder), batch_size)
+        return cls(autoencoder, tuple(priors), _class_names(folder, autoencoder, priors), batch_size)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the networks to a folder that `from_pretrained` reads: safetensors files and model_index.json."""
@@ -206,8 +206,29 @@ def _check_prior(folder: RunFolder, name: str, index: int, prior: Prior, autoenc
         raise UserError(f"{path}: not the prior of level {name}; it was trained for other code maps. Train it again.")
 
 
-def _class_names(folder: RunFolder) -> tuple[str, ...]:
+def _class_names(folder: RunFolder, autoencoder: Autoencoder, priors: Sequence[Prior]) -> tuple[str, ...]:
+    """Return the class names of a pipeline, from its index or, in a run folder, from its code store.
+
+    Raises:
+        UserError: If the code store is not the one that the priors were trained on.
+    """
     if folder.model_index.is_file():
         index = PipelineIndex.from_dict(files.read_json(folder.model_index), str(folder.model_index))
-        return index.class_names
-    return CodeStore.open(folder.code_store("train")).header.classes
+        names, source = index.class_names, folder.model_index
+    else:
+        source = folder.code_store("train")
+        header = CodeStore.open(source).header
+        header.check_autoencoder(autoencoder.digest, source)
+        names = header.classes
+        for level, prior in zip(level_names(len(priors)), priors, strict=True):
+            if prior.made_from.get("codes") != header.digest:
+                raise UserError(
+                    f"{folder.prior_weights(level)}: not trained on the codes in {source}. Restore that code store, or "
+                    "train this prior again."
+                )
+    for level, prior in zip(level_names(len(priors)), priors, strict=True):
+        if prior.spec.num_classes != len(names):
+            raise UserError(
+                f"{folder.prior_weights(level)}: has {prior.spec.num_classes} classes, but {source} has {len(names)}."
+            )
+    return names

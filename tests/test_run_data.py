@@ -72,9 +72,9 @@ def test_moved_run_is_continued_where_it_is(
 
 def test_data_path_is_resolved_where_the_command_is_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
     assert absolute_source("photos") == str(tmp_path / "photos")
-    assert absolute_source("~/photos.zip") == "/home/someone/photos.zip"
+    assert absolute_source("~/photos.zip") == str(tmp_path / "user" / "photos.zip")
     for name in ("scenes", "torchvision:CIFAR10:data", "huggingface:mnist", "s3://bucket/a{0..3}.tar", "/x/y"):
         assert absolute_source(name) == name
 
@@ -94,3 +94,18 @@ def test_two_commands_cannot_use_one_run_folder(
         owner.kill()
         owner.wait()
     assert main(["extract-codes", str(config), "--run", str(run)]) == 0  # a killed owner leaves no lock
+
+
+def test_artifacts_of_another_run_are_refused(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(run / "codes" / "train")
+    shutil.copytree(finished_run / "codes" / "val", run / "codes" / "train")  # another split has other codes
+    before = contents(run)
+    fails(capsys, ["sample", str(run), "--seed", "9"], "prior-bottom", "not trained on the codes in", "codes/train")
+    shutil.rmtree(run / "codes")
+    shutil.copytree(finished_run / "codes", run / "codes")
+    shutil.copy(run / "prior-bottom" / "model.safetensors", run / "prior-top" / "model.safetensors")
+    fails(capsys, ["sample", str(run), "--seed", "9"], "prior-top/model.safetensors", "not the prior of level top")
+    assert set(contents(run)) == set(before), "nothing was written"
