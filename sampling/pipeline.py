@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from vqvae2.priors import Prior, load_prior, save_prior
 from vqvae2.run_folder import RunFolder, level_names
 
 _DEFAULTS = SamplingParams()
+_DECODE_BATCH = 8
 
 
 class PipelineIndex(Config):
@@ -129,7 +131,7 @@ class VQVAE2Pipeline:
         for start in range(0, num_images, size):
             numbers = range(start, min(start + size, num_images))
             codes = self.sample_codes(numbers, self.labels_of(numbers, class_labels), seed, params)
-            batches.append(self.autoencoder.decode(codes))
+            batches.append(self.decode(codes))
         return torch.cat(batches)
 
     def sample_codes(
@@ -162,9 +164,15 @@ class VQVAE2Pipeline:
         return codes
 
     def decode(self, codes: CodeMaps) -> Float[Tensor, "b c h w"]:
-        """Decode codes to images in [-1, 1], `batch_size` at a time."""
-        parts = zip(*(level.split(self.batch_size) for level in codes), strict=True)
-        return torch.cat([self.autoencoder.decode(part) for part in parts])
+        """Decode codes to images in [-1, 1].
+
+        The decoder always sees `_DECODE_BATCH` images, padded if necessary. Its rounding depends on the batch size, and
+        an image must not depend on how many others are sampled with it.
+        """
+        count = len(codes[0])
+        padded = [F.pad(level, (0, 0, 0, 0, 0, -count % _DECODE_BATCH)) for level in codes]
+        parts = zip(*(level.split(_DECODE_BATCH) for level in padded), strict=True)
+        return torch.cat([self.autoencoder.decode(part) for part in parts])[:count]
 
     def batch_that_fits(self, wanted: int, params: SamplingParams, memory: float | None = None) -> int:
         """Return `wanted`, or the largest batch size that fits into `memory` GiB, at least 1."""

@@ -68,7 +68,7 @@ def sample_images(
             batch = numbers[start : start + size]
             labels = pipeline.labels_of(batch, config.classes)
             codes = pipeline.sample_codes(batch, labels, config.seed, config.params, progress=bar.update)
-            for number, image in zip(batch, to_uint8(pipeline.autoencoder.decode(codes)).cpu(), strict=True):
+            for number, image in zip(batch, to_uint8(pipeline.decode(codes)).cpu(), strict=True):
                 yield SampledImage(number, image)
             bar.set_postfix_str(f"{(start + len(batch)) / (time.monotonic() - started):.3g} images/s")
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from sampling import row_sampler
 from sampling.logits import keep_top_k, keep_top_p, sample_codes
 from sampling.params import LevelSamplingParams
+from sampling.pipeline import VQVAE2Pipeline
 from sampling.sample_level import Noise, sample_level
 from tests.test_priors import build, inputs
+from vqvae2 import AutoencoderConfig
 
 
 @given(seed=st.integers(0, 999), k=st.integers(1, 12))
@@ -111,3 +113,14 @@ def test_replayed_graph_gives_the_same_codes(kind: str, width: int, monkeypatch:
 
     monkeypatch.setattr(row_sampler.RowSampler, "__init__", init_with_graph)
     assert torch.equal(sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(), (), labels), expected)
+
+
+def test_decoded_images_do_not_depend_on_the_batch() -> None:
+    torch.manual_seed(0)
+    autoencoder = AutoencoderConfig(channels=64, residual_channels=32).build((64, 64)).eval()
+    pipeline = VQVAE2Pipeline(autoencoder, ())
+    codes = tuple(torch.randint(512, (20, *spec.shape)) for spec in autoencoder.map_specs)
+    expected = pipeline.decode(codes)
+    for size in (1, 3, 7, 16):
+        parts = zip(*(level.split(size) for level in codes), strict=True)
+        assert torch.equal(torch.cat([pipeline.decode(part) for part in parts]), expected)
