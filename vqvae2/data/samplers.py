@@ -7,6 +7,7 @@ samples in the same order as one.
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import Process
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,12 +124,13 @@ def load_batches(
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not _has_dead_worker(batches, error):
                 raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"data.num_workers: a worker process died ({str(error).splitlines()[0]}), most likely because memory "
-                "ran out. Use fewer workers and run the same command again."
+                f"data.num_workers: a worker process died ({reason}), most likely because memory ran out. Use fewer "
+                "workers and run the same command again."
             ) from None
         if isinstance(batch, UserError):
             try:
@@ -136,6 +138,16 @@ def load_batches(
             finally:
                 del batch, batches  # break the reference cycle with the traceback, so that the workers exit at once
         yield batch
+
+
+def _has_dead_worker(batches: object, error: Exception) -> bool:
+    """Return whether a worker was killed, which also breaks the pipes and the shared memory that it used."""
+    if str(error).startswith("DataLoader worker"):
+        return True
+    workers: list[Process] = getattr(batches, "_workers", [])
+    for worker in workers:
+        worker.join(1 / len(workers))  # a killed worker may need a moment to become a zombie
+    return any(not worker.is_alive() for worker in workers)
 
 
 class _UserErrorsAsValues(Dataset[Any]):
