@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from vqvae2.data.image_io import UnreadableImageError, read_image
 
@@ -154,3 +155,10 @@ def test_crops_stay_within_the_image(where: tuple[float, float]) -> None:
 def test_missing_file_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "missing.png", (8, 8))
+
+
+def test_png_with_large_metadata_is_readable(tmp_path: Path) -> None:
+    metadata = PngInfo()
+    metadata.add_text("XML:com.adobe.xmp", "x" * 2**21, zip=True)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "xmp.png", pnginfo=metadata)
+    assert (read_image(tmp_path / "xmp.png", (8, 8)) == (1, 2, 3)).all()

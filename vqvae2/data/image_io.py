@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from vqvae2.errors import UserError
 
@@ -52,6 +52,10 @@ class UnreadableImageError(UserError):
 
     def __reduce__(self) -> tuple[type["UnreadableImageError"], tuple[str, str]]:
         return type(self), (self.name, self.reason)
+
+
+# Pillow refuses a PNG with a text chunk above 1 MiB, such as large XMP metadata, although its pixels are intact.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def read_image(
@@ -119,7 +123,7 @@ def decode_image(
                 image.draft(None, (wanted, wanted))  # before the EXIF orientation is applied
                 return _convert(ImageOps.exif_transpose(image), channels)
     except _DECODE_ERRORS as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
+        if isinstance(error, FileNotFoundError):
             raise
         reason: object = error
         if isinstance(error, UnidentifiedImageError):

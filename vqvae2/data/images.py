@@ -142,7 +142,8 @@ class ImageDataset(Dataset[ImageSample]):
         Raises:
             UserError: If it exceeds `data.max_unreadable_fraction`.
         """
-        if len(unreadable) <= self.config.max_unreadable_fraction * len(self):
+        # Relative to the whole data set, because one file can be a large fraction of a small validation split.
+        if len(unreadable) <= self.config.max_unreadable_fraction * len(self.source.index):
             return
         listed = ", ".join(self.source.describe(int(self.indices[index])) for index in unreadable[:_MAX_LISTED])
         more = f" and {len(unreadable) - _MAX_LISTED} more" if len(unreadable) > _MAX_LISTED else ""
