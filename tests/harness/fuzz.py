@@ -193,7 +193,9 @@ def trial(name: str, base: Path, work: Path, rng: random.Random, expected: Any) 
     if found == "rejected":
         path.write_bytes(content_before)
         after_restore = check(target, name, path, work, expected)
-        found = found if after_restore == "same" else f"after restoring the file: {after_restore}"
+        if after_restore != "same":
+            printed = (work / "log").read_text(errors="replace")
+            found = f"after restoring the file: {after_restore}\n{printed[-1500:]}"
     if found not in ("same", "rejected", "skipped"):
         print(f"{name}: {path.relative_to(work)}: {description}: {found}", flush=True)
         return "FAILED"
