@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -152,3 +153,12 @@ def test_launcher_settings_that_differ_from_the_config_are_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name}={value}: differs from {key}"):
         make_accelerator()
+
+
+def test_uninstalled_clone_says_so(tmp_path: Path) -> None:
+    shutil.copytree(CONFIGS.parent / "vqvae2", tmp_path / "vqvae2", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-S", "-m", "vqvae2"]  # -S leaves out installed packages
+    for arguments, expected in ((["--version"], "not installed"), (["sample", "x"], "vqvae2: not installed")):
+        result = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert expected in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr

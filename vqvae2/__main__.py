@@ -139,6 +139,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except ModuleNotFoundError as error:
+        if _is_installed():
+            raise
+        return _fail(f"not installed (no module named {error.name}). Run `pip install -e .` in the project's folder.")
     except (UserError, OSError) as error:
         if os.environ.get("VQVAE2_TRACEBACK"):
             raise
@@ -221,10 +225,15 @@ def _help() -> str:
 
 
 def _version() -> str:
+    return version("vqvae2") if _is_installed() else "not installed; run `pip install -e .` in the project's folder"
+
+
+def _is_installed() -> bool:
     try:
-        return version("vqvae2")
+        version("vqvae2")
     except PackageNotFoundError:
-        return "not installed; run `pip install -e .` in the project's folder"
+        return False
+    return True
 
 
 def _on_sigterm(number: int, _: FrameType | None) -> None:
