@@ -25,7 +25,7 @@ from torchvision import datasets, transforms
 
 from benchmarks.interleaved import time_calls
 from vqvae2.code_maps import MapSpec
-from vqvae2.data import lmdb_store
+from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeHeader, CodeStore, CodeWriter
 from vqvae2.data.images import DataConfig, open_datasets
 from vqvae2.data.index import Index
@@ -146,7 +146,7 @@ def _write_both(count: int, ours: Path, theirs: Path) -> None:
                 record = (maps[1][index], maps[0][index], name)
                 transaction.put(str(number * RECORDS_PER_VALUE + index).encode(), pickle.dumps(record))
     writer.finish()
-    ratio = lmdb_store.reader(ours).info()["last_pgno"] / other.info()["last_pgno"]
+    ratio = lmdb_environment.reader(ours).info()["last_pgno"] / other.info()["last_pgno"]
     other.close()
     print(f"code store: {ratio:.3f} × the size of pickled int64 records")
 
@@ -204,7 +204,7 @@ def _fill(path: Path, header: CodeHeader) -> None:
                 if name != "label":
                     block[name] = rng.integers(0, 512, block[name].shape, np.uint16)
             entries.append(((start // RECORDS_PER_VALUE).to_uint8(8, "big"), block.tobytes()))
-        lmdb_store.put(environment, entries)
+        lmdb_environment.put(environment, entries)
     writer.finish()
 
 
@@ -234,7 +234,7 @@ def read_all(path: str) -> None:
 
 def _opening(path: Path) -> None:
     _fill(path, _header(10**6, (4, 2)))
-    lmdb_store.close_reader(path)
+    lmdb_environment.close_reader(path)
     seconds = time_calls(lambda: CodeStore.open(path).read([999_999])).best
     print(f"code store of 1,000,000 records: opened and one record read in {seconds * 1000:.1f} ms")
 

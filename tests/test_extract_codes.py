@@ -14,7 +14,7 @@ from tests.conftest import TINY
 from train.run import Run
 from train.stages.extract_codes import extract_codes
 from vqvae2.config import read_yaml
-from vqvae2.data import lmdb_store
+from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeStore
 from vqvae2.data.images import open_datasets, to_float
 from vqvae2.errors import UserError
@@ -92,7 +92,7 @@ def mark_unfinished(database: Path, store: Path) -> None:
     """Replace the database of a store and mark the store as incomplete."""
     database.rename(store / "data.mdb")
     (store / "seal.json").unlink()
-    lmdb_store.close_reader(store)
+    lmdb_environment.close_reader(store)
     with lmdb.open(str(store)) as environment, environment.begin(write=True) as transaction:
         header = transaction.get(b"header")
         assert header is not None

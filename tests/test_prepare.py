@@ -16,7 +16,7 @@ from tests.test_code_store import header as code_header
 from tests.test_code_store import write as write_codes
 from train.stages.prepare import main as prepare_main
 from vqvae2.command_line import run_command
-from vqvae2.data import lmdb_store
+from vqvae2.data import lmdb_environment
 from vqvae2.data.images import DataConfig, open_datasets
 from vqvae2.data.sources.prepared import read_header
 from vqvae2.errors import UserError
@@ -40,7 +40,7 @@ def fill(folder: Path, count: int = 12) -> Path:
 
 
 def records(path: Path) -> dict[bytes, bytes]:
-    lmdb_store.close_reader(path)
+    lmdb_environment.close_reader(path)
     with lmdb.open(str(path), readonly=True, lock=False) as environment, environment.begin() as transaction:
         return dict(transaction.cursor())
 

@@ -13,7 +13,7 @@ from sampling.evaluation.training_checks import codebook_warnings, prior_warning
 from sampling.run_config import RunConfig
 from vqvae2 import files
 from vqvae2.code_maps import MapSpec
-from vqvae2.data import lmdb_store
+from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import DataConfig
 from vqvae2.run_folder import RunFolder, StageFolder
@@ -113,7 +113,7 @@ def _training(folder: StageFolder, steps: int) -> StageStatus:
 
 def _extraction(folder: RunFolder) -> StageStatus:
     stores = [folder.code_store(split) for split in ("train", "val")]
-    headers = [CodeStore.read_header(path) for path in stores if lmdb_store.exists(path)]
+    headers = [CodeStore.read_header(path) for path in stores if lmdb_environment.exists(path)]
     if len(headers) < len(stores) or not all(header.complete for header in headers):
         return StageStatus("in progress" if headers else "not started")
     seconds = (_json(folder.codes_summary) or {}).get("seconds")

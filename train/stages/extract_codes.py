@@ -18,7 +18,7 @@ from sampling.run_data import open_run_datasets
 from train.accelerator import make_accelerator, to_device
 from train.run import Run, RunOptions, open_run, print_main
 from vqvae2 import files
-from vqvae2.data import lmdb_store
+from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import RECORDS_PER_VALUE, UNREADABLE_LABEL, CodeHeader, CodeStore, CodeWriter
 from vqvae2.data.images import ImageDataset, to_float
 from vqvae2.data.samplers import load_batches
@@ -51,11 +51,11 @@ def _finished(path: Path, digest: str | None) -> bool:
     Raises:
         UserError: If the store holds codes of another autoencoder.
     """
-    if not lmdb_store.exists(path):
+    if not lmdb_environment.exists(path):
         return False
     header = CodeStore.read_header(path)
     header.check_autoencoder(digest, path)
-    return header.complete and lmdb_store.is_sealed(path)
+    return header.complete and lmdb_environment.is_sealed(path)
 
 
 class Record(NamedTuple):

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from vqvae2.code_maps import MapSpec
 from vqvae2.config import Config
-from vqvae2.data import lmdb_store
+from vqvae2.data import lmdb_environment
 from vqvae2.errors import UserError
 
 RECORDS_PER_VALUE = 64  # records in one LMDB value
@@ -117,7 +117,7 @@ class CodeStore(Dataset[CodeBatch]):
     >>> [tuple(level.shape) for level in batch.codes], batch.label.tolist()
     ([(2, 8, 8), (2, 4, 4)], [-1, -1])
 
-    >>> lmdb_store.close_reader(Path(folder.name))
+    >>> lmdb_environment.close_reader(Path(folder.name))
     >>> folder.cleanup()
     """
 
@@ -136,7 +136,7 @@ class CodeStore(Dataset[CodeBatch]):
             UserError: If it is missing, unfinished, corrupted or not a code store.
         """
         store = cls(path, cls.read_header(path))
-        if not (store.header.complete and lmdb_store.is_sealed(path)):
+        if not (store.header.complete and lmdb_environment.is_sealed(path)):
             raise UserError(f"{path}: unfinished code store. Run `vqvae2 extract-codes` again to complete it.")
         return store
 
@@ -149,7 +149,7 @@ class CodeStore(Dataset[CodeBatch]):
         """
         if not (path / "data.mdb").is_file():
             raise UserError(f"{path}: no code store. Create it with `vqvae2 extract-codes`.")
-        header = lmdb_store.get(lmdb_store.open_reader(path), _HEADER)
+        header = lmdb_environment.get(lmdb_environment.open_reader(path), _HEADER)
         if header is None:
             raise UserError(f"{path}: not a code store (no header). Delete the folder and run `vqvae2 extract-codes`.")
         return _parse(header, path)
@@ -175,7 +175,7 @@ class CodeStore(Dataset[CodeBatch]):
             scratch = np.empty(len(indices), dtype)
         batch, target = scratch[: len(indices)], memoryview(scratch.view(np.uint8).data)
         numbers, offsets = np.divmod(self._records(indices), RECORDS_PER_VALUE)
-        values, position = lmdb_store.cached_values(self.path), 0
+        values, position = lmdb_environment.cached_values(self.path), 0
         for number, start in zip(numbers.tolist(), (offsets * size).tolist(), strict=True):
             value = values[number]
             if value is None or len(value) < start + size:
@@ -193,7 +193,7 @@ class CodeStore(Dataset[CodeBatch]):
     def image_name(self, index: int) -> str:
         """Return the name of the image of a record."""
         number, offset = divmod(self._record(index), RECORDS_PER_VALUE)
-        names = lmdb_store.get(lmdb_store.open_reader(self.path), _names_key(number)) or b""
+        names = lmdb_environment.get(lmdb_environment.open_reader(self.path), _names_key(number)) or b""
         return (names.decode("utf-8", "surrogateescape").split("\0") + [""] * RECORDS_PER_VALUE)[offset]
 
     def is_mirrored(self, index: int) -> bool:
@@ -223,8 +223,8 @@ class CodeWriter:
 
     def __init__(self, path: Path, header: CodeHeader) -> None:
         self.path, self.header = path, header
-        self.environment = lmdb_store.open_writer(path)
-        found = lmdb_store.get(self.environment, _HEADER)
+        self.environment = lmdb_environment.open_writer(path)
+        found = lmdb_environment.get(self.environment, _HEADER)
         if found is not None and _parse(found, path).identity != header.identity:
             self.environment.close()
             raise UserError(f"{path}: codes of other images or another autoencoder. {_FIX}")
@@ -235,7 +235,7 @@ class CodeWriter:
         """Return the numbers of the values not yet written. Value v holds the records [64 v, 64 v + 64)."""
         with self.environment.begin() as transaction:
             total = -(-self.header.count // RECORDS_PER_VALUE)
-            return [number for number in range(total) if transaction.get(lmdb_store.encode_key(number)) is None]
+            return [number for number in range(total) if transaction.get(lmdb_environment.encode_key(number)) is None]
 
     def write(
         self, number: int, codes: Sequence[Int[Tensor, "n h w"]], labels: Int[Tensor, " n"], names: Sequence[str] = ()
@@ -246,17 +246,17 @@ class CodeWriter:
         readable = records["label"] != UNREADABLE_LABEL
         for index, level in enumerate(codes):
             records[f"level{index}"][readable] = level.cpu().numpy()[readable]
-        entries = [(lmdb_store.encode_key(number), records.tobytes())]
+        entries = [(lmdb_environment.encode_key(number), records.tobytes())]
         if names:
             entries.append((_names_key(number), "\0".join(names).encode("utf-8", "surrogateescape")))
-        lmdb_store.put(self.environment, entries)
+        lmdb_environment.put(self.environment, entries)
 
     def unreadable_records(self) -> list[int]:
         """Return the numbers of the records without codes."""
         record, found = self.header.record_dtype, []
         with self.environment.begin(buffers=True) as transaction:
             for number in range(-(-self.header.count // RECORDS_PER_VALUE)):
-                labels = np.frombuffer(transaction.get(lmdb_store.encode_key(number)) or b"", record)["label"]
+                labels = np.frombuffer(transaction.get(lmdb_environment.encode_key(number)) or b"", record)["label"]
                 found += (np.flatnonzero(labels == UNREADABLE_LABEL) + number * RECORDS_PER_VALUE).tolist()
         return found
 
@@ -266,14 +266,14 @@ class CodeWriter:
         done = self.header.model_copy(update={"unreadable": tuple(self.unreadable_records()), "complete": True})
         self._put(_HEADER, done.model_dump_json().encode())
         self.close()
-        lmdb_store.seal(self.path)
+        lmdb_environment.seal(self.path)
 
     def close(self) -> None:
         """Close the file. A new writer can resume."""
         self.environment.close()
 
     def _put(self, key: bytes, value: bytes) -> None:
-        lmdb_store.put(self.environment, [(key, value)])
+        lmdb_environment.put(self.environment, [(key, value)])
 
 
 def _to_narrow_tensor(field: np.ndarray, codebook_size: int) -> Tensor:
@@ -294,4 +294,4 @@ def _parse(header: bytes, path: Path) -> CodeHeader:
 
 
 def _names_key(number: int) -> bytes:
-    return b"names" + lmdb_store.encode_key(number)
+    return b"names" + lmdb_environment.encode_key(number)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
-from vqvae2.data import lmdb_store
+from vqvae2.data import lmdb_environment
 from vqvae2.data.image_io import MODES, UnreadableImageError, decode_image
 from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.base import Source
@@ -58,7 +58,7 @@ class PreparedSource(Source):
 
     @classmethod
     def scan(cls, path: str) -> ImageIndex:
-        if not (read_header(Path(path)).complete and lmdb_store.is_sealed(Path(path))):
+        if not (read_header(Path(path)).complete and lmdb_environment.is_sealed(Path(path))):
             raise UserError(f"data.path: {path} is unfinished. Run the same `vqvae2 prepare` again to complete it.")
         index = ImageIndex.load(_index_file(Path(path)))
         if index is None:
@@ -68,7 +68,7 @@ class PreparedSource(Source):
     def open(self, number: int, size: tuple[int, int]) -> bytes | Image.Image:
         del size
         position = int(self.index.columns["position"][number])
-        value = lmdb_store.get(_open_reader(Path(self.path)), lmdb_store.encode_key(position))
+        value = lmdb_environment.get(_open_reader(Path(self.path)), lmdb_environment.encode_key(position))
         if not value:
             raise UnreadableImageError(self.describe(number), "missing record")
         return _unpack(value) if value[:4] == _RAW else value
@@ -80,7 +80,7 @@ def read_header(path: Path) -> PreparedHeader:
     Raises:
         UserError: If there are no prepared images or they are corrupted.
     """
-    found = lmdb_store.get(_open_reader(path), _HEADER)
+    found = lmdb_environment.get(_open_reader(path), _HEADER)
     data = json.loads(found) if found else {}
     if data.get("kind") != "images":
         kind = "a code store" if "autoencoder" in data else "another LMDB database"
@@ -101,16 +101,16 @@ class PreparedWriter:
         if path.is_dir() and any(path.iterdir()) and not (path / "data.mdb").is_file():
             raise UserError(f"{path}: not empty and not prepared images. Choose another folder.")
         self.path, self.header, self.finished = path, header, False
-        if lmdb_store.exists(path):
+        if lmdb_environment.exists(path):
             self.header = read_header(path)
-            self.finished = self.header.complete and lmdb_store.is_sealed(path)
+            self.finished = self.header.complete and lmdb_environment.is_sealed(path)
             if self.header.identity != header.identity:
                 raise UserError(
                     f"{path}: prepared images of another source, size or format. Delete or choose another folder."
                 )
-        self.environment = lmdb_store.open_writer(path)
-        if lmdb_store.get(self.environment, _HEADER) is None:
-            lmdb_store.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
+        self.environment = lmdb_environment.open_writer(path)
+        if lmdb_environment.get(self.environment, _HEADER) is None:
+            lmdb_environment.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
 
     def num_written(self) -> int:
         """Return the number of images written so far."""
@@ -119,8 +119,9 @@ class PreparedWriter:
 
     def write(self, first: int, images: Sequence[bytes]) -> None:
         """Write encoded images from position `first`. Empty bytes mark an unreadable image."""
-        lmdb_store.put(
-            self.environment, ((lmdb_store.encode_key(first + offset), image) for offset, image in enumerate(images))
+        lmdb_environment.put(
+            self.environment,
+            ((lmdb_environment.encode_key(first + offset), image) for offset, image in enumerate(images)),
         )
 
     def unreadable_records(self) -> list[int]:
@@ -129,7 +130,7 @@ class PreparedWriter:
             return [
                 int.from_bytes(bytes(key), "big")
                 for key, value in transaction.cursor()
-                if len(key) == lmdb_store.KEY_BYTES and not len(value)
+                if len(key) == lmdb_environment.KEY_BYTES and not len(value)
             ]
 
     def finish(self, index: ImageIndex) -> PreparedHeader:
@@ -139,9 +140,9 @@ class PreparedWriter:
         index.take(readable, {"position": readable}).save(_index_file(self.path))
         names = tuple(index.names[position] for position in unreadable)
         header = self.header.model_copy(update={"unreadable": names, "complete": True})
-        lmdb_store.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
+        lmdb_environment.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
         self.close()
-        lmdb_store.seal(self.path)
+        lmdb_environment.seal(self.path)
         return header
 
     def close(self) -> None:
@@ -170,7 +171,7 @@ def _unpack(value: bytes) -> Image.Image:
 
 
 def _open_reader(path: Path) -> Any:
-    return lmdb_store.open_reader(path, "prepared images", _FIX)
+    return lmdb_environment.open_reader(path, "prepared images", _FIX)
 
 
 def _index_file(path: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_code_store import header, write
-from vqvae2.data import lmdb_store
+from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import CodeStore, CodeWriter
 from vqvae2.errors import UserError
 
@@ -26,7 +26,7 @@ def test_changed_byte_is_detected(store: Path, position: int) -> None:
     content = bytearray((store / "data.mdb").read_bytes())
     content[position] ^= 1
     (store / "data.mdb").write_bytes(bytes(content))
-    lmdb_store.close_reader(store)
+    lmdb_environment.close_reader(store)
     for use in (lambda: CodeStore.open(store), lambda: CodeWriter(store, HEADER)):
         with pytest.raises(UserError, match=r"store: .*checksum mismatch"):
             use()
@@ -36,7 +36,7 @@ def test_truncated_file_is_detected_with_and_without_a_seal(store: Path) -> None
     with (store / "data.mdb").open("r+b") as file:
         file.truncate(3 * 4096)
     for message in ("checksum mismatch", "truncated file"):
-        lmdb_store.close_reader(store)
+        lmdb_environment.close_reader(store)
         with pytest.raises(UserError, match=rf"corrupted code store \({message}"):
             CodeStore.open(store)
         (store / "seal.json").unlink(missing_ok=True)
@@ -47,8 +47,8 @@ def test_copy_is_verified_only_once(store: Path, tmp_path: Path, monkeypatch: py
     shutil.copytree(store, copy)
     os.utime(copy / "data.mdb", (1, 1))
     assert len(CodeStore.open(copy)) == 100
-    lmdb_store.close_reader(copy)
-    monkeypatch.setattr(lmdb_store.files, "digest", lambda _: pytest.fail("the copy was verified again"))
+    lmdb_environment.close_reader(copy)
+    monkeypatch.setattr(lmdb_environment.files, "digest", lambda _: pytest.fail("the copy was verified again"))
     assert len(CodeStore.open(copy)) == 100
 
 
@@ -65,11 +65,11 @@ def test_unsealed_store_is_unfinished_and_resumes(store: Path) -> None:
 def test_writing_removes_the_seal_and_a_rejected_writer_keeps_it(store: Path) -> None:
     with pytest.raises(UserError, match="codes of other images or another autoencoder"):
         CodeWriter(store, HEADER.model_copy(update={"autoencoder": "b" * 64}))
-    assert lmdb_store.is_sealed(store)
-    environment = lmdb_store.open_writer(store)
-    lmdb_store.put(environment, [(b"key", b"value")])
+    assert lmdb_environment.is_sealed(store)
+    environment = lmdb_environment.open_writer(store)
+    lmdb_environment.put(environment, [(b"key", b"value")])
     environment.close()
-    assert not lmdb_store.is_sealed(store)
+    assert not lmdb_environment.is_sealed(store)
 
 
 def test_full_disk_keeps_written_records_and_writing_resumes(small_disk: Path) -> None:
@@ -87,7 +87,7 @@ def test_full_disk_keeps_written_records_and_writing_resumes(small_disk: Path) -
     found = CodeStore.open(path).read(range(len(labels)))
     assert (found.label == labels).all()
     assert (found.codes[0] == maps[0]).all()
-    lmdb_store.close_reader(path)
+    lmdb_environment.close_reader(path)
 
 
 def test_read_only_store_is_readable_and_writing_gives_one_line_error(small_disk: Path) -> None:
@@ -98,4 +98,4 @@ def test_read_only_store_is_readable_and_writing_gives_one_line_error(small_disk
     assert len(CodeStore.open(path)) == 100
     with pytest.raises(UserError, match=r"store: cannot write .*Read-only"):
         CodeWriter(path, HEADER)
-    lmdb_store.close_reader(path)
+    lmdb_environment.close_reader(path)
