@@ -53,7 +53,7 @@ class OneHotQuantizer(Quantizer):
             self.embedding.copy_(self.ema_embedding_sum / smoothed)
         loss = (quantized.detach() - features).pow(2).mean()
         values = (features + (quantized - features).detach()).permute(0, 3, 1, 2)
-        return Quantized(values, codes.view(features.shape[:-1]), 0.25 * loss, {"commitment": loss.detach()})
+        return QuantizerOutput(values, codes.view(features.shape[:-1]), 0.25 * loss, {"commitment": loss.detach()})
 
     def lookup(self, codes: Tensor) -> Tensor:
         return F.embedding(codes, self.embedding.t()).permute(0, 3, 1, 2)

@@ -28,7 +28,7 @@ from vqvae2.code_maps import MapSpec
 from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeHeader, CodeStore, CodeWriter
 from vqvae2.data.images import DataConfig, open_datasets
-from vqvae2.data.index import Index
+from vqvae2.data.index import ImageIndex
 from vqvae2.data.samplers import MapDataset
 from vqvae2.data.sources import open_source
 
@@ -64,14 +64,14 @@ def _scan(root: Path, cache: Path, files: int) -> None:
 
 
 def _index(cache: Path, names: int) -> None:
-    timing = time_calls(lambda: Index.build([f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(names)]))
+    timing = time_calls(lambda: ImageIndex.build([f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(names)]))
     timing.value.save(cache)
     size = cache.stat().st_size / 2**20
     # Memory is measured in a new process, where no memory freed earlier is reused.
     code = (
-        "import time; from benchmarks.data import resident_mib; from vqvae2.data.index import Index\n"
+        "import time; from benchmarks.data import resident_mib; from vqvae2.data.index import ImageIndex\n"
         "from pathlib import Path; import sys; before = resident_mib(); t = time.perf_counter()\n"
-        "index = Index.load(Path(sys.argv[1])); t = time.perf_counter() - t\n"
+        "index = ImageIndex.load(Path(sys.argv[1])); t = time.perf_counter() - t\n"
         "parts = index.split(0.01); after = resident_mib()\n"
         "names = list(index.names); print(f'{t * 1000:.1f} {after - before:.1f} {resident_mib() - after:.1f}')"
     )
@@ -146,7 +146,7 @@ def _write_both(count: int, ours: Path, theirs: Path) -> None:
                 record = (maps[1][index], maps[0][index], name)
                 transaction.put(str(number * RECORDS_PER_VALUE + index).encode(), pickle.dumps(record))
     writer.finish()
-    ratio = lmdb_environment.reader(ours).info()["last_pgno"] / other.info()["last_pgno"]
+    ratio = lmdb_environment.open_reader(ours).info()["last_pgno"] / other.info()["last_pgno"]
     other.close()
     print(f"code store: {ratio:.3f} × the size of pickled int64 records")
 
@@ -199,11 +199,11 @@ def _fill(path: Path, header: CodeHeader) -> None:
     for first in range(0, header.count, 64 * RECORDS_PER_VALUE):
         entries = []
         for start in range(first, min(first + 64 * RECORDS_PER_VALUE, header.count), RECORDS_PER_VALUE):
-            block = np.zeros(min(RECORDS_PER_VALUE, header.count - start), header.record)
-            for name in header.record.fields or ():
+            block = np.zeros(min(RECORDS_PER_VALUE, header.count - start), header.record_dtype)
+            for name in header.record_dtype.fields or ():
                 if name != "label":
                     block[name] = rng.integers(0, 512, block[name].shape, np.uint16)
-            entries.append(((start // RECORDS_PER_VALUE).to_uint8(8, "big"), block.tobytes()))
+            entries.append(((start // RECORDS_PER_VALUE).to_bytes(8, "big"), block.tobytes()))
         lmdb_environment.put(environment, entries)
     writer.finish()
 
