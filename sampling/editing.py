@@ -33,7 +33,7 @@ def inpaint(
     the mask were computed from pixels on both sides. Variant v of image k depends on the image, the seed, k and v.
 
     Args:
-        images: ImageDataset in [-1, 1].
+        images: Images in [-1, 1].
         keep: Mask (H, W) or (B, H, W), true for pixels to keep.
 
     Raises:
