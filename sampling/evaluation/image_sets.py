@@ -27,7 +27,7 @@ EXTENSIONS = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 
 
 class ImageBatch(NamedTuple):
-    """ImageDataset and their indices in the whole set, from 0 to count − 1."""
+    """Images and their indices in the whole set, from 0 to count − 1."""
 
     indices: Int64[Tensor, "n"]
     images: UInt8[Tensor, "n 3 h w"]
