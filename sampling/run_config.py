@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,7 @@ from sampling.params import SamplingConfig
 from vqvae2.command_line import Options, parse
 from vqvae2.config import Config
 from vqvae2.data.images import DataConfig
-from vqvae2.models import AutoencoderConfig
+from vqvae2.models import Autoencoder, AutoencoderConfig
 from vqvae2.priors import PriorConfig
 from vqvae2.run_folder import RunFolder, level_names
 from vqvae2.training_config import (
@@ -25,12 +25,27 @@ from vqvae2.training_config import (
 class AutoencoderStageConfig(Config):
     """Stage 1: the autoencoder and its training."""
 
+    pretrained: str | None = Field(
+        default=None,
+        description="weights to start from: a run, a folder, a .safetensors file, or a hub id OWNER/NAME; the model "
+        "section may then be left out of the config",
+    )
     model: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
-    training: AutoencoderTrainingConfig
+    training: AutoencoderTrainingConfig = AutoencoderTrainingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_pretrained_model(cls, data: Any) -> Any:
+        """Take the settings of the model from the pretrained weights if they are not given."""
+        if isinstance(data, dict) and isinstance(data.get("pretrained"), str) and data.get("model") is None:
+            return data | {"model": Autoencoder.read_pretrained_config(data["pretrained"])[0].to_dict()}
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> "AutoencoderStageConfig":
+        if not self.training.steps and self.pretrained is None:
+            raise ValueError("training.steps: must be at least 1 without autoencoder.pretrained")
         if self.loss.adversarial.weight and self.training.mixed_precision == "fp16":
             raise ValueError(
                 "training.mixed_precision: fp16 does not work with loss.adversarial, because two optimizers cannot "

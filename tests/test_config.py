@@ -56,7 +56,7 @@ def test_overrides_reach_list_elements_unions_and_dictionaries(tiny_config: Path
             ["autoencoder.model.levels.1.quantizer.codebook_size", "greater than or equal to 1", "-3"],
         ),
         ("kind: gradient", "kind: gradiant", ["autoencoder.model.levels.1.quantizer", "gradiant", "'ema'"]),
-        ("steps: 6, ", "", ["autoencoder.training.steps", "missing"]),
+        ("steps: 6, ", "", ["autoencoder.training.steps", "at least 1"]),
         ("kernel: 3", "kernel: 4", ["priors.top.model", "kernel: must be odd, not 4"]),
         ("  bottom:\n", "  bottem:\n", ["priors", "bottom", "bottem"]),
         ("labels: folder", "labels: class", ["data.labels", "'none' or 'folder'"]),

@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class TrainingState:
     Args:
         optimized: Modules and optimizers by the prefix of their names in a checkpoint: "" for the trained network, one
             more for each auxiliary network.
+        made_from: Digests of what the stage trains on, by name. A checkpoint with other ones is refused.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class TrainingState:
         ema: ExponentialMovingAverage,
         early_stopping: EarlyStopping,
         scaler: torch.amp.GradScaler | None,
+        made_from: dict[str, str | None],
     ) -> None:
+        self.made_from = made_from
         self.optimized, self.ema, self.early_stopping, self.scaler = optimized, ema, early_stopping, scaler
         self.step = 0
         self.seconds = 0.0
@@ -61,6 +65,7 @@ class TrainingState:
     def metadata(self) -> dict[str, Any]:
         """Return everything that is not a tensor, as JSON."""
         return {
+            "made_from": self.made_from,
             "step": self.step,
             "seconds": self.seconds,
             "last_validation": self.last_validation,
@@ -70,7 +75,12 @@ class TrainingState:
         }
 
     def restore(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Restore the state read from the file `path`."""
+        """Restore the state read from the file `path`.
+
+        Raises:
+            UserError: If it belongs to another training.
+        """
+        check_made_from(metadata.get("made_from", {}), self.made_from, path)
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, rest = name.split("/", 1)
@@ -87,6 +97,20 @@ class TrainingState:
         self.step, self.seconds = metadata["step"], metadata["seconds"]
         self.last_validation, self.unlogged = metadata["last_validation"], metadata["unlogged"]
         self.early_stopping.restore(metadata.get("best"))
+
+
+def check_made_from(found: Mapping[str, Any], expected: Mapping[str, str | None], path: Path) -> None:
+    """Check that a file in the folder of a stage was made from the artifacts that the stage reads now.
+
+    Raises:
+        UserError: If one of them is another one. The message names it.
+    """
+    for name, digest in expected.items():
+        if found.get(name) != digest:
+            raise UserError(
+                f"{path}: trained on another `{name}` than the one in the run folder. "
+                "Delete the folder of the stage to train it again."
+            )
 
 
 class Checkpoints:

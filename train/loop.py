@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class TrainingStage(ABC):
     monitor: str  # value of `validate` that selects the best weights, lower is better
     objective: nn.Module  # wraps the network: batch on the device → (loss, other terms by name)
     auxiliary: AuxiliaryNetwork | None = None
+    made_from: Mapping[str, str | None] = MappingProxyType({})  # digests of the artifacts that training reads
 
     @property
     @abstractmethod
@@ -126,7 +128,7 @@ def train(stage: TrainingStage, config: TrainingConfig, path: Path, num_workers:
     units = _make_units(stage, config, accelerator)
     ema = ExponentialMovingAverage(stage.network, config.ema_decay)
     early_stopping = EarlyStopping(config.early_stopping_patience)
-    state = TrainingState(_optimized(stage, units), ema, early_stopping, accelerator.scaler)
+    state = TrainingState(_optimized(stage, units), ema, early_stopping, accelerator.scaler, dict(stage.made_from))
     checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
     log = MetricLog(folder.metric_log, accelerator.is_main_process)
     if checkpoints.restore(state):

@@ -4,11 +4,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
+from pydantic import Field
 
 from sampling.processes import processes
+from sampling.run_changes import RunChanges, SettingChange
 from sampling.run_config import RunConfig
 from sampling.run_data import open_run_datasets
 from vqvae2 import files
@@ -16,7 +18,8 @@ from vqvae2.command_line import Options, parse
 from vqvae2.config import differences, is_resolved
 from vqvae2.data.sources import absolute_source
 from vqvae2.errors import UserError
-from vqvae2.run_folder import RunFolder
+from vqvae2.models import Autoencoder
+from vqvae2.run_folder import RunFolder, StageFolder
 
 # Settings that may change when a run is resumed, because the trained artifacts do not depend on them.
 _CHANGEABLE = (
@@ -34,9 +37,27 @@ _CHANGEABLE = (
     "autoencoder.loss.perceptual.weights",
 )
 
+# Training settings that may change in the middle of a stage, with `resume_with_changes`. The result depends on them.
+_CHANGEABLE_IN_TRAINING = (
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "weight_decay",
+    "betas",
+    "max_grad_norm",
+    "mixed_precision",
+    "early_stopping_patience",
+)
+
 
 class RunOptions(Options, RunConfig):
     """Options of a training command: a config file, and `--section.field VALUE` for any of its settings."""
+
+    resume_with_changes: bool = Field(
+        default=False, description="continue an existing run with changed training settings, and record the changes"
+    )
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
@@ -55,7 +76,11 @@ class RunOptions(Options, RunConfig):
             default = default.model_copy(update={"run": str(path.parent)})
         options = parse(cls, overrides, prog, default)
         data = options.data.model_copy(update={"path": absolute_source(options.data.path)})
-        return options.model_copy(update={"run": options.run or str(Path("runs") / path.stem), "data": data})
+        autoencoder = options.autoencoder
+        if autoencoder.pretrained is not None and (source := Path(autoencoder.pretrained).expanduser()).exists():
+            autoencoder = autoencoder.model_copy(update={"pretrained": str(source.absolute())})
+        run = options.run or str(Path("runs") / path.stem)
+        return options.model_copy(update={"run": run, "data": data, "autoencoder": autoencoder})
 
     @property
     def config(self) -> RunConfig:
@@ -80,6 +105,9 @@ def demo_config() -> Path:
 def open_run(options: RunOptions) -> Run:
     """Create the run folder with its resolved config, or check that an existing one has the same config.
 
+    With `resume_with_changes`, settings of training may differ from those of the existing run. Each change is recorded
+    in the run folder with the step of the most recent checkpoint, at which it takes effect.
+
     Raises:
         UserError: If the folder holds another run. The message names the first setting that differs.
     """
@@ -88,26 +116,107 @@ def open_run(options: RunOptions) -> Run:
     with torch.device("meta"):  # raises before anything is written if sizes do not divide
         config.autoencoder.model.build(config.data.shape, config.data.channels)
     with processes().main_process_first():  # the other processes then find what the main process has written
-        _check_folder(config, folder)
+        changes = _check_folder(config, folder, options.resume_with_changes)
+        _check_pretrained(config, folder)
         if processes().is_main_process:
             files.lock_folder(folder.path)
+            if changes:
+                _apply_changes(changes, folder)
             files.write_text(folder.config, config.to_yaml())
     return Run(config, folder)
 
 
-def _check_folder(config: RunConfig, folder: RunFolder) -> None:
+def _check_folder(config: RunConfig, folder: RunFolder, with_changes: bool) -> list[SettingChange]:
+    """Return the differences from the settings that the run was made with, if they are permitted."""
+    changes = []
     if folder.config.is_file():
         previous = RunConfig.from_resolved_yaml(folder.config)
         for key, old, new in differences(previous.to_dict(), config.to_dict()):
-            if key != "run" and not any(key.startswith(name) or f".{name}" in key for name in _CHANGEABLE):
+            if key == "run" or any(key.startswith(name) or f".{name}" in key for name in _CHANGEABLE):
+                continue
+            possible = _is_changeable_in_training(key, folder)
+            if not (possible and with_changes):
+                advice = "add --resume-with-changes to continue with the new value, " if possible else ""
                 raise UserError(
                     f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
-                    "Choose another folder with --run, or restore the setting."
+                    f"Choose another folder with --run, {advice}or restore the setting."
                 )
+            if change := _change_of_stage(key, old, new, folder):
+                changes.append(change)
         if previous.data.path != config.data.path:
             open_run_datasets(config.data, folder, use_cache=False)
     elif folder.path.is_dir() and any(child.name != files.LOCK_NAME for child in folder.path.iterdir()):
         raise UserError(f"{folder.path}: not empty, and not a run folder. Choose another folder with --run.")
+    return changes
+
+
+def _stage_of(key: str, folder: RunFolder) -> StageFolder | None:
+    """Return the folder of the training stage that a setting belongs to."""
+    section, _, rest = key.partition(".")
+    if section == "autoencoder":
+        return folder.autoencoder
+    return folder.prior(rest.partition(".")[0]) if section == "priors" else None
+
+
+def _has_begun(stage: StageFolder) -> bool:
+    return stage.weights.is_file() or bool(stage.checkpoint_steps())
+
+
+def _is_changeable_in_training(key: str, folder: RunFolder) -> bool:
+    """Return whether `resume_with_changes` permits another value: any before the stage, some in its training."""
+    stage = _stage_of(key, folder)
+    if stage is None:
+        return False
+    name = key.partition(".training.")[2].partition(".")[0]
+    return not _has_begun(stage) or name in _CHANGEABLE_IN_TRAINING
+
+
+def _change_of_stage(key: str, old: Any, new: Any, folder: RunFolder) -> SettingChange | None:
+    """Return the change of a stage that has begun, or None.
+
+    Raises:
+        UserError: If the stage cannot be continued with the change.
+    """
+    stage = _stage_of(key, folder)
+    if stage is None or not _has_begun(stage):
+        return None
+    if stage == folder.autoencoder and folder.codes.exists():
+        raise UserError(
+            f"{key}: {folder.codes} was made from the autoencoder as it is. Start another run with "
+            f"--autoencoder.pretrained {folder.path}, or delete {folder.codes} and all priors to train it further."
+        )
+    step = max(stage.checkpoint_steps(), default=0)
+    if not step:
+        raise UserError(f"{key}: {stage.path} has no checkpoint to continue from. Start another run with --run.")
+    if key.endswith(".steps") and new < step:
+        raise UserError(f"{key}: {new} is less than the {step} steps trained already. Give at least {step}.")
+    return SettingChange(stage=stage.path.name, step=step, setting=key, before=old, after=new)
+
+
+def _apply_changes(changes: list[SettingChange], folder: RunFolder) -> None:
+    """Record changes, and reopen completed stages. Their weights are kept under a name with the step."""
+    RunChanges.read(folder).append(folder, changes)
+    for change in changes:
+        weights = StageFolder(folder.path / change.stage).weights
+        if weights.is_file():
+            weights.rename(weights.with_stem(f"{weights.stem}-{change.step:08d}"))
+
+
+def _check_pretrained(config: RunConfig, folder: RunFolder) -> None:
+    """Check that the pretrained weights belong to the model of the config, unless they have been used already."""
+    source = config.autoencoder.pretrained
+    if source is None or folder.autoencoder_weights.is_file():
+        return
+    model, channels = Autoencoder.read_pretrained_config(source)
+    found = {"model": model.to_dict(), "channels": channels}
+    expected = {"model": config.autoencoder.model.to_dict(), "channels": config.data.channels}
+    for key, theirs, ours in differences(found, expected):
+        raise UserError(
+            f"autoencoder.{key} is {json.dumps(ours)}, but {source} has {json.dumps(theirs)}. Use the same value, or "
+            "give the path in the config file and leave out `autoencoder.model`."
+            if key.startswith("model")
+            else f"data.channels is {ours}, but {source} was trained on images with {theirs} channels."
+        )
 
 
 def print_main(text: str) -> None:

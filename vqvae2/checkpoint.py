@@ -55,18 +55,24 @@ def load(path: Path, network: str = "") -> tuple[dict[str, Tensor], dict[str, An
         raise _corrupted(path, error) from None
     if _checksum(metadata, tensors) != checksum:
         raise _corrupted(path, "checksum mismatch")
-    if network and metadata.get("network") != network:
-        raise UserError(f"{path}: weights of the network type {metadata.get('network')!r}, expected {network!r}.")
+    _check_network(metadata, network, path)
     return tensors, metadata
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path, network: str = "") -> dict[str, Any]:
     """Return the metadata of a file written by `save`, without reading its tensors or verifying the checksum.
 
     Raises:
-        UserError: If the file is missing, corrupted or was not written by `save`.
+        UserError: If the file is missing, corrupted, was not written by `save`, or holds another kind of network.
     """
-    return _read_header(path)[1]
+    metadata = _read_header(path)[1]
+    _check_network(metadata, network, path)
+    return metadata
+
+
+def _check_network(metadata: dict[str, Any], network: str, path: Path) -> None:
+    if network and metadata.get("network") != network:
+        raise UserError(f"{path}: weights of the network type {metadata.get('network')!r}, expected {network!r}.")
 
 
 def load_state_dict(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:

@@ -4,6 +4,7 @@ No other module reads YAML. A section of settings is a frozen `Config` beside th
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -156,7 +157,10 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
         return f"{name}: required, but missing{more}"
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], dict | list | BaseModel) else f", not {problem['input']!r}"
-    return f"{name}: {message}{shown}{more}" if name else f"{message}{more}"
+    if not name:
+        return f"{message}{more}"
+    separator = "." if re.match(r"[a-z_.]+: ", message) else ": "  # a validator may name a key of its section
+    return f"{name}{separator}{message}{shown}{more}"
 
 
 def _known_keys(cls: type[BaseModel], location: Sequence[int | str]) -> list[str]:

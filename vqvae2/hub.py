@@ -5,24 +5,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vqvae2.errors import UserError
-from vqvae2.run_folder import WEIGHTS
+from vqvae2.run_folder import WEIGHTS, RunFolder
 
 
 def weights_file(source: str | Path) -> Path:
-    """Return the safetensors file that `source` names: a file, a folder that contains one, or a hub id.
+    """Return the safetensors file of the autoencoder that `source` names: a file, its folder, a run, or a hub id.
 
     Raises:
         UserError: If there is none, or the repository cannot be reached.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
+    for candidate in (path, path / WEIGHTS, RunFolder(path).autoencoder_weights):
+        if candidate.is_file():
+            return candidate
     if path.is_dir():
-        path = path / WEIGHTS
-    if path.is_file():
-        return path
-    _check_hub_id(source, "a .safetensors file, its folder, or a hub id OWNER/NAME")
-    from huggingface_hub import hf_hub_download  # imported here because it is slow
-
-    return _fetch(source, lambda: hf_hub_download(str(source), WEIGHTS))
+        raise UserError(f"{source}: neither {WEIGHTS} nor autoencoder/{WEIGHTS} is in this folder.")
+    _check_hub_id(source, "a .safetensors file, its folder, a run folder, or a hub id OWNER/NAME")
+    return _fetch(source, lambda: _download_weights(str(source)))
 
 
 def pipeline_folder(source: str | Path) -> Path:
@@ -39,6 +38,17 @@ def pipeline_folder(source: str | Path) -> Path:
 
     patterns = ["model_index.json", "*/model.safetensors"]
     return _fetch(source, lambda: snapshot_download(str(source), allow_patterns=patterns))
+
+
+def _download_weights(hub_id: str) -> str:
+    """Download the weights of a repository of an autoencoder, or of a pipeline."""
+    from huggingface_hub import hf_hub_download  # imported here because it is slow
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return hf_hub_download(hub_id, WEIGHTS)
+    except EntryNotFoundError:
+        return hf_hub_download(hub_id, f"autoencoder/{WEIGHTS}")
 
 
 def _check_hub_id(source: str | Path, expected: str) -> None:

@@ -50,6 +50,10 @@ class StageFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    def checkpoint_steps(self) -> list[int]:
+        """Return the steps of the checkpoints, in order."""
+        return sorted(int(path.name) for path in self.checkpoints.glob("[0-9]*") if path.name.isdigit())
+
     def preview(self, step: int) -> Path:
         return self.previews / f"{step:08d}.png"
 
@@ -90,6 +94,10 @@ class RunFolder:
     @property
     def data_identity(self) -> Path:
         return self.path / "data-identity.json"
+
+    @property
+    def changes(self) -> Path:
+        return self.path / "changes.json"
 
     @property
     def autoencoder(self) -> StageFolder:

@@ -41,7 +41,7 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
-        if self.warmup_steps >= self.steps:
+        if self.warmup_steps >= self.steps > 0:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
         return self
 
@@ -49,6 +49,9 @@ class TrainingConfig(Config):
 class AutoencoderTrainingConfig(TrainingConfig):
     """How the autoencoder is trained."""
 
+    steps: int = Field(
+        default=0, ge=0, le=2**40, description="optimizer steps; 0 uses pretrained weights without training them"
+    )
     unquantized_steps: int = Field(
         default=100,
         ge=0,

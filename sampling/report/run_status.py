@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sampling.evaluation.training_checks import codebook_warnings, prior_warnings
+from sampling.run_changes import RunChanges
 from sampling.run_config import RunConfig
 from vqvae2 import files
 from vqvae2.code_maps import MapSpec
@@ -42,6 +43,7 @@ class RunStatus:
     metrics: dict[str, Any] | None  # written by `vqvae2 evaluate`
     diagnosis: dict[str, Any] | None  # written by `vqvae2 diagnose`
     warnings: tuple[str, ...]  # derived from the metrics of the stages
+    changes: list[list[str]]  # rows: setting, stage, step, value before, value after
 
     @property
     def name(self) -> str:
@@ -93,6 +95,10 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
         metrics=_json(folder.metrics),
         diagnosis=_json(folder.diagnosis / "diagnosis.json"),
         warnings=tuple(warnings),
+        changes=[
+            [each.setting, each.stage, f"{each.step:,}", str(each.before), str(each.after)]
+            for each in RunChanges.read(folder).changes
+        ],
     )
 
 
@@ -103,9 +109,9 @@ def _training(folder: StageFolder, steps: int) -> StageStatus:
     for entry in _log(folder):
         step = int(entry["step"])
         metrics |= {name.removeprefix("validation/"): entry[name] for name in entry if name.startswith("validation/")}
-    metrics = summary.get("validation", metrics)
     if folder.weights.is_file():
-        return StageStatus("finished", f"{steps:,} steps", summary.get("seconds"), metrics)
+        detail = f"{steps:,} steps" if steps else "pretrained"
+        return StageStatus("finished", detail, summary.get("seconds"), summary.get("validation", metrics))
     if step:
         return StageStatus("in progress", f"step {step:,} of {steps:,}", None, metrics)
     return StageStatus("not started")

@@ -1,5 +1,6 @@
 """Stage 1: train the autoencoder on images."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from sampling.evaluation.training_checks import codebook_warnings
 from sampling.run_data import open_run_datasets
-from train.accelerator import to_device
+from train.accelerator import make_accelerator, to_device
 from train.loop import AuxiliaryNetwork, TrainingStage, train
 from train.losses import (
     AdversarialLoss,
@@ -19,6 +20,7 @@ from train.losses import (
     make_perceptual_loss,
 )
 from train.run import Run, RunOptions, open_run, print_main
+from vqvae2 import files
 from vqvae2.data.images import ImageDataset, ImageSample, to_float, to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.metrics.codebook_usage import CodebookUsage
@@ -26,7 +28,7 @@ from vqvae2.metrics.reconstruction import ReconstructionStatistics
 from vqvae2.models import Autoencoder
 from vqvae2.pictures import interleave_rows, save_grid
 from vqvae2.quantizers import GradientQuantizer
-from vqvae2.run_folder import level_names
+from vqvae2.run_folder import StageFolder, level_names
 from vqvae2.training_config import AutoencoderLossConfig
 
 _PREVIEW_IMAGES = 16
@@ -89,6 +91,11 @@ class AutoencoderStage(TrainingStage):
         self.training_data, self.validation_data = open_run_datasets(run.config.data, run.folder)
         torch.manual_seed(self.config.training.seed)
         self._network = self.config.model.build(shape, channels)
+        self.pretrained = None
+        if self.config.pretrained is not None:
+            self.pretrained = Autoencoder.from_pretrained(self.config.pretrained)
+            self._network.load_state_dict(self.pretrained.state_dict())
+            self.made_from = {"pretrained": self.pretrained.digest}
         self.adversarial = None
         if loss.adversarial.weight:
             discriminator = loss.adversarial.discriminator.build(shape, channels)
@@ -116,7 +123,7 @@ class AutoencoderStage(TrainingStage):
         return self._network
 
     def before_update(self, step: int) -> None:
-        self._objective.quantized = step >= self.config.training.first_quantized_step
+        self._objective.quantized = self.pretrained is not None or step >= self.config.training.first_quantized_step
         if self.adversarial:
             self.adversarial.active = step >= self.adversarial.config.start
 
@@ -160,7 +167,7 @@ class AutoencoderStage(TrainingStage):
         save_grid(path, blocks, columns)
 
     def save(self, path: Path) -> None:
-        self.network.save(path, data=self.run.config.data.path, config=self.config.to_dict())
+        self.network.save(path, data=self.run.config.data.path, config=self.config.to_dict(), **self.made_from)
 
 
 @torch.no_grad()
@@ -202,7 +209,28 @@ def train_autoencoder(run: Run) -> None:
     if folder.weights.is_file():
         print_main(f"autoencoder: already complete, {folder.weights}")
         return
-    train(AutoencoderStage(run), run.config.autoencoder.training, folder.path, run.config.data.num_workers)
+    stage = AutoencoderStage(run)
+    if stage.config.training.steps:
+        train(stage, stage.config.training, folder.path, run.config.data.num_workers)
+    else:
+        _copy_pretrained(stage, folder)
+
+
+def _copy_pretrained(stage: AutoencoderStage, folder: StageFolder) -> None:
+    """Validate the pretrained weights on the images of the run, and copy them to its folder."""
+    assert stage.pretrained is not None
+    print_main(f"autoencoder: using {stage.config.pretrained} without training")
+    started = time.monotonic()
+    accelerator = make_accelerator()
+    stage.network.to(accelerator.device).eval()
+    validation = stage.validate(accelerator)
+    if accelerator.is_main_process:
+        stage.preview(folder.preview(0))
+        seconds = round(time.monotonic() - started, 1)
+        files.write_json(folder.summary, {"steps": 0, "seconds": seconds, "validation": validation})
+        # The same bytes as the original, unless it was made for images of another size.
+        stage.network.save(folder.weights, **stage.pretrained.made_from)
+    accelerator.wait_for_everyone()
 
 
 def main(options: TrainAutoencoderOptions) -> None:

@@ -14,9 +14,10 @@ from sampling.evaluation.training_checks import prior_warnings
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, sample_level
 from train.accelerator import to_device
+from train.checkpoints import check_made_from
 from train.loop import TrainingStage, train
 from train.run import Run, RunOptions, open_run, print_main
-from vqvae2 import files
+from vqvae2 import checkpoint, files
 from vqvae2.data.code_store import CodeBatch, CodeStore, to_int64
 from vqvae2.data.images import to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
@@ -68,7 +69,6 @@ class PriorStage(TrainingStage):
         self.training_data = store = _open_store(run, "train")
         self.validation_data = _open_store(run, "val")
         header = store.header
-        self.codes_digest = header.digest
         self.level = run.config.levels.index(level)
         maps = header.levels
         spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], num_classes=len(header.classes))
@@ -78,6 +78,7 @@ class PriorStage(TrainingStage):
         self._network.gradient_checkpointing = self.config.training.gradient_checkpointing
         self.objective = PriorObjective(self._network, self.level, self.config.loss.label_dropout)
         self.autoencoder = Autoencoder.load(run.folder.autoencoder_weights)
+        self.made_from = {"autoencoder": self.autoencoder.digest, "codes": header.digest}
         self.unigram_entropy = self._unigram_entropy()
         self.curves = {"nats per code": ["train/loss", "validation/nll", "validation/uniform", "validation/unigram"]}
 
@@ -116,9 +117,8 @@ class PriorStage(TrainingStage):
         save_grid(path, *interleave_rows(before, after, columns=_PREVIEW_IMAGES))
 
     def save(self, path: Path) -> None:
-        made_from = {"autoencoder": self.autoencoder.digest, "codes": self.codes_digest}
-        made_from["label_dropout"] = self.config.loss.label_dropout
-        save_prior(path, self.network, self.config.model, **made_from)
+        label_dropout = self.config.loss.label_dropout
+        save_prior(path, self.network, self.config.model, **self.made_from, label_dropout=label_dropout)
 
     def _unigram_entropy(self) -> float:
         usage = CodebookUsage(self.network.spec.level.codebook_size)
@@ -148,6 +148,8 @@ def train_prior(run: Run, level: str) -> None:
         raise UserError(f"--level: there is no level {level!r}. The levels are {', '.join(run.config.levels)}.")
     folder = run.folder.prior(level)
     if folder.weights.is_file():
+        made_from = {"autoencoder": files.digest(run.folder.autoencoder_weights)}
+        check_made_from(checkpoint.read_metadata(folder.weights).get("made_from", {}), made_from, folder.weights)
         print_main(f"prior-{level}: already complete, {folder.weights}")
         return
     stage = PriorStage(run, level)

@@ -200,7 +200,7 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: Path | str, device: torch.device | str = "cpu") -> "Autoencoder":
-        """Load the weights in a safetensors file, in a folder, or in a hub repository `OWNER/NAME`.
+        """Load the weights in a safetensors file, in a folder, in a run, or in a hub repository `OWNER/NAME`.
 
         Returns the network in evaluation mode, without gradients.
 
@@ -208,6 +208,17 @@ class Autoencoder(nn.Module):
             UserError: If there are no weights, or they are corrupted.
         """
         return cls.load(weights_file(source), device)
+
+    @classmethod
+    def read_pretrained_config(cls, source: Path | str) -> tuple[AutoencoderConfig, int]:
+        """Return the settings and the number of image channels of what `from_pretrained` loads. Reads no weights.
+
+        Raises:
+            UserError: If there are no weights.
+        """
+        path = weights_file(source)
+        stored = _StoredAutoencoder.from_dict(checkpoint.read_metadata(path, "autoencoder"), str(path))
+        return stored.config, stored.image_channels
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write model.safetensors, which contains weights and config, to a folder that `from_pretrained` reads."""

@@ -1,0 +1,114 @@
+"""Continue a run with changed training settings: `--resume-with-changes`."""
+
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from sampling.report.report import write_report
+from tests.test_commands import contents, fails
+from train.checkpoints import Checkpoints
+from vqvae2 import checkpoint
+from vqvae2.__main__ import main
+
+TRAINING = "--priors.top.training"
+CHANGES = [f"{TRAINING}.steps", "9", f"{TRAINING}.learning-rate", "1e-3", f"{TRAINING}.batch-size", "4"]
+
+
+def train_top(run: Path, *options: str) -> list[str]:
+    return ["train-prior", str(run / "config.yaml"), "--level", "top", *options]
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A finished run without samples."""
+    return shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
+
+
+def test_changes_need_the_option_and_are_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    fails(capsys, train_top(run, *CHANGES), "priors.top.training", "add --resume-with-changes")
+    assert contents(run) == before
+    trained = (run / "prior-top" / "model.safetensors").read_bytes()
+    assert main(train_top(run, *CHANGES, "--resume-with-changes")) == 0
+    assert (run / "prior-top" / "model-00000004.safetensors").read_bytes() == trained, "the old result is kept"
+    assert json.loads((run / "prior-top" / "summary.json").read_text())["steps"] == 9
+    assert (run / "prior-bottom" / "model.safetensors").read_bytes() == before["prior-bottom/model.safetensors"]
+    recorded = json.loads((run / "changes.json").read_text())["changes"]
+    assert [(each["step"], each["setting"], each["before"], each["after"]) for each in recorded] == [
+        (4, "priors.top.training.steps", 4, 9),
+        (4, "priors.top.training.batch_size", 8, 4),
+        (4, "priors.top.training.learning_rate", 3e-4, 1e-3),
+    ]
+    after = contents(run)
+    assert main(train_top(run, *CHANGES, "--resume-with-changes")) == 0  # the same command again
+    assert contents(run) == after
+    assert main(["sample", str(run)]) == 0
+    page = write_report(run).read_text()
+    assert "priors.top.training.learning_rate" in page
+    assert "Settings changed during training" in page
+
+
+def test_changed_run_resumes_exactly(run: Path, tmp_path: Path) -> None:
+    """A run that is killed after a change gives the same weights as one that is not."""
+    killed = shutil.copytree(run, tmp_path / "killed")
+    assert main(train_top(run, *CHANGES, "--resume-with-changes")) == 0
+    save = Checkpoints.save
+
+    def save_and_die(self: Checkpoints, state: object) -> None:
+        save(self, state)  # pyright: ignore[reportArgumentType]
+        raise KeyboardInterrupt
+
+    with mock.patch.object(Checkpoints, "save", save_and_die):
+        assert main(train_top(killed, *CHANGES, "--resume-with-changes")) == 130
+    assert main(train_top(killed)) == 0  # the changes are part of the run's config by now
+    expected, found = (checkpoint.load(each / "prior-top" / "model.safetensors")[0] for each in (run, killed))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (run / "changes.json").read_bytes() == (killed / "changes.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        (f"{TRAINING}.steps", "3", "3 is less than the 4 steps trained already"),
+        (f"{TRAINING}.seed", "1", "training.seed = 0, not 1"),
+        ("--priors.top.model.channels", "16", "model.channels = 8, not 16"),
+        ("--data.size", "64", "data.size = 32, not 64"),
+        ("--autoencoder.training.steps", "9", "codes was made from the autoencoder as it is"),
+    ],
+)
+def test_other_changes_are_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, expected: str
+) -> None:
+    before = contents(run)
+    fails(capsys, train_top(run, option, value, "--resume-with-changes"), expected)
+    assert contents(run) == before
+
+
+def test_stages_that_have_not_begun_may_change_in_any_way(run: Path) -> None:
+    shutil.rmtree(run / "prior-top")
+    options = ["--priors.top.model.channels", "16", f"{TRAINING}.seed", "1", "--resume-with-changes"]
+    assert main(train_top(run, *options)) == 0
+    assert not (run / "changes.json").exists(), "nothing was trained with the old settings"
+
+
+def test_stage_without_checkpoints_cannot_continue(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "prior-top" / "checkpoints")
+    fails(capsys, train_top(run, *CHANGES, "--resume-with-changes"), "prior-top has no checkpoint to continue from")
+
+
+def test_prior_of_another_autoencoder_is_not_taken_as_complete(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Train the autoencoder further after its codes were deleted, then extract them again."""
+    shutil.rmtree(run / "codes")
+    config = str(run / "config.yaml")
+    change = ["--autoencoder.training.steps", "8", "--resume-with-changes"]
+    assert main(["train-autoencoder", config, *change]) == 0
+    assert main(["extract-codes", config]) == 0
+    fails(capsys, train_top(run), "prior-top/model.safetensors", "trained on another `autoencoder`", "Delete")
+    (run / "prior-top" / "model.safetensors").unlink()
+    fails(capsys, train_top(run), "prior-top/checkpoints", "trained on another `autoencoder`", "Delete")
+    shutil.rmtree(run / "prior-top")
+    assert main(train_top(run)) == 0
