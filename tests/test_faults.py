@@ -140,6 +140,16 @@ def test_killed_worker_gives_one_line_error() -> None:
         list(load_batches(KillsItsWorker(), SequentialBatchSampler(8, 2), num_workers=1))
 
 
+def test_death_of_a_worker_does_not_interrupt_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    batches = load_batches(KillsItsWorker(), SequentialBatchSampler(8, 1), num_workers=1)
+    next(batches)
+    time.sleep(0.5)  # the worker reads ahead, and dies here
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    with pytest.raises(UserError, match="a worker process died"):
+        list(batches)
+
+
 def test_data_removed_between_stages_gives_one_line_error_and_keeps_results(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,20 +1,29 @@
 """Interrupt every stage at random moments, rerun the command, and compare the results with an uninterrupted run.
 
-    python -m tests.harness.kills [--moments 20] [--signals KILL TERM] [--stages autoencoder extract …] [--seed 0]
+    python -m tests.harness.kills [--moments 20] [--kinds kill term …] [--stages autoencoder extract …] [--seed 0]
 
-SIGKILL ends the main process immediately, as the out-of-memory killer does; its workers must exit. SIGTERM requests a
-stop, as a scheduler does before preemption: the command prints how to resume and exits with status 143. All output
-files of a stage are compared byte by byte, except for times, older checkpoints and TensorBoard logs. Of an LMDB, the
-records are compared instead of the pages. The exit status is 1 if anything differs.
+The kinds of interruptions:
+
+    kill     SIGKILL ends the main process, as the out-of-memory killer does; its workers must exit
+    term     SIGTERM requests the main process to stop; it prints how to resume and exits with status 143
+    group    SIGTERM to the main process and its workers at once, as systemd and most schedulers send it
+    worker   SIGKILL ends a worker; the command prints one line and exits with status 2
+    disk     the disk is full after a random part of the output; the command prints one line and exits with status 2
+    twice    the same command is started a second time; it waits for nothing, and is refused or finds the work complete
+
+All output files of a stage are compared byte by byte, except for times, older checkpoints and TensorBoard logs. Of an
+LMDB, the records are compared instead of the pages. The exit status is 1 if anything differs.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -110,21 +119,71 @@ def wait(process: int, seconds: float) -> int | None:
         time.sleep(0.002)
 
 
-def run(stage: Stage, work: Path, name: str, after: float | None = None, number: int = 0) -> tuple[int, float]:
-    """Run a stage in the folder `name`, with signal `number` after `after` seconds; return status and duration."""
+def launch(stage: Stage, work: Path, name: str) -> int:
+    """Start a stage in the folder `name`, and return the process id."""
     paths = {"HERE": work / name, "PHOTOGRAPHS": work / "photographs", "CONFIG": work / "config.yaml"}
     arguments = [
         re.sub("^(HERE|PHOTOGRAPHS|CONFIG)", lambda found: str(paths[found[0]]), part) for part in stage.command
     ]
-    started = time.monotonic()
-    process = start(arguments, work / f"{name}.log")
-    status = wait(process, _RUN_TIMEOUT_S if after is None else after)
-    if status is None:
-        os.kill(process, number)
-        status = wait(process, _EXIT_TIMEOUT_S)
-        _wait_for_group(process)
-    assert status is not None, f"{' '.join(arguments)}: does not exit within {_EXIT_TIMEOUT_S} s"
-    return status, time.monotonic() - started
+    return start(arguments, work / f"{name}.log")
+
+
+def finish(process: int, seconds: float = _RUN_TIMEOUT_S) -> int:
+    """Wait for a command and its workers, and return its exit status."""
+    status = wait(process, seconds)
+    _wait_for_group(process)
+    assert status is not None, f"the command does not exit within {seconds} s"
+    return status
+
+
+def interrupt(kind: str, stage: Stage, work: Path, moment: float) -> set[int]:
+    """Run a stage in the folder `resumed`, interrupt it after `moment` seconds, and return the exit statuses."""
+    process = launch(stage, work, "resumed")
+    if kind == "disk":
+        return {finish(process)}
+    status = wait(process, moment)
+    if kind == "twice":
+        second = launch(stage, work, "resumed")
+        return {finish(process) if status is None else status, finish(second)}
+    if status is not None:
+        return {status}
+    if kind == "kill":
+        os.kill(process, signal.SIGKILL)
+    elif kind == "term":
+        os.kill(process, signal.SIGTERM)
+    elif kind == "group":
+        os.killpg(process, signal.SIGTERM)
+    elif workers := Path(f"/proc/{process}/task/{process}/children").read_text().split():
+        with contextlib.suppress(ProcessLookupError):  # it may have finished
+            os.kill(int(workers[-1]), signal.SIGKILL)
+    return {finish(process, _RUN_TIMEOUT_S if kind == "worker" else _EXIT_TIMEOUT_S)}
+
+
+# Statuses of an interrupted command. Before it installs its handler, SIGTERM has the default effect.
+STATUSES = {
+    "kill": {0, -signal.SIGKILL},
+    "term": {0, -signal.SIGTERM, 128 + signal.SIGTERM},
+    "group": {0, -signal.SIGTERM, 128 + signal.SIGTERM},
+    "worker": {0, 2},
+    "disk": {0, 2},
+    "twice": {0, 2},
+}
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Callable[[], None]]:
+    """Mount a file system of `size` bytes on a folder, and yield a function that makes it large. Requires root."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True) and None
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def used_bytes(folder: Path) -> int:
+    """Return the space that a folder takes on a file system with pages of 4 KiB."""
+    return sum(-(-path.stat().st_blocks * 512 // 4096) * 4096 if path.is_file() else 4096 for path in folder.rglob("*"))
 
 
 def _wait_for_group(leader: int) -> None:
@@ -175,36 +234,43 @@ def compare(uninterrupted: Path, resumed: Path) -> list[str]:
     return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
-def check(name: str, work: Path, moments: Iterator[float], signals: list[int], report: Callable[[str], None]) -> int:
-    """Interrupt a stage at each fraction of its duration with each signal; return how many results differ."""
-    stage, failures = STAGES[name], 0
-    before = work / "before"
-    shutil.rmtree(before, ignore_errors=True)
-    shutil.copytree(work / "uninterrupted", before)
-    status, duration = run(stage, work, "uninterrupted")
-    assert status == 0, (work / "uninterrupted.log").read_text()[-2000:]
-    num_stopped = 0
+def check(name: str, kind: str, work: Path, moments: list[float]) -> int:
+    """Interrupt a stage at each fraction of its duration, or of its output; return how many results differ.
+
+    The stage has been run in the folder `uninterrupted`, from the files in the folder `before`.
+    """
+    stage, duration = STAGES[name], float((work / "duration").read_text())
+    before, resumed, log = work / "before", work / "resumed", work / "resumed.log"
+    output = used_bytes(work / "uninterrupted") - used_bytes(before)
+    failures = num_stopped = 0
     for moment in moments:
-        for number in signals:
-            shutil.rmtree(work / "resumed", ignore_errors=True)
-            shutil.copytree(before, work / "resumed")
-            first, _ = run(stage, work, "resumed", moment * duration, number)
-            num_stopped += first != 0
-            second, _ = run(stage, work, "resumed")
-            differ = compare(work / "uninterrupted" / stage.output, work / "resumed" / stage.output)
-            # Before the command installs its handler, SIGTERM has the default effect.
-            expected = {0, -number} | ({128 + number} if number == signal.SIGTERM else set())
-            if differ or second or first not in expected:
-                failures += 1
-                log = (work / "resumed.log").read_text()[-1000:]
-                report(
-                    f"{name}: {signal.Signals(number).name} at {moment:.2f}: status {first}, {second}; {differ}\n{log}"
-                )
-            (work / "resumed.log").unlink()
-    report(
-        f"{name}: {duration:.1f} s uninterrupted; {num_stopped} times stopped before its end; {failures} results differ"
-    )
+        shutil.rmtree(resumed, ignore_errors=True)
+        size = used_bytes(before) + int(moment * output)
+        with small_disk(resumed, size) if kind == "disk" else contextlib.nullcontext(lambda: None) as enlarge:
+            shutil.copytree(before, resumed, dirs_exist_ok=True)
+            statuses = interrupt(kind, stage, work, moment * duration)
+            enlarge()
+            printed = log.read_text()
+            last = finish(launch(stage, work, "resumed"))
+            differ = compare(work / "uninterrupted" / stage.output, resumed / stage.output)
+        num_stopped += statuses != {0}
+        unexpected = statuses - STATUSES[kind] or (kind == "twice" and 0 not in statuses)
+        if differ or last or unexpected or "Traceback" in printed:
+            failures += 1
+            print(f"{name}: {kind} at {moment:.3f}: status {statuses}, then {last}; {differ}\n{printed[-2000:]}")
+        log.unlink()
+    print(f"{name}: {kind}: {num_stopped} of {len(moments)} times stopped before its end; {failures} failures")
     return failures
+
+
+def run_uninterrupted(name: str, work: Path) -> None:
+    """Run a stage in the folder `uninterrupted`; keep the files it starts from in `before`, and its duration."""
+    shutil.rmtree(work / "before", ignore_errors=True)
+    shutil.copytree(work / "uninterrupted", work / "before")
+    started = time.monotonic()
+    status = finish(launch(STAGES[name], work, "uninterrupted"))
+    assert status == 0, (work / "uninterrupted.log").read_text()[-2000:]
+    (work / "duration").write_text(str(time.monotonic() - started))
 
 
 def photographs(folder: Path, count: int) -> None:
@@ -217,20 +283,20 @@ def photographs(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    """Print one line per stage."""
+    """Print one line per stage and kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
-    parser.add_argument("--signals", nargs="+", default=["KILL", "TERM"], choices=["KILL", "TERM"])
+    parser.add_argument("--kinds", nargs="+", default=list(STATUSES), choices=list(STATUSES))
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=900)
     parser.add_argument("--steps", type=int, default=120, help="training steps of each stage")
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_num_threads(1)  # forking a multithreaded process is unsafe
     for each in COMMANDS.values():
         importlib.import_module(each.target.partition(":")[0])
     rng = random.Random(options.seed)
-    signals = [int(getattr(signal, f"SIG{name}")) for name in options.signals]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         photographs(work / "photographs", options.images)
@@ -238,12 +304,10 @@ def main() -> None:
         (work / "config.yaml").write_text(config)
         (work / "uninterrupted").mkdir()
         failures = 0
-        for name, stage in STAGES.items():
-            if name in options.stages:
-                moments = (rng.random() for _ in range(options.moments))
-                failures += check(name, work, moments, signals, lambda text: print(text, flush=True))
-            else:
-                run(stage, work, "uninterrupted")
+        for name in STAGES:
+            run_uninterrupted(name, work)
+            for kind in options.kinds if name in options.stages else ():
+                failures += check(name, kind, work, [rng.random() for _ in range(options.moments)])
     sys.exit(failures > 0)
 
 

@@ -6,7 +6,9 @@ samples in the same order as one.
 """
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import Process
 from typing import Any, Protocol
 
@@ -118,7 +120,8 @@ def load_batches(
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_init_worker,
     )
-    batches = iter(loader)
+    with _without_sigchld_handler():
+        batches = iter(loader)
     while True:
         try:
             batch = next(batches)
@@ -138,6 +141,23 @@ def load_batches(
             finally:
                 del batch, batches  # break the reference cycle with the traceback, so that the workers exit at once
         yield batch
+
+
+@contextmanager
+def _without_sigchld_handler() -> Iterator[None]:
+    """Remove the SIGCHLD handler that DataLoader installs.
+
+    The handler raises an exception at whatever the main process is doing when a worker dies. Without it, the exception
+    is raised when the next batch is requested.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+        yield
+        return
+    previous = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
 
 def _has_dead_worker(batches: object, error: Exception) -> bool:
