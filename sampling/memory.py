@@ -52,7 +52,7 @@ def free_bytes(device: torch.device) -> float:
         return math.inf
     lines = (line.split() for line in meminfo.read_text(encoding="utf-8").splitlines())
     kibibytes = {words[0].rstrip(":"): int(words[1]) for words in lines}
-    return kibibytes["MemAvailable"] * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return kibibytes.get("MemAvailable", math.inf) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _reachable_bytes(decoder: object) -> int:

@@ -79,3 +79,13 @@ def test_memory_limit_does_not_change_the_images(
     assert summary["images"] == 5
     assert summary["images_per_second"] > 0
     assert torch.isfinite(torch.tensor(summary["seconds"]))
+
+
+def test_unknown_free_memory_does_not_limit_the_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    prior = build(size=(8, 6), kind="pixelsnail")
+    for content in (None, "MemTotal: 100 kB\n", ""):  # no file, as on macOS, or one without the value
+        if content is not None:
+            (tmp_path / "meminfo").write_text(content)
+        monkeypatch.setattr(memory, "Path", lambda _: tmp_path / "meminfo")
+        assert memory.free_bytes(torch.device("cpu")) == float("inf")
+        assert batch_that_fits(prior, 100, False, None) == 100

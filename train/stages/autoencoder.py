@@ -1,5 +1,6 @@
 """Stage 1: train the autoencoder on images."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from sampling.evaluation.training_checks import codebook_warnings
+from sampling.processes import processes
 from sampling.run_data import open_run_datasets
 from train.accelerator import make_accelerator, to_device
 from train.loop import AuxiliaryNetwork, TrainingStage, train
@@ -123,7 +126,11 @@ class AutoencoderStage(TrainingStage):
         return self._network
 
     def before_update(self, step: int) -> None:
-        self._objective.quantized = self.pretrained is not None or step >= self.config.training.first_quantized_step
+        first = 0 if self.pretrained is not None else self.config.training.first_quantized_step
+        self._objective.quantized = step >= first
+        uninitialized = not all(getattr(each, "initialized", True) for each in self.network.quantizers)
+        if step == first and uninitialized and processes().is_main_process:  # may take a minute with many codes
+            tqdm.write("autoencoder: initializing the codebooks with k-means", sys.stderr)
         if self.adversarial:
             self.adversarial.active = step >= self.adversarial.config.start
 
