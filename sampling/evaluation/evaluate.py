@@ -117,7 +117,7 @@ def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict
 
 
 def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, str | None]:
-    if not manifest_path(samples).is_file():
+    if read_manifest(samples, SampleManifest) is None:
         raise UserError(f"{samples}: no samples found. Create them with `vqvae2 sample {folder.path}`.")
     reference = Path(config.reference)
     return {

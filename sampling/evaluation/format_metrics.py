@@ -27,8 +27,10 @@ def format_cas(result: dict[str, Any]) -> list[str]:
         ("CAS, real images", result.get("real"), "real images"),
     ):
         if score:
-            accuracies = ", ".join(f"top-{key[3:]} {score[key]:.1%}" for key in ("top1", "top5") if key in score)
-            warning = f"; {score['warning']}" if "warning" in score else ""
+            accuracies = ", ".join(
+                f"top-{key[3:]} {score[key]:.1%}" for key in ("top1", "top5") if score.get(key) is not None
+            )
+            warning = f"; {score['warning']}" if score.get("warning") else ""
             setup = f"{score['model']} trained on {score['trained_on']} {source}{warning}"
             lines.append(_line(label, f"{accuracies} on {score['tested_on']} held-out images ({setup})"))
     return lines

@@ -162,7 +162,10 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
     Raises:
         UserError: If the file is invalid.
     """
-    return Metrics.from_json(path, _FIX).model_dump(mode="json", exclude_unset=True) if path.is_file() else None
+    if not path.is_file():
+        return None
+    metrics = Metrics.from_json(path, _FIX).model_dump(mode="json", exclude_unset=True)
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def attempt(measure: Callable[[], Any]) -> Any:
