@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, UInt8
@@ -14,13 +14,14 @@ from tyro.conf import Positional
 
 from sampling.editing import sample_variants
 from sampling.masks import HALVES, keep_coarsest, keep_masked, read_mask
-from sampling.output_folder import check_folder, check_new, next_free_folder, read_manifest
+from sampling.output_folder import Manifest, check_folder, check_new, next_free_folder, read_manifest
 from sampling.params import ClassLabels, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
 from sampling.sample_level import PartialCodes
 from vqvae2 import files
 from vqvae2.command_line import Options
+from vqvae2.config import Config
 from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.pictures import hwc_to_chw, save_grid, save_png
 from vqvae2.run_folder import RunFolder
@@ -54,15 +55,32 @@ class VariationsOptions(EditOptions):
     keep_levels: int = Field(default=1, ge=1, description="number of coarsest levels to keep")
 
 
+class EditedImage(Config):
+    """An edited image in a manifest."""
+
+    name: str
+    digest: str
+
+
+class EditManifest(Manifest):
+    """How the images in a folder of `vqvae2 inpaint` or `vqvae2 variations` were made."""
+
+    kind: Literal["inpaintings", "variations"]
+    images: tuple[EditedImage, ...]
+    keep: str | int | dict[str, str]  # half of the image, number of levels, or digest of the mask
+    variants: int
+    labels: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Edit:
     """One edit of a batch of images."""
 
-    kind: str  # "inpaintings" or "variations", also the name of the folder
+    kind: Literal["inpaintings", "variations"]  # also the name of the folder
     images: UInt8[Tensor, "b c h w"]
     shown: UInt8[Tensor, "b c h w"]  # what is kept, for the grid
     partial: Sequence[PartialCodes]  # finest level first
-    keep: Any  # for the manifest
+    keep: str | int | dict[str, str]  # for the manifest
     options: EditOptions
 
     def write(self, pipeline: VQVAE2Pipeline, run: RunFolder) -> Path:
@@ -70,7 +88,7 @@ class Edit:
         manifest, options = self._manifest(pipeline), self.options
         folder = options.out or next_free_folder(run.edits(self.kind), manifest)
         check_folder(folder, manifest)
-        if read_manifest(folder) == manifest:
+        if read_manifest(folder, EditManifest) == manifest:
             return folder
         check_new(folder)
         pipeline.check_params(options.params)
@@ -86,23 +104,23 @@ class Edit:
                 for variant, picture in enumerate(row):
                     save_png(partial / "images" / f"{image:06d}-{variant:02d}.png", picture)
             save_grid(partial / "grid.png", rows.flatten(0, 1), columns=rows.shape[1])
-            files.write_json(partial / "manifest.json", manifest)
+            manifest.write(partial)
         return folder
 
-    def _manifest(self, pipeline: VQVAE2Pipeline) -> dict[str, Any]:
+    def _manifest(self, pipeline: VQVAE2Pipeline) -> EditManifest:
         options = self.options
-        return {
-            "kind": self.kind,
-            "images": [{"name": path.name, "digest": files.digest(path)} for path in options.images],
-            "keep": self.keep,
-            "variants": options.variants,
-            "seed": options.seed,
-            "labels": list(options.classes),
-            "sampling_params": options.params.recorded(pipeline.levels),
-            "autoencoder": pipeline.autoencoder.digest,
-            "priors": [prior.digest for prior in pipeline.priors],
-            "torch": torch.__version__,
-        }
+        return EditManifest(
+            kind=self.kind,
+            images=tuple(EditedImage(name=path.name, digest=files.digest(path)) for path in options.images),
+            keep=self.keep,
+            variants=options.variants,
+            seed=options.seed,
+            labels=options.classes,
+            sampling_params=options.params.recorded(pipeline.levels),
+            autoencoder=str(pipeline.autoencoder.digest),
+            priors=tuple(str(prior.digest) for prior in pipeline.priors),
+            torch=torch.__version__,
+        )
 
 
 def inpaint(options: InpaintOptions) -> None:

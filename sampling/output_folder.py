@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, Self, TypeVar
 
 import torch
+from pydantic import Field, model_validator
 
+from sampling.params import SamplingParams
 from vqvae2 import files
+from vqvae2.code_maps import PositiveInt
+from vqvae2.config import Config
 from vqvae2.errors import UserError
 from vqvae2.pictures import read_png, save_grid, save_rows
 
@@ -14,12 +18,58 @@ _GRID_IMAGES = 64
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _PNG_END = b"IEND\xaeB`\x82"
 _MAX_CLASS_ROWS, _CLASS_ROW_IMAGES = 64, 8
+_FIX = "Restore it, or delete or choose another folder and sample again."
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder, or None if it has none."""
-    path = folder / "manifest.json"
-    return files.read_json(path) if path.is_file() else None
+class Manifest(Config):
+    """What the manifests of all commands record."""
+
+    seed: int = Field(ge=0, le=2**63 - 1)
+    sampling_params: SamplingParams
+    autoencoder: str  # digest
+    priors: tuple[str, ...]  # digests, finest level first
+    torch: str  # version
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json to a folder."""
+        files.write_json(manifest_path(folder), self.model_dump(mode="json", exclude_unset=True))
+
+
+class SampleManifest(Manifest):
+    """How the images in a folder of `vqvae2 sample` were made."""
+
+    count: int = Field(ge=1, le=2**40)
+    labels: tuple[Annotated[int, Field(ge=0)], ...] | None  # of each image; None without classes
+    class_names: tuple[str, ...]
+    image_size: tuple[PositiveInt, PositiveInt]  # (height, width)
+    format: Literal["png"] = "png"
+    rejection: dict[str, str | float] | None = None  # settings of the classifier-based rejection
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.labels is not None and len(self.labels) != self.count:
+            raise ValueError(f"labels: {len(self.labels)} labels for {self.count} images")
+        if self.labels and max(self.labels) >= len(self.class_names):
+            raise ValueError(f"labels: the label {max(self.labels)} is not one of {len(self.class_names)} classes")
+        return self
+
+
+_Manifest = TypeVar("_Manifest", bound=Manifest)
+
+
+def manifest_path(folder: Path) -> Path:
+    """Return the path of a folder's manifest."""
+    return folder / "manifest.json"
+
+
+def read_manifest(folder: Path, cls: type[_Manifest]) -> _Manifest | None:
+    """Return the manifest of a folder, or None if it has none.
+
+    Raises:
+        UserError: If the manifest is not a valid `cls`.
+    """
+    path = manifest_path(folder)
+    return cls.from_json(path, _FIX) if path.is_file() else None
 
 
 def next_free(first: Path, is_free: Callable[[Path], bool]) -> Path:
@@ -31,14 +81,14 @@ def next_free(first: Path, is_free: Callable[[Path], bool]) -> Path:
     return folder
 
 
-def next_free_folder(first: Path, manifest: dict[str, Any]) -> Path:
+def next_free_folder(first: Path, manifest: Manifest) -> Path:
     """Return the first of NAME, NAME-2, … that has no manifest or an equal one."""
-    return next_free(first, lambda folder: read_manifest(folder) in (None, manifest))
+    return next_free(first, lambda folder: read_manifest(folder, type(manifest)) in (None, manifest))
 
 
-def check_folder(folder: Path, manifest: dict[str, Any]) -> None:
+def check_folder(folder: Path, manifest: Manifest) -> None:
     """Raise UserError if a folder holds images made with other settings, or other files and no manifest."""
-    found = read_manifest(folder)
+    found = read_manifest(folder, type(manifest))
     if found is None:
         check_new(folder)
     elif found != manifest:

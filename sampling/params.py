@@ -127,11 +127,11 @@ class SamplingParams(Config):
             if level not in levels:
                 raise UserError(f"sampling: no level is named {level!r}. The levels are {', '.join(levels)}.")
 
-    def recorded(self, levels: Sequence[str]) -> dict[str, Any]:
-        """Return the parameters for a manifest, without `guidance_scale` if no level uses it."""
+    def recorded(self, levels: Sequence[str]) -> "SamplingParams":
+        """Return the parameters for a manifest, with `guidance_scale` unset if no level uses it."""
         guided = any(self.for_level(level).guidance_scale != 1 for level in levels)
-        names = set(SamplingParams.model_fields) - (set() if guided else {"guidance_scale"})
-        return self.model_dump(mode="json", include=names)
+        names = [name for name in SamplingParams.model_fields if guided or name != "guidance_scale"]
+        return SamplingParams(**{name: getattr(self, name) for name in names})
 
     def _named_levels(self) -> list[str]:
         values = [getattr(self, name) for name in SamplingParams.model_fields]

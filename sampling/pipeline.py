@@ -221,7 +221,7 @@ def _class_names(folder: RunFolder, autoencoder: Autoencoder, priors: Sequence[P
         UserError: If the code store is not the one that the priors were trained on.
     """
     if folder.model_index.is_file():
-        index = PipelineIndex.from_dict(files.read_json(folder.model_index), str(folder.model_index))
+        index = PipelineIndex.from_json(folder.model_index, "Save the pipeline again.")
         names, source = index.class_names, folder.model_index
     else:
         source = folder.code_store("train")

@@ -1,13 +1,19 @@
-"""The images of a run: opened, and compared with the images that the run was made from."""
+"""The images and the autoencoder of a run: opened, and compared with what the run was made from."""
 
 import hashlib
 
+import torch
+
+from sampling.run_config import RunConfig
 from vqvae2 import files
 from vqvae2.config import Config
 from vqvae2.data.images import DataConfig, ImageDataset, open_datasets
 from vqvae2.distributed import get_rank
 from vqvae2.errors import UserError
+from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder
+
+_IDENTITY_FIX = "Delete it; the next command records it again."
 
 
 class DataIdentity(Config):
@@ -33,7 +39,7 @@ def open_run_datasets(
     datasets = open_datasets(config, folder.data_index if use_cache else None)
     digest = hashlib.sha256("".join(dataset.digest() for dataset in datasets).encode()).hexdigest()
     if folder.data_identity.is_file():
-        recorded = DataIdentity.from_dict(files.read_json(folder.data_identity), str(folder.data_identity))
+        recorded = DataIdentity.from_json(folder.data_identity, _IDENTITY_FIX)
         if recorded.digest != digest:
             raise UserError(
                 f"data.path: {config.path} does not hold the images that {folder.path} was made from "
@@ -42,3 +48,34 @@ def open_run_datasets(
     elif get_rank() == 0:
         files.write_json(folder.data_identity, DataIdentity(path=config.path, digest=digest).to_dict())
     return datasets
+
+
+def load_run_autoencoder(config: RunConfig, folder: RunFolder, device: torch.device | str = "cpu") -> Autoencoder:
+    """Load the autoencoder of a run.
+
+    Raises:
+        UserError: If it is missing or damaged, or has other images or code maps than the run's config describes.
+    """
+    path = folder.autoencoder_weights
+    network = Autoencoder.load(path, device)
+    with torch.device("meta"):
+        expected = config.autoencoder.model.build(config.data.shape, config.data.channels)
+    for name, found, wanted in (
+        ("images", _describe_images(network), _describe_images(expected)),
+        ("code maps", _describe_maps(network), _describe_maps(expected)),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"{path}: an autoencoder of {name} {found}, but {folder.config} describes {wanted}. "
+                "Use the autoencoder of this run, or another run folder with the config of this autoencoder."
+            )
+    return network
+
+
+def _describe_images(network: Autoencoder) -> str:
+    height, width = network.size
+    return f"{height}×{width} with {network.image_channels} channels"
+
+
+def _describe_maps(network: Autoencoder) -> str:
+    return ", ".join(f"{spec.height}×{spec.width} of {spec.codebook_size} codes" for spec in network.map_specs)

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import UInt8
@@ -14,7 +14,15 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from sampling.evaluation.rejection import ClassifierRejection
-from sampling.output_folder import check_folder, image_path, is_complete_png, next_free_folder, write_grids
+from sampling.output_folder import (
+    SampleManifest,
+    check_folder,
+    image_path,
+    is_complete_png,
+    manifest_path,
+    next_free_folder,
+    write_grids,
+)
 from sampling.params import SamplingConfig
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
@@ -85,8 +93,8 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     manifest = _manifest(pipeline, config)
     folder = out or next_free_folder(RunFolder(run).samples, manifest)
     check_folder(folder, manifest)
-    if process.is_main_process:
-        files.write_json(folder / "manifest.json", manifest)
+    if process.is_main_process and not manifest_path(folder).is_file():
+        manifest.write(folder)
     size = pipeline.autoencoder.size
     missing = [number for number in range(config.count) if not is_complete_png(image_path(folder, number), size)]
     process.wait_for_everyone()  # so that every process finds the same images missing
@@ -98,9 +106,9 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     if process.is_main_process:
         if missing:
             _write_summary(folder / "summary.json", len(missing), time.monotonic() - started)
-        grids = ["grid.png", *(["classes.png"] if manifest["labels"] else [])]
+        grids = ["grid.png", *(["classes.png"] if manifest.labels else [])]
         if missing or not all((folder / name).is_file() for name in grids):
-            write_grids(folder, config.count, manifest["labels"], pipeline.class_names)
+            write_grids(folder, config.count, manifest.labels, pipeline.class_names)
     process.wait_for_everyone()
     return folder
 
@@ -113,20 +121,20 @@ def _write_summary(path: Path, images: int, seconds: float) -> None:
         files.write_json(path, {"seconds": round(seconds, 1), "images": images, "images_per_second": round(rate, 4)})
 
 
-def _manifest(pipeline: VQVAE2Pipeline, config: SamplingConfig) -> dict[str, Any]:
+def _manifest(pipeline: VQVAE2Pipeline, config: SamplingConfig) -> SampleManifest:
     labels = pipeline.labels_of(range(config.count), config.classes)
-    return {
-        "seed": config.seed,
-        "count": config.count,
-        "sampling_params": config.recorded(pipeline.levels),
-        "labels": None if labels is None else labels.tolist(),
-        "class_names": list(pipeline.class_names),
-        "autoencoder": pipeline.autoencoder.digest,
-        "priors": [prior.digest for prior in pipeline.priors],
-        "image_size": list(pipeline.autoencoder.size),
-        "format": "png",
-        "torch": torch.__version__,
-    }
+    return SampleManifest(
+        seed=config.seed,
+        count=config.count,
+        sampling_params=config.recorded(pipeline.levels),
+        labels=None if labels is None else tuple(labels.tolist()),
+        class_names=pipeline.class_names,
+        autoencoder=str(pipeline.autoencoder.digest),
+        priors=tuple(str(prior.digest) for prior in pipeline.priors),
+        image_size=pipeline.autoencoder.size,
+        format="png",
+        torch=torch.__version__,
+    )
 
 
 def main(options: SampleOptions) -> None:

@@ -142,12 +142,14 @@ def test_invalid_options_give_one_line_errors(
     fails(capsys, [*evaluate, "--cas.real"], "--cas.real", "--cas.enabled")
     fails(capsys, [*evaluate, "--cas.enabled", "--cas.steps", "0"], "steps", "greater than or equal to 1")
     fails(capsys, [*evaluate, "--cas.enabled", "--cas.model", "vgg16"], "model", "resnet18")
-    fails(capsys, [*evaluate, "--cas.enabled", "--samples", str(tmp_path)], "manifest.json", "no such file")
+    fails(capsys, [*evaluate, "--cas.enabled", "--samples", str(tmp_path)], "no samples found")
     samples = shutil.copytree(finished_run / "samples", tmp_path / "samples")
     manifest = json.loads((samples / "manifest.json").read_text())
     (samples / "manifest.json").write_text(json.dumps(manifest | {"labels": None, "class_names": []}))
     fails(capsys, [*evaluate, "--cas.enabled", "--samples", str(samples)], str(samples), "no labels", "data.labels")
-    (samples / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["a", "b"]}))
+    (samples / "manifest.json").write_text(
+        json.dumps(manifest | {"class_names": ["a", "b"], "labels": [0, 1, 0, 1, 0]})
+    )
     fails(
         capsys,
         [*evaluate, "--cas.enabled", "--samples", str(samples)],

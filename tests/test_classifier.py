@@ -123,7 +123,7 @@ def test_preprocessing_is_independent_per_image() -> None:
 def test_labeled_samples_read_labels_from_manifest(finished_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished_run / "samples", tmp_path / "samples")
     samples = LabeledSamples(folder)
-    assert [samples[number].label for number in range(5)] == samples.labels == [0, 1, 2, 3, 4]
+    assert [samples[number].label for number in range(5)] == list(samples.labels) == [0, 1, 2, 3, 4]
     assert samples[2].image.shape == (3, 32, 32)
     (folder / "images" / "000003.png").unlink()
     with pytest.raises(UserError, match=r"1 of 5 images are missing, the first is 000003\.png"):

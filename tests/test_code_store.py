@@ -17,7 +17,7 @@ from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 
 
-def header(count: int, *levels: tuple[int, int, int], classes: tuple[str, ...] = ()) -> CodeHeader:
+def header(count: int, *levels: tuple[int, int, int], classes: tuple[str, ...] = tuple("abcde")) -> CodeHeader:
     maps = tuple(MapSpec(codebook_size=codes, height=height, width=width) for codes, height, width in levels)
     return CodeHeader(levels=maps, count=count, classes=classes, split="train", source="here", autoencoder="a" * 64)
 

@@ -155,7 +155,7 @@ def test_wrong_feature_size_and_too_few_samples_raise() -> None:
     with pytest.raises(UserError, match="got none"):
         _ = statistics.mean
     statistics.update(torch.zeros(1, 4))
-    with pytest.raises(UserError, match="at least two images, got 1"):
+    with pytest.raises(UserError, match="at least 2 images, got 1"):
         _ = statistics.covariance
 
 

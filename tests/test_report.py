@@ -86,6 +86,11 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
     fid = {"value": 123.456, "text": f"123.46 (5 samples, 20 reference; {few})", "comparable": False}
     metrics = {
         "made_from": {"samples": samples, "autoencoder": "a" * 64, "reference": "validation"},
+        "reconstruction": {"mse": 0.01, "psnr": 20.0, "ssim": 0.5},
+        "codes": {},
+        "likelihood": {},
+        "bits_per_image": 300.0,
+        "bits_per_dimension": 0.1,
         "fid": fid,
         "rfid": {"value": 65.4, "text": f"65.40 (20 images; {few})", "comparable": False},
         "kid": {"mean": 0.0123, "std": 0.004},
@@ -93,9 +98,18 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
         "precision_recall": {"precision": 0.125, "recall": 0.25, "density": 1.5, "coverage": 0.75},
         "warnings": [],
         "protocol": {
-            "samples": {"count": 5, "size": [32, 32], "formats": {"png": 5}, "seed": 0, "autoencoder": "a" * 64},
+            "samples": {
+                "count": 5,
+                "size": [32, 32],
+                "formats": {"png": 5},
+                "seed": 0,
+                "sampling_params": {},
+                "autoencoder": "a" * 64,
+                "priors": [],
+            },
             "reference": {"name": "validation", "split": None, "count": 20, "size": None, "formats": {}},
             "resize": "bicubic, antialiased",
+            "crop": "center",
             "inception_weights": "b" * 64,
             "standard_weights": True,
             "versions": {"torch": "9.8.7", "scipy": "6.5.4"},
@@ -177,10 +191,10 @@ def test_report_escapes_names_and_values(run: Path, tmp_path: Path) -> None:
     # File names cannot contain a slash, so this tag is an image instead of a script.
     hostile = run.rename(tmp_path / "<img src=x onerror=alert(1)>&amp;'\"")
     change(hostile / "samples" / "manifest.json", lambda manifest: manifest.update(class_names=[HOSTILE] * 10))
-    change(hostile / "evaluation" / "metrics.json", lambda metrics: metrics["fid"].update(value=None, text=HOSTILE))
+    change(hostile / "evaluation" / "metrics.json", lambda metrics: metrics.update(fid={"missing": HOSTILE}))
     change(
         hostile / "evaluation" / "metrics.json",
-        lambda metrics: metrics["protocol"].update({HOSTILE: HOSTILE, '"><b>': {HOSTILE: [HOSTILE]}}),
+        lambda metrics: metrics["protocol"].update(resize=HOSTILE, crop='"><b>', versions={HOSTILE: HOSTILE}),
     )
     config = RunConfig.from_resolved_yaml(hostile / "config.yaml")
     data = config.data.model_copy(update={"path": f"/images/x{HOSTILE}"})

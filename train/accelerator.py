@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 
+from sampling.processes import accelerate_errors
 from vqvae2.errors import UserError
 
 
@@ -21,13 +22,14 @@ def make_accelerator(
     # Accelerate keeps one precision per process, but each stage of a run may have its own.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # required for processes without GPUs to find each other
-        mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        log_with="tensorboard" if folder else None,
-        project_dir=folder,
-    )
+    with accelerate_errors():
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # required for processes without GPUs to find each other
+            mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            log_with="tensorboard" if folder else None,
+            project_dir=folder,
+        )
     if folder:
         accelerator.init_trackers("logs")
     return accelerator

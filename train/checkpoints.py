@@ -4,17 +4,42 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from train.early_stopping import EarlyStopping
 from train.ema import ExponentialMovingAverage, copy_tensors
 from vqvae2 import checkpoint, files
+from vqvae2.config import Config, Measured
 from vqvae2.errors import UserError
 
 _STATE = "state.safetensors"
+_FIX = "Delete the checkpoint's folder and run the same command again; it resumes from the previous one."
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in addition to the number of steps
+
+
+class _Unlogged(Config):
+    """Values since the last log entry."""
+
+    terms: dict[str, list[Measured]]
+    stage: dict[str, list[Annotated[int, Field(ge=0, lt=2**63)]]]
+
+
+class _Progress(Config):
+    """Everything in a checkpoint that is not a tensor."""
+
+    step: int = Field(ge=0, le=2**40)
+    seconds: float = Field(ge=0, le=1e12)
+    last_validation: dict[str, Measured]
+    best: tuple[Annotated[int, Field(ge=0, le=2**40)], Measured, Annotated[int, Field(ge=0, le=2**40)]] | None = None
+    unlogged: _Unlogged
+    scaler: dict[str, int | float] | None = None
+    made_from: dict[str, str | None] = Field(default_factory=dict)
 
 
 class Optimized(NamedTuple):
@@ -78,25 +103,37 @@ class TrainingState:
         """Restore the state read from the file `path`.
 
         Raises:
-            UserError: If it belongs to another training.
+            UserError: If the state is invalid, or belongs to another network or another training.
         """
-        check_made_from(metadata.get("made_from", {}), self.made_from, path)
+        progress = _Progress.from_dict(metadata, str(path), fix=_FIX)
+        check_made_from(progress.made_from, self.made_from, path)
+        if f"{progress.step:08d}" != path.parent.name:
+            raise UserError(f"{path}: the state of step {progress.step:,}, which is not the name of its folder. {_FIX}")
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
-            kind, rest = name.split("/", 1)
+            kind, _, rest = name.partition("/")
             groups.setdefault(kind, {})[rest] = tensor
         for prefix, (module, optimizer) in self.optimized.items():
-            checkpoint.load_state_dict(module, groups.get(f"{prefix}objective", {}), path)
-            _restore_optimizer(optimizer, groups.get(f"{prefix}optimizer", {}))
-        averages = groups.get("ema", {})
+            checkpoint.load_state_dict(module, groups.pop(f"{prefix}objective", {}), path)
+            moments = groups.pop(f"{prefix}optimizer", {})
+            if not (prefix or moments) and progress.step:
+                raise UserError(f"{path}: no state of the optimizer. {_FIX}")
+            _restore_optimizer(optimizer, moments, path)
+        averages = groups.pop("ema", {})
         if averages.keys() != self.ema.average.keys():
             raise UserError(f"{path}: made with another setting of `ema_decay`")
+        for name, average in self.ema.average.items():
+            _check_like(path, f"ema/{name}", averages[name], average)
+        if groups:
+            raise UserError(f"{path}: unexpected tensors `{next(iter(groups))[:80]}`. {_FIX}")
         copy_tensors(self.ema.average, averages)
-        if self.scaler and metadata["scaler"]:
-            self.scaler.load_state_dict(metadata["scaler"])
-        self.step, self.seconds = metadata["step"], metadata["seconds"]
-        self.last_validation, self.unlogged = metadata["last_validation"], metadata["unlogged"]
-        self.early_stopping.restore(metadata.get("best"))
+        if self.scaler and progress.scaler:
+            if progress.scaler.keys() != self.scaler.state_dict().keys():
+                raise UserError(f"{path}: scaler: not the state of a gradient scaler. {_FIX}")
+            self.scaler.load_state_dict(progress.scaler)
+        self.step, self.seconds = progress.step, progress.seconds
+        self.last_validation, self.unlogged = progress.last_validation, progress.unlogged.model_dump()
+        self.early_stopping.restore(progress.best)
 
 
 def check_made_from(found: Mapping[str, Any], expected: Mapping[str, str | None], path: Path) -> None:
@@ -164,14 +201,35 @@ class Checkpoints:
         return self.folder / f"{step:08d}"
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore an optimizer's state from tensors named INDEX/NAME; there are none before its first step."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
+    """Restore an optimizer's state from tensors named INDEX/NAME; there are none before its first step.
+
+    Raises:
+        UserError: If they are not the state of this optimizer. `path` is named in the error.
+    """
+    parameters = {str(i): p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        index, value = name.split("/", 1)
-        parameter = parameters[int(index)]
+        index, _, value = name.partition("/")
+        if index not in parameters or value not in ("step", *_MOMENTS):
+            raise UserError(f"{path}: unexpected tensor `optimizer/{name[:80]}`. {_FIX}")
+        parameter = parameters[index]
+        _check_like(path, f"optimizer/{name}", tensor, parameter if value in _MOMENTS else torch.zeros(()))
         # Same memory format as the weights (may be channels-last), which fused optimizers require.
         like = parameter if tensor.shape == parameter.shape else tensor
         state.setdefault(int(index), {})[value] = torch.empty_like(like, device=parameter.device).copy_(tensor)
+    for index, values in state.items():
+        if len(values) < 1 + len(_MOMENTS):
+            raise UserError(f"{path}: the optimizer state of parameter {index} is incomplete. {_FIX}")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def _check_like(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
+    """Raise UserError if a tensor has another shape or type than expected, or a value that is not finite."""
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        raise UserError(
+            f"{path}: `{name}` is {found.dtype} {tuple(found.shape)}, expected {expected.dtype} "
+            f"{tuple(expected.shape)}. {_FIX}"
+        )
+    if not found.isfinite().all():
+        raise UserError(f"{path}: `{name}` is not finite. {_FIX}")

@@ -1,6 +1,7 @@
 """Track the best validation, and stop when it no longer improves."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -34,7 +35,7 @@ class EarlyStopping:
         """Return the state as JSON, or None before the first improvement."""
         return [self.best_step, self.best_value, self.bad_validations] if self.best_step else None
 
-    def restore(self, state: list[float] | None) -> None:
+    def restore(self, state: Sequence[float] | None) -> None:
         """Restore a state that `state` returned."""
         step, value, bad = state or (0, math.inf, 0)
         self.best_step, self.best_value, self.bad_validations = int(step), float(value), int(bad)

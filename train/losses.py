@@ -139,6 +139,11 @@ class CodebookUsageTracker:
     def resume(self, pending: dict[str, list[int]]) -> None:
         """Restore code counts. Only rank 0 keeps them, because the counts of all processes are summed later."""
         for name, counts in pending.items():
+            if len(counts) != self.sizes.get(name):
+                raise UserError(
+                    f"checkpoint: {len(counts)} counts of level {name[:80]!r}, expected {self.sizes.get(name)}. "
+                    "Delete the newest checkpoint of the autoencoder and run the same command again."
+                )
             self._usages[name] = usage = CodebookUsage(self.sizes[name])
             usage.counts = torch.tensor(counts) * (get_rank() == 0)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 from vqvae2 import files
@@ -25,6 +26,9 @@ class MetricLog:
         self.pending = pending
         if self.path.is_file():
             self.entries = [entry for entry in files.read_log(self.path) if entry["step"] <= step]
+        last = step - max(map(len, pending.values()), default=0)  # step of the last training entry
+        if self.writes and last > 0 and all(entry["step"] != last for entry in self.entries):
+            warnings.warn(f"{self.path}: lacks entries of earlier steps; the curves start later", stacklevel=2)
         if self.writes:
             files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 

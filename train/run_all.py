@@ -10,11 +10,11 @@ from sampling.evaluation.format_metrics import format_metrics
 from sampling.processes import processes
 from sampling.report.report import write_report
 from sampling.sample import sample_run
+from sampling.summary import read_summary
 from train.run import Run, RunOptions, demo_config, open_run, print_main
 from train.stages.autoencoder import train_autoencoder
 from train.stages.extract_codes import extract_codes
 from train.stages.prior import train_prior
-from vqvae2 import files
 
 
 class DemoOptions(RunOptions):
@@ -54,9 +54,8 @@ def _seconds(run: Run, samples: Path) -> str:
         **{f"prior-{level}": run.folder.prior(level).summary for level in reversed(run.config.levels)},
         "samples": samples / "summary.json",
     }
-    return ", ".join(
-        f"{name} {files.read_json(path)['seconds']:.0f}" for name, path in summaries.items() if path.is_file()
-    )
+    found = {name: read_summary(path) for name, path in summaries.items()}
+    return ", ".join(f"{name} {summary.seconds:.0f}" for name, summary in found.items() if summary)
 
 
 def _pictures(run: Run, samples: Path, diagnosis: Path) -> list[Path | None]:

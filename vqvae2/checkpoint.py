@@ -23,6 +23,7 @@ from vqvae2.errors import UserError
 
 _METADATA_KEY, _CHECKSUM_KEY, _FORMAT_KEY = "vqvae2", "sha256", "format"
 _FORMAT = 2
+_FIX = "Delete it and rerun the stage that writes it."
 _READ_ERRORS = (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -160,11 +161,11 @@ def _read_header(path: Path) -> tuple[str, dict[str, Any]]:
         raise _corrupted(path, error) from None
     if _METADATA_KEY not in metadata:
         raise UserError(f"{path}: not a weights file of this project (no `{_METADATA_KEY}` metadata), or corrupted.")
-    try:
-        content = dict(json.loads(metadata[_METADATA_KEY]))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _corrupted(path, error) from None
+    content = files.parse_json(metadata[_METADATA_KEY].encode(), path, _FIX)
+    if not isinstance(content, dict):
+        raise _corrupted(path, "invalid metadata")
     if (found := content.pop(_FORMAT_KEY, 1)) != _FORMAT:
+        found = str(found)[:20]
         raise UserError(f"{path}: a weights file of format {found}; this version reads {_FORMAT}. Train it again.")
     return content.pop(_CHECKSUM_KEY, ""), content
 
@@ -180,4 +181,4 @@ def _checksum(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _corrupted(path: Path, reason: object) -> UserError:
-    return UserError(f"{path}: corrupted weights file ({reason}). Delete it and rerun the stage that writes it.")
+    return UserError(f"{path}: corrupted weights file ({reason}). {_FIX}")

@@ -1,9 +1,11 @@
-"""Typed settings: the Config base class, reading and writing YAML, and comparing two configs.
+"""Typed settings and records: the Config base class, reading and writing YAML and JSON, and comparing two configs.
 
-No other module reads YAML. A section of settings is a frozen `Config` beside the class it builds.
+No other module reads YAML. A section of settings is a frozen `Config` beside the class it builds, and so are the
+contents of a JSON file, beside the code that writes it.
 """
 
 import difflib
+import json
 import re
 import types
 import typing
@@ -12,11 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Self, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vqvae2 import files
 from vqvae2.errors import UserError
 
+Measured = Annotated[float, Field(allow_inf_nan=True)]  # a measured value, such as an infinite PSNR
 _END = "# complete"
+_MAX_SHOWN = 80  # characters of an invalid value or key in an error message
 
 
 class Config(BaseModel):
@@ -54,20 +59,36 @@ class Config(BaseModel):
         return cls.from_dict(_read_resolved(path), str(path))
 
     @classmethod
-    def from_dict(cls, data: Any, source: str, section: str | None = None) -> Self:
+    def from_dict(cls, data: Any, source: str, section: str | None = None, fix: str = "") -> Self:
         """Return the settings in `data`, plain dictionaries and lists.
 
         Raises:
-            UserError: If a value is invalid. The message names `source` and the key path of the first problem.
+            UserError: If a value is invalid. The message names `source` and the key path of the first problem, and ends
+                with `fix`.
         """
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise UserError(f"{source}: {explain(error, data, section, cls)}") from None
+            problem = explain(error, data, section, cls)
+        separator = " " if problem.endswith((".", "?")) else ". "
+        raise UserError(f"{source}: {problem}{separator if fix else ''}{fix}")
+
+    @classmethod
+    def from_json(cls, path: Path, fix: str) -> Self:
+        """Return the record in the JSON file `path`.
+
+        Raises:
+            UserError: If the file is missing or invalid. The message names the file and ends with `fix`.
+        """
+        return cls.from_dict(files.read_json(path, fix), str(path), fix=fix)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-compatible values."""
         return self.model_dump(mode="json")
+
+    def to_json(self) -> bytes:
+        """Return the record as ASCII JSON, which can also hold file names that are not valid UTF-8."""
+        return json.dumps(self.to_dict()).encode()
 
     def to_yaml(self) -> str:
         """Return the settings as YAML, with all defaults, and a last line that proves the text is complete."""
@@ -146,7 +167,7 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
             continue  # the tag of a union, which pydantic adds to the path
         keys.append(str(key))
         data = _child(data, key)
-    name, total = ".".join(keys), len(problems)
+    name, total = ".".join(_shorten(key) for key in keys), len(problems)
     more = f" (and {total - 1} more)" if total > 1 else ""
     if problem["type"] == "extra_forbidden":
         known = _known_keys(cls, problem["loc"][:-1]) if cls else []
@@ -156,11 +177,18 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
     if problem["type"] == "missing":
         return f"{name}: required, but missing{more}"
     message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(problem["input"], dict | list | BaseModel) else f", not {problem['input']!r}"
+    if problem["type"] == "model_type":
+        message = f"expected keys and values, found {type(problem['input']).__name__}"
     if not name:
         return f"{message}{more}"
+    nested = isinstance(problem["input"], dict | list | BaseModel)
+    shown = "" if nested or problem["type"] == "model_type" else f", not {_shorten(repr(problem['input']))}"
     separator = "." if re.match(r"[a-z_.]+: ", message) else ": "  # a validator may name a key of its section
     return f"{name}{separator}{message}{shown}{more}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
 
 
 def _known_keys(cls: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -115,18 +115,40 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`.
+def read_json(path: Path, fix: str = "Delete it and rerun the command that writes it.") -> Any:
+    """Return the JSON value in `path`. Use `Config.from_json` for a file with known keys.
 
     Raises:
-        UserError: If the file is missing or is not valid JSON.
+        UserError: If the file is missing or is not valid JSON. The message ends with `fix`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}). Delete it and rerun the command that writes it.") from None
+    return parse_json(content, path, fix)
+
+
+def parse_json(content: bytes, source: object, fix: str) -> Any:
+    """Return the JSON value in UTF-8 text.
+
+    Raises:
+        UserError: If it is not valid JSON, or an object has a key twice. The message starts with `source` and ends with
+            `fix`.
+    """
+    try:
+        return json.loads(content.decode(), object_pairs_hook=_unique_keys)
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # includes errors of decoding and integers with too many digits
+        reason = str(error)
+    raise UserError(f"{source}: not valid JSON ({reason}). {fix}")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -139,12 +161,14 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 def _parse_entry(line: bytes) -> dict[str, float] | None:
     try:
-        entry = json.loads(line)
-    except ValueError:
+        entry = parse_json(line, "", "")
+    except UserError:
         return None
     if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
         return None
-    return entry if all(isinstance(value, int | float) for value in entry.values()) else None
+    # Not `isinstance`, because Booleans are integers. Larger integers do not fit into a float.
+    valid = all(type(value) is float or (type(value) is int and abs(value) < 2**53) for value in entry.values())
+    return entry if valid and entry["step"] >= 0 else None
 
 
 def digest(path: Path) -> str:

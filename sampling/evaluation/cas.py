@@ -24,6 +24,8 @@ from sampling.evaluation.classifier import (
     save_classifier,
 )
 from sampling.evaluation.evaluation_config import CasConfig
+from sampling.evaluation.metrics import read_metrics
+from sampling.output_folder import manifest_path
 from sampling.run_config import RunConfig
 from sampling.run_data import open_run_datasets
 from vqvae2 import checkpoint, files
@@ -140,7 +142,7 @@ class ClassificationAccuracyScore:
 
     def measure(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Return the score in the format of metrics.json; classifiers that are already trained are reused."""
-        made_from = {"samples": files.digest(self.samples.folder / "manifest.json")}
+        made_from = {"samples": files.digest(manifest_path(self.samples.folder))}
         result = self._score("classifier-samples", self.samples, made_from, device)
         per_class = len(self.samples) // len(self.samples.classes)
         if per_class < _MIN_COMPARABLE_PER_CLASS:
@@ -174,6 +176,6 @@ class ClassificationAccuracyScore:
 
 def previous_score(metrics: Path, samples_digest: str | None) -> dict[str, Any]:
     """Return `{"cas": score}` from an earlier metrics.json if it was measured on the same samples, else `{}`."""
-    previous = files.read_json(metrics) if metrics.is_file() else {}
-    same = samples_digest and previous.get("made_from", {}).get("samples") == samples_digest
-    return {"cas": previous["cas"]} if same and "cas" in previous else {}
+    previous = read_metrics(metrics) or {"made_from": {"samples": None}}
+    same = samples_digest and previous["made_from"]["samples"] == samples_digest
+    return {"cas": previous["cas"]} if same and previous.get("cas") else {}

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from sampling.output_folder import SampleManifest, read_manifest
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config
 from vqvae2.data.images import ImageSample, read_image, to_float
@@ -153,13 +154,13 @@ class LabeledSamples(Dataset[ImageSample]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest: dict[str, Any] = files.read_json(folder / "manifest.json")
-        if not self.manifest.get("labels"):
+        manifest = read_manifest(folder, SampleManifest)
+        if manifest is None:
+            raise UserError(f"{folder}: no samples found. Create them with `vqvae2 sample`.")
+        if not manifest.labels:
             raise UserError(f"{folder}: samples have no labels. This requires a run with `data.labels: folder`.")
-        self.labels: list[int] = self.manifest["labels"]
-        self.classes: tuple[str, ...] = tuple(self.manifest["class_names"])
-        height, width = self.manifest["image_size"]
-        self.size: tuple[int, int] = (height, width)
+        self.manifest, self.labels = manifest, manifest.labels
+        self.classes, self.size = manifest.class_names, manifest.image_size
         missing = [index for index in range(len(self.labels)) if not self.path(index).is_file()]
         if missing:
             raise UserError(

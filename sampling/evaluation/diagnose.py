@@ -5,7 +5,6 @@ every level sampled. The first row with artifacts identifies the network that ca
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,6 +16,7 @@ from sampling.masks import keep_coarsest
 from sampling.params import SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
+from sampling.report.diagnosis import Diagnosis, diagnosis_path, read_diagnosis
 from sampling.report.run_status import read_run
 from vqvae2 import files
 from vqvae2.code_maps import CodeMaps
@@ -82,16 +82,16 @@ def _diagnose(folder: RunFolder, out: Path, count: int, seed: int, device: torch
     store = CodeStore.open(folder.code_store("val"))
     store.header.check_autoencoder(pipeline.autoencoder.digest, store.path)
     count = min(count, len(store))
-    record: dict[str, Any] = {
-        "count": count,
-        "seed": seed,
-        "rows": [],
-        "autoencoder": pipeline.autoencoder.digest,
-        "priors": [prior.digest for prior in pipeline.priors],
-        "torch": torch.__version__,
-    }
-    previous = files.read_json(out / "diagnosis.json") if (out / "diagnosis.json").is_file() else {}
-    if previous | {"rows": []} == record:
+    record = Diagnosis(
+        count=count,
+        seed=seed,
+        rows=(),
+        autoencoder=str(pipeline.autoencoder.digest),
+        priors=tuple(str(prior.digest) for prior in pipeline.priors),
+        torch=torch.__version__,
+    )
+    previous = read_diagnosis(out, pipeline.levels)
+    if previous and previous.model_copy(update={"rows": ()}) == record:
         return
     batches: dict[str, list[Tensor]] = {}
     for start in range(0, count, pipeline.batch_size):
@@ -105,13 +105,16 @@ def _diagnose(folder: RunFolder, out: Path, count: int, seed: int, device: torch
         for name, images in rows.items():
             save_grid(partial / f"{name}.png", images, columns=min(_COLUMNS, count))
         save_grid(partial / "diagnosis.png", *interleave_rows(*rows.values(), columns=_COLUMNS))
-        files.write_json(partial / "diagnosis.json", record | {"rows": list(rows)})
+        record = record.model_copy(update={"rows": tuple(rows)})
+        files.write_json(diagnosis_path(partial), record.to_dict())
 
 
 def main(options: DiagnoseOptions) -> None:
     """Run the command `vqvae2 diagnose`."""
     out = diagnose_run(options.run, options.count, options.seed)
     if processes().is_main_process:
-        print(f"{out / 'diagnosis.png'}\nrows: {', '.join(files.read_json(out / 'diagnosis.json')['rows'])}")
-        for warning in read_run(RunFolder(options.run)).warnings:
+        status = read_run(RunFolder(options.run))
+        assert status.diagnosis is not None, "just written"
+        print(f"{out / 'diagnosis.png'}\nrows: {', '.join(status.diagnosis.rows)}")
+        for warning in status.warnings:
             print(f"warning: {warning}")

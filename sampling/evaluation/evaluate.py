@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from tyro.conf import Positional
 
 from sampling.evaluation import cas
@@ -22,9 +23,12 @@ from sampling.evaluation.features import (
 from sampling.evaluation.fid import MIN_COMPARABLE_IMAGES
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageBatch, ImageFolder, open_image_set
+from sampling.evaluation.metrics import Metrics, attempt, read_metrics
+from sampling.output_folder import SampleManifest, manifest_path, read_manifest
 from sampling.processes import processes
 from sampling.run_config import RunConfig, parse_with_run_defaults
-from sampling.run_data import open_run_datasets
+from sampling.run_data import load_run_autoencoder, open_run_datasets
+from sampling.summary import Summary, read_summary
 from vqvae2 import distributed, files
 from vqvae2.command_line import Options
 from vqvae2.data.images import ImageDataset, to_float, to_rgb, to_uint8
@@ -38,7 +42,6 @@ from vqvae2.run_folder import RunFolder, level_names
 
 _MAX_FEATURES = 10_000
 _INCEPTION_SCORE_SPLITS = 10
-_DENSITY_NEIGHBORS = 5  # precision and recall need more images than this on both sides
 
 
 class EvaluateOptions(Options, EvaluationConfig):
@@ -68,8 +71,8 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
 
     The result holds the validation metrics of all training stages, and the distances from the reference of the images
     in `samples` and of reconstructions of held-out images. If the same evaluation is already stored, it is returned
-    without measuring again. Without Inception weights only the training metrics are reported, and `fid` holds the
-    reason.
+    without measuring again. A metric that cannot be measured is `{"missing": reason}`. Without Inception weights only
+    the training metrics are reported, and `fid` holds the reason.
 
     Raises:
         UserError: If the samples, the run or the reference are missing or damaged.
@@ -82,40 +85,43 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
     metrics = _stored_metrics(folder, config, samples) or _measure(folder, config, samples)
     if process.is_main_process:
         if score:
-            metrics["cas"] = score.measure(process.device or "cpu")
+            device = process.device or "cpu"
+            metrics["cas"] = attempt(lambda: score.measure(device))
+        Metrics.from_dict(metrics, str(folder.metrics))  # so that what is written can be read back
         files.write_json(folder.metrics, metrics)
     return metrics
 
 
 def _stored_metrics(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, Any] | None:
     """Return the metrics of an earlier, complete evaluation of the same artifacts, if there is one."""
-    metrics = files.read_json(folder.metrics) if folder.metrics.is_file() else None
-    if metrics and metrics["made_from"] == _made_from(folder, config, samples) and metrics["fid"]["value"] is not None:
+    metrics = read_metrics(folder.metrics)
+    if metrics and "protocol" in metrics and metrics["made_from"] == _made_from(folder, config, samples):
         return metrics
     return None
 
 
 def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, Any]:
     made_from = _made_from(folder, config, samples)
+    autoencoder = load_run_autoencoder(RunConfig.from_resolved_yaml(folder.config), folder)
     metrics = {
         "made_from": made_from,
-        **_training_metrics(folder),
+        **_training_metrics(folder, autoencoder),
         **cas.previous_score(folder.metrics, made_from["samples"]),
     }
     try:
         weights = Path(config.inception_weights) if config.inception_weights else None
         extractor = load_inception(weights, device=torch.device(processes().device or "cpu"))
     except WeightsUnavailableError as error:
-        return metrics | {"fid": {"value": None, "text": f"not measured: {error}"}}
-    return metrics | _image_metrics(folder, config, samples, extractor)
+        return metrics | {"fid": {"missing": str(error)}}
+    return metrics | _image_metrics(folder, config, samples, autoencoder.to(extractor.device), extractor)
 
 
 def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, str | None]:
-    if not (samples / "manifest.json").is_file():
+    if read_manifest(samples, SampleManifest) is None:
         raise UserError(f"{samples}: no samples found. Create them with `vqvae2 sample {folder.path}`.")
     reference = Path(config.reference)
     return {
-        "samples": files.digest(samples / "manifest.json"),
+        "samples": files.digest(manifest_path(samples)),
         "autoencoder": files.digest(folder.autoencoder_weights),
         "reference": config.reference,
         "reference_digest": open_image_set(reference).digest() if reference.is_dir() else None,
@@ -123,24 +129,40 @@ def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> di
     }
 
 
-def _training_metrics(folder: RunFolder) -> dict[str, Any]:
+def _training_metrics(folder: RunFolder, autoencoder: Autoencoder) -> dict[str, Any]:
     """Return the metrics that the training stages computed on the whole validation split."""
-    autoencoder = Autoencoder.load(folder.autoencoder_weights)
     levels = level_names(len(autoencoder.map_specs))
-    likelihood = {level: files.read_json(folder.prior(level).summary)["validation"] for level in levels}
-    bits = sum(
-        likelihood[level]["bits"] * spec.num_codes for level, spec in zip(levels, autoencoder.map_specs, strict=True)
-    )
+    path = folder.autoencoder.summary
+    summary = read_summary(path)
+    likelihood = {}
+    for level in levels:
+        prior_path = folder.prior(level).summary
+        likelihood[level] = _validation(read_summary(prior_path), prior_path, ("nll", "bits", "uniform", "unigram"))
     height, width = autoencoder.size
-    validation = files.read_json(folder.autoencoder.summary)["validation"]
+    bits: Any = {"missing": "needs the likelihood of every level"}
+    if not any("missing" in values for values in likelihood.values()):
+        sizes = zip(levels, autoencoder.map_specs, strict=True)
+        bits = sum(likelihood[level]["bits"] * spec.num_codes for level, spec in sizes)
     return {
-        "reconstruction": {name: validation[name] for name in ("mse", "psnr", "ssim")},
-        "codes": {level: {name: validation[f"{name}_{level}"] for name in ("usage", "perplexity")} for level in levels},
+        "reconstruction": _validation(summary, path, ("mse", "psnr", "ssim")),
+        "codes": {level: _validation(summary, path, ("usage", "perplexity"), f"_{level}") for level in levels},
         "likelihood": likelihood,
         # Both count the codes of all levels. A dimension is one channel of one pixel.
         "bits_per_image": bits,
-        "bits_per_dimension": bits / (autoencoder.image_channels * height * width),
+        "bits_per_dimension": (
+            bits if isinstance(bits, dict) else bits / (autoencoder.image_channels * height * width)
+        ),
     }
+
+
+def _validation(summary: Summary | None, path: Path, names: Sequence[str], suffix: str = "") -> dict[str, Any]:
+    """Return values of the last validation by name, without the suffix, or why they are missing."""
+    if summary is None:
+        return {"missing": f"{path}: no such file"}
+    lacking = [f"{name}{suffix}" for name in names if f"{name}{suffix}" not in summary.validation]
+    if lacking:
+        return {"missing": f"{path}: no {', '.join(lacking)} of the last validation"}
+    return {name: summary.validation[f"{name}{suffix}"] for name in names}
 
 
 @dataclass(frozen=True)
@@ -163,9 +185,11 @@ class _Reference:
 
 
 def _image_metrics(
-    folder: RunFolder, config: EvaluationConfig, samples: Path, extractor: FeatureExtractor
+    folder: RunFolder, config: EvaluationConfig, samples: Path, autoencoder: Autoencoder, extractor: FeatureExtractor
 ) -> dict[str, Any]:
     """Return every metric that compares Inception features, with the protocol and its warnings."""
+    manifest = read_manifest(samples, SampleManifest)
+    assert manifest is not None, "checked by `_made_from`"
     _, held_out = open_run_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder)
     generated = ImageFolder(samples / "images")
     features = summarize_features(
@@ -175,13 +199,13 @@ def _image_metrics(
     originals = reference.features
     if not reference.is_validation:
         originals = _measure_held_out(held_out, config.batch_size, extractor)
-    autoencoder = Autoencoder.load(folder.autoencoder_weights, extractor.device)
     reconstructions = _measure_held_out(held_out, config.batch_size, extractor, autoencoder)
     counts = {"samples": len(generated), "reference": reference.features.statistics.count}
-    manifest = files.read_json(samples / "manifest.json")
     return {
-        "fid": _fid(features.statistics.distance(reference.features.statistics), counts),
-        "rfid": _fid(reconstructions.statistics.distance(originals.statistics), {"images": len(held_out)}),
+        "fid": attempt(lambda: _fid(features.statistics.distance(reference.features.statistics), counts)),
+        "rfid": attempt(
+            lambda: _fid(reconstructions.statistics.distance(originals.statistics), {"images": len(held_out)})
+        ),
         **_feature_metrics(features, reference.features),
         "warnings": _warnings(features, generated.formats, reference),
         "protocol": {
@@ -189,7 +213,9 @@ def _image_metrics(
                 "count": len(generated),
                 "size": features.image_size,
                 "formats": generated.formats,
-                **{key: manifest[key] for key in ("seed", "sampling_params", "autoencoder", "priors")},
+                **manifest.model_dump(
+                    mode="json", include={"seed", "sampling_params", "autoencoder", "priors"}, exclude_unset=True
+                ),
             },
             "reference": reference.protocol(),
             "resize": "bicubic, antialiased" if reference.is_validation else "none",
@@ -249,15 +275,23 @@ def _fid(value: float, counts: dict[str, int | None]) -> dict[str, Any]:
 
 
 def _feature_metrics(features: FeatureSummary, reference: FeatureSummary) -> dict[str, Any]:
-    metrics: dict[str, Any] = {}
-    if features.inception_score:
-        metrics["inception_score"] = features.inception_score._asdict()
-    if features.features is not None and reference.features is not None:
-        kid = kernel_inception_distance(features.features, reference.features)
-        metrics["kid"] = {"mean": kid.mean, "std": kid.std}
-        if min(len(features.features), len(reference.features)) > _DENSITY_NEIGHBORS:
-            metrics["precision_recall"] = vars(precision_recall(features.features, reference.features))
-    return metrics
+    score = features.inception_score
+    return {
+        "inception_score": score._asdict() if score else {"missing": "needs the logits of the Inception network"},
+        "kid": attempt(lambda: _kid(*_retained(features, reference))),
+        "precision_recall": attempt(lambda: vars(precision_recall(*_retained(features, reference)))),
+    }
+
+
+def _kid(generated: Tensor, reference: Tensor) -> dict[str, float]:
+    kid = kernel_inception_distance(generated, reference)
+    return {"mean": kid.mean, "std": kid.std}
+
+
+def _retained(features: FeatureSummary, reference: FeatureSummary) -> tuple[Tensor, Tensor]:
+    if features.features is None or reference.features is None:
+        raise UserError("the reference has statistics only, and no features of single images")
+    return features.features, reference.features
 
 
 def _warnings(features: FeatureSummary, formats: dict[str, int], reference: _Reference) -> list[str]:

@@ -168,7 +168,7 @@ def summarize_features_cached(
         return cached
     source = images.folder if isinstance(images, ImageFolder) else images.path
     summary = summarize_features(images.batches(batch_size, num_workers), len(images), extractor, keep, source.name)
-    if distributed.get_rank() == 0:
+    if distributed.get_rank() == 0 and len(images) > 1:  # one image has no covariance to store
         summary.save(path)
     return summary
 

@@ -82,6 +82,8 @@ def _save_statistics(source: Path, target: Path, options: FidOptions) -> None:
 def _measure(path: Path, extractor: FeatureExtractor | None, options: FidOptions) -> GaussianStatistics:
     assert extractor is not None
     images = open_image_set(path)
+    if len(images) < 2:
+        raise UserError(f"{path}: FID needs at least 2 images, found {len(images)}.")
     workers = min(8, _cpus()) if options.num_workers is None else options.num_workers
     batches = images.batches(options.batch_size, workers)
     return summarize_features(batches, len(images), extractor, progress=path.name).statistics

@@ -1,12 +1,13 @@
 """Format the metrics of a run as a plain-text table, one metric per line."""
 
+from collections.abc import Callable
 from typing import Any
 
 _LABEL_WIDTH = 17
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """Return the contents of metrics.json as a table, one line per metric."""
+    """Return the contents of metrics.json as a table, one line per metric. A missing metric has the reason."""
     lines = [*_training_lines(metrics), *_image_lines(metrics)]
     if "cas" in metrics:
         lines += format_cas(metrics["cas"])
@@ -18,47 +19,64 @@ def format_metrics(metrics: dict[str, Any]) -> str:
 
 def format_cas(result: dict[str, Any]) -> list[str]:
     """Return the classification accuracy score as one line for samples and one for real images, if measured."""
+    if "missing" in result:
+        return [_metric("CAS", result, str)]
     lines = []
     for label, score, source in (
         ("CAS", result, "samples"),
         ("CAS, real images", result.get("real"), "real images"),
     ):
         if score:
-            accuracies = ", ".join(f"top-{key[3:]} {score[key]:.1%}" for key in ("top1", "top5") if key in score)
-            warning = f"; {score['warning']}" if "warning" in score else ""
+            accuracies = ", ".join(
+                f"top-{key[3:]} {score[key]:.1%}" for key in ("top1", "top5") if score.get(key) is not None
+            )
+            warning = f"; {score['warning']}" if score.get("warning") else ""
             setup = f"{score['model']} trained on {score['trained_on']} {source}{warning}"
             lines.append(_line(label, f"{accuracies} on {score['tested_on']} held-out images ({setup})"))
     return lines
 
 
 def _training_lines(metrics: dict[str, Any]) -> list[str]:
-    reconstruction = metrics["reconstruction"]
-    lines = [_line("reconstruction", f"PSNR {reconstruction['psnr']:.2f} dB, SSIM {reconstruction['ssim']:.3f}")]
-    for level, codes in metrics["codes"].items():
-        lines.append(_line(f"codes {level}", f"usage {codes['usage']:.0%}, perplexity {codes['perplexity']:.1f}"))
-    for level, prior in metrics["likelihood"].items():
-        baselines = f"uniform {prior['uniform']:.3f}, unigram {prior['unigram']:.3f}"
-        if prior["unigram"] > 0:  # 0 if all held-out codes are equal
-            baselines += f"; {prior['nll'] / prior['unigram'] - 1:+.0%} relative to unigram"
-        lines.append(_line(f"prior {level}", f"NLL {prior['nll']:.3f} nats per code ({baselines})"))
-    dimension = f"{metrics['bits_per_dimension']:.4f} bits per dimension"
-    return [*lines, _line("bits per image", f"{metrics['bits_per_image']:,.0f}, {dimension}")]
+    lines = [_metric("reconstruction", metrics["reconstruction"], _format_reconstruction)]
+    lines += [_metric(f"codes {level}", codes, _format_codes) for level, codes in metrics["codes"].items()]
+    lines += [_metric(f"prior {level}", prior, _format_likelihood) for level, prior in metrics["likelihood"].items()]
+    bits, per_dimension = metrics["bits_per_image"], metrics["bits_per_dimension"]
+    return [
+        *lines,
+        _metric("bits per image", bits, lambda bits: f"{bits:,.0f}, {per_dimension:.4f} bits per dimension"),
+    ]
+
+
+def _format_reconstruction(values: dict[str, float]) -> str:
+    return f"PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.3f}"
+
+
+def _format_codes(values: dict[str, float]) -> str:
+    return f"usage {values['usage']:.0%}, perplexity {values['perplexity']:.1f}"
+
+
+def _format_likelihood(values: dict[str, float]) -> str:
+    baselines = f"uniform {values['uniform']:.3f}, unigram {values['unigram']:.3f}"
+    if values["unigram"] > 0:  # 0 if all held-out codes are equal
+        baselines += f"; {values['nll'] / values['unigram'] - 1:+.0%} relative to unigram"
+    return f"NLL {values['nll']:.3f} nats per code ({baselines})"
 
 
 def _image_lines(metrics: dict[str, Any]) -> list[str]:
-    lines = [_line("FID", metrics["fid"]["text"])]
-    if "kid" in metrics:
-        # KID is unbiased for any number of images, so it leads if there are too few for a comparable FID.
-        kid = _line("KID", f"{metrics['kid']['mean']:.5f} ± {metrics['kid']['std']:.5f}")
-        lines.insert(1 if metrics["fid"]["comparable"] else 0, kid)
-    if "rfid" in metrics:
-        lines.append(_line("rFID", metrics["rfid"]["text"]))
-    if "inception_score" in metrics:
-        score = metrics["inception_score"]
-        lines.append(_line("Inception score", f"{score['mean']:.2f} ± {score['std']:.2f}"))
-    if "precision_recall" in metrics:
-        values = ", ".join(f"{name} {value:.3f}" for name, value in metrics["precision_recall"].items())
-        lines.append(_line("precision/recall", values))
+    labels: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "fid": ("FID", lambda distance: distance["text"]),
+        "kid": ("KID", lambda score: f"{score['mean']:.5f} ± {score['std']:.5f}"),
+        "rfid": ("rFID", lambda distance: distance["text"]),
+        "inception_score": ("Inception score", lambda score: f"{score['mean']:.2f} ± {score['std']:.2f}"),
+        "precision_recall": (
+            "precision/recall",
+            lambda values: ", ".join(f"{name} {value:.3f}" for name, value in values.items()),
+        ),
+    }
+    lines = [_metric(label, metrics[name], text) for name, (label, text) in labels.items() if name in metrics]
+    # KID is unbiased for any number of images, so it leads if there are too few for a comparable FID.
+    if "kid" in metrics and "missing" not in metrics["kid"] and not metrics["fid"].get("comparable"):
+        lines[:2] = reversed(lines[:2])
     return lines
 
 
@@ -72,6 +90,12 @@ def _format_protocol(protocol: dict[str, Any]) -> str:
         f"{reference['name']}; resize {protocol['resize']}, crop {protocol['crop']}; {weights} Inception weights "
         f"{protocol['inception_weights'][:8]}"
     )
+
+
+def _metric(label: str, metric: Any, text: Callable[[Any], str]) -> str:
+    """Return the line of a metric: its values as text, or the reason why it is missing."""
+    missing = isinstance(metric, dict) and "missing" in metric
+    return _line(label, f"-  ({metric['missing']})" if missing else text(metric))
 
 
 def _line(label: str, text: str) -> str:

@@ -16,13 +16,36 @@ import torch
 from tqdm import tqdm
 
 from sampling.evaluation.classifier import Classifier, LabeledSamples, load_classifier
-from sampling.output_folder import next_free, write_grids
+from sampling.output_folder import manifest_path, next_free, write_grids
 from sampling.processes import processes
 from vqvae2 import distributed, files
+from vqvae2.config import Config, Measured
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.run_folder import RunFolder
+
+_RECORD = "rejection.json"
+
+
+class SelectedImage(Config):
+    """A candidate that was accepted."""
+
+    image: int  # its number among the accepted ones
+    candidate: int
+    label: int
+    probability: Measured
+
+
+class Selection(Config):
+    """Contents of rejection.json."""
+
+    made_from: dict[str, str | float]
+    candidates: int
+    accepted: int
+    mean_probability: Measured
+    mean_probability_accepted: Measured
+    selected: tuple[SelectedImage, ...]
 
 
 def select_best(scores: Sequence[float], labels: Sequence[int], fraction: float) -> list[int]:
@@ -115,7 +138,7 @@ class ClassifierRejection:
             "fraction": self.fraction,
             "classifier": Path(self.classifier.source).name,
             "classifier_digest": self.classifier.digest,
-            "candidates_digest": files.digest(folder / "manifest.json"),
+            "candidates_digest": files.digest(manifest_path(folder)),
         }
         accepted = next_free(folder / "accepted", lambda path: _is_free(path, made_from))
         if accepted.is_dir():
@@ -140,7 +163,8 @@ class ClassifierRejection:
 
 def _is_free(folder: Path, made_from: dict[str, Any]) -> bool:
     """Return whether a folder does not exist, or holds the selection `made_from`."""
-    return not folder.exists() or files.read_json(folder / "rejection.json")["made_from"] == made_from
+    fix = "Delete the folder and run the same command again."
+    return not folder.exists() or Selection.from_json(folder / _RECORD, fix).made_from == made_from
 
 
 def _write(
@@ -148,23 +172,23 @@ def _write(
 ) -> None:
     probabilities = [math.exp(score) for score in scores]
     labels = [samples.labels[candidate] for candidate in selected]
-    entries = [
-        {"image": image, "candidate": candidate, "label": label, "probability": probabilities[candidate]}
+    entries = tuple(
+        SelectedImage(image=image, candidate=candidate, label=label, probability=probabilities[candidate])
         for image, (candidate, label) in enumerate(zip(selected, labels, strict=True))
-    ]
-    record = {
-        "made_from": made_from,
-        "candidates": len(scores),
-        "accepted": len(selected),
-        "mean_probability": sum(probabilities) / len(probabilities),
-        "mean_probability_accepted": sum(probabilities[candidate] for candidate in selected) / len(selected),
-        "selected": entries,
-    }
+    )
+    record = Selection(
+        made_from=made_from,
+        candidates=len(scores),
+        accepted=len(selected),
+        mean_probability=sum(probabilities) / len(probabilities),
+        mean_probability_accepted=sum(probabilities[candidate] for candidate in selected) / len(selected),
+        selected=entries,
+    )
     with files.atomic_write(folder) as partial:
         (partial / "images").mkdir(parents=True)
         for image, candidate in enumerate(selected):
             shutil.copyfile(samples.path(candidate), partial / "images" / f"{image:06d}.png")
         write_grids(partial, len(selected), labels, samples.classes)
-        manifest = samples.manifest | {"count": len(selected), "labels": labels, "rejection": made_from}
-        files.write_json(partial / "manifest.json", manifest)
-        files.write_json(partial / "rejection.json", record)
+        changes = {"count": len(selected), "labels": tuple(labels), "rejection": made_from}
+        samples.manifest.model_copy(update=changes).write(partial)
+        files.write_json(partial / _RECORD, record.to_dict())

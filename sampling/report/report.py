@@ -13,6 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field
 from tyro.conf import Positional
 
+from sampling.output_folder import SampleManifest, manifest_path
+from sampling.report.diagnosis import row_captions
 from sampling.report.formatting import format_duration, format_sentence, format_value
 from sampling.report.picture import Picture, load_picture
 from sampling.report.run_status import RunStatus, read_run
@@ -83,7 +85,7 @@ def write_report(run: Path, samples: Path | None = None) -> Path:
         highlights=list(_highlights(status)),
         reconstructions=_preview(status.folder.autoencoder, "held-out images and their reconstructions"),
         samples=load_picture(status.samples / "grid.png", "sampled images (requires all priors)"),
-        classes=_classes(status.manifest or {}),
+        classes=_classes(status.manifest),
         previews=_prior_previews(status),
         diagnosis=_diagnosis(status),
         curves=_curves(status),
@@ -109,11 +111,13 @@ def _highlights(run: RunStatus) -> Iterator[Metric]:
     validation = run.stages["autoencoder"].metrics
     if "psnr" in validation:
         yield Metric("Reconstruction PSNR", f"{validation['psnr']:.2f}", "dB")
+    if "ssim" in validation:
         yield Metric("Reconstruction SSIM", f"{validation['ssim']:.3f}")
     if (bits := _bits_per_image(run, "nll")) is not None:
         yield Metric("Code likelihood", f"{bits:,.0f}", "bits per image")
-    if run.metrics and (rows := _metric_rows(run.metrics)):
-        yield rows[0]._replace(note="")
+    measured = [row for row in _metric_rows(run.metrics) if row.value != _MISSING] if run.metrics else []
+    if measured:
+        yield measured[0]._replace(note="")
 
 
 def _preview(folder: StageFolder, alt: str) -> Preview:
@@ -130,11 +134,11 @@ def _prior_previews(run: RunStatus) -> dict[str, Preview]:
     }
 
 
-def _classes(manifest: dict[str, Any]) -> dict[str, Any]:
+def _classes(manifest: SampleManifest | None) -> dict[str, Any]:
     """Return the sampled class names, the number of further ones, and whether the images cycle through them."""
-    labels: list[int] = manifest.get("labels") or []
+    labels = (manifest.labels if manifest else None) or ()
     used = list(dict.fromkeys(labels))
-    names = [manifest["class_names"][label] for label in used]
+    names = [manifest.class_names[label] for label in used] if manifest else []
     cycled = all(label == used[index % len(used)] for index, label in enumerate(labels))
     return {"names": names[:_MAX_CLASSES], "more": max(0, len(names) - _MAX_CLASSES), "cycled": cycled}
 
@@ -142,15 +146,12 @@ def _classes(manifest: dict[str, Any]) -> dict[str, Any]:
 def _diagnosis(run: RunStatus) -> dict[str, Any] | None:
     if run.diagnosis is None:
         return None
-    rows = {
-        f"true-{level}": f"codes from the encoder down to the {level} level, finer codes sampled" for level in run.maps
-    }
-    rows |= {"reconstruction": "all codes from the encoder", "sampled": "all codes sampled"}
+    captions = row_captions(list(run.maps))
     path = run.folder.diagnosis / "diagnosis.png"
     return {
         "picture": load_picture(path, "held-out images with an increasing number of sampled levels"),
-        "rows": [rows[name] for name in run.diagnosis["rows"]],
-        "outdated": run.manifest is not None and run.manifest["priors"] != run.diagnosis["priors"],
+        "rows": [captions[name] for name in run.diagnosis.rows],
+        "outdated": run.manifest is not None and run.manifest.priors != run.diagnosis.priors,
     }
 
 
@@ -173,8 +174,8 @@ def _codebooks(run: RunStatus) -> list[list[str]]:
             level,
             _map_size(spec),
             f"{spec.codebook_size:,}",
-            f"{validation[f'usage_{level}']:.1%}",
-            f"{validation[f'perplexity_{level}']:,.1f}",
+            _format(validation.get(f"usage_{level}"), ".1%"),
+            _format(validation.get(f"perplexity_{level}"), ",.1f"),
         ]
         for level, spec in run.maps.items()
     ]
@@ -187,14 +188,11 @@ def _likelihood(run: RunStatus) -> dict[str, Any] | None:
     rows = []
     for level, spec in run.maps.items():
         validation = run.prior(level).metrics
-        values = [
-            f"{validation[name]:.3f}" if validation else _MISSING for name in ("nll", "bits", "uniform", "unigram")
-        ]
-        rows.append(
-            [level, _map_size(spec), *values, _bits(validation["bits"] * spec.num_codes if validation else None)]
-        )
+        values = [_format(validation.get(name), ".3f") for name in ("nll", "bits", "uniform", "unigram")]
+        bits = validation["bits"] * spec.num_codes if "bits" in validation else None
+        rows.append([level, _map_size(spec), *values, _format(bits, ",.0f")])
     positions = sum(spec.num_codes for spec in run.maps.values())
-    rows.append(["total", f"{positions:,} codes", *[""] * 4, _bits(_bits_per_image(run, "nll"))])
+    rows.append(["total", f"{positions:,} codes", *[""] * 4, _format(_bits_per_image(run, "nll"), ",.0f")])
     uniform, unigram = (_bits_per_image(run, name) for name in ("uniform", "unigram"))
     height, width = run.data.shape
     complete = uniform is not None and unigram is not None
@@ -205,14 +203,14 @@ def _likelihood(run: RunStatus) -> dict[str, Any] | None:
     }
 
 
-def _bits(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:,.0f}"
+def _format(value: float | None, spec: str) -> str:
+    return _MISSING if value is None else format(value, spec)
 
 
 def _bits_per_image(run: RunStatus, name: str) -> float | None:
     """Return a metric in bits per image: nats per code × codes, summed over levels; None if a level lacks it."""
     levels = [(run.prior(level).metrics, spec.num_codes) for level, spec in run.maps.items()]
-    if not all(metrics for metrics, _ in levels):
+    if not all(name in metrics for metrics, _ in levels):
         return None
     return sum(metrics[name] * size for metrics, size in levels) / math.log(2)
 
@@ -223,13 +221,12 @@ def _metrics(run: RunStatus) -> dict[str, Any] | None:
     return {
         "warnings": list(_metric_warnings(run, run.metrics)),
         "rows": _metric_rows(run.metrics),
-        "missing_fid": run.metrics["fid"]["text"] if run.metrics["fid"]["value"] is None else None,
         "protocol": list(_protocol(run.metrics.get("protocol", {}))),
     }
 
 
 def _metric_warnings(run: RunStatus, metrics: dict[str, Any]) -> Iterator[str]:
-    if run.manifest and metrics["made_from"]["samples"] != files.digest(run.samples / "manifest.json"):
+    if run.manifest and metrics["made_from"]["samples"] != files.digest(manifest_path(run.samples)):
         yield "the metrics were measured on other samples than the ones shown here; run vqvae2 evaluate again"
     if not metrics.get("protocol", {}).get("standard_weights", True):
         yield "not the standard Inception weights, so the metrics are not comparable with others"
@@ -240,22 +237,36 @@ def _metric_rows(metrics: dict[str, Any]) -> list[Metric]:
     """Return the table of metrics. KID comes first if there are too few images for a comparable FID."""
     rows = []
     for key, name in (("fid", "FID"), ("rfid", "rFID (reconstructions)")):
-        if (distance := metrics.get(key)) and distance["value"] is not None:
-            note = distance["text"].partition(" (")[2].removesuffix(")")
-            rows.append(Metric(name, f"{distance['value']:.2f}", note))
+        if distance := metrics.get(key):
+            rows += _missing(name, distance) or [
+                Metric(name, f"{distance['value']:.2f}", distance["text"].partition(" (")[2].removesuffix(")"))
+            ]
     for key, name, digits in (("kid", "KID", 5), ("inception_score", "Inception score", 2)):
         if score := metrics.get(key):
-            rows.append(Metric(name, f"{score['mean']:.{digits}f} ± {score['std']:.{digits}f}", _NOTES[key]))
-    for name, value in metrics.get("precision_recall", {}).items():
-        rows.append(Metric(name.capitalize(), f"{value:.3f}", _NOTES[name]))
+            rows += _missing(name, score) or [
+                Metric(name, f"{score['mean']:.{digits}f} ± {score['std']:.{digits}f}", _NOTES[key])
+            ]
+    if neighborhoods := metrics.get("precision_recall"):
+        rows += _missing("Precision and recall", neighborhoods) or [
+            Metric(name.capitalize(), f"{value:.3f}", _NOTES[name]) for name, value in neighborhoods.items()
+        ]
     if not metrics["fid"].get("comparable"):
         rows.sort(key=lambda row: row.name != "KID")
-    cas = metrics.get("cas", {})
+    cas = metrics.get("cas") or {}
     for name, score in (("Classification accuracy", cas), ("… trained on real images", cas.get("real"))):
         if score:
-            note = f"top-1 of a {score['model']} trained on {score['trained_on']:,} images, on held-out images"
-            rows.append(Metric(name, f"{score['top1']:.1%}", "; ".join(filter(None, (note, score.get("warning"))))))
+            rows += _missing(name, score) or [Metric(name, f"{score['top1']:.1%}", _classifier_note(score))]
     return rows
+
+
+def _missing(name: str, metric: dict[str, Any]) -> list[Metric]:
+    """Return the row of a missing metric with the reason, and no row for one that was measured."""
+    return [Metric(name, _MISSING, f"not measured: {metric['missing']}")] if "missing" in metric else []
+
+
+def _classifier_note(score: dict[str, Any]) -> str:
+    note = f"top-1 of a {score['model']} trained on {score['trained_on']:,} images, on held-out images"
+    return "; ".join(filter(None, (note, score.get("warning"))))
 
 
 def _protocol(protocol: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -279,17 +290,19 @@ def _timings(run: RunStatus) -> list[list[str]]:
 
 def _provenance(run: RunStatus) -> dict[str, dict[str, Any]]:
     """Return the digests of weights and samples, and the versions of libraries, as far as known."""
-    manifest, metrics = run.manifest or {}, run.metrics or {}
+    manifest, metrics = run.manifest, run.metrics or {}
     protocol = metrics.get("protocol", {})
-    digests = {"autoencoder": manifest.get("autoencoder")}
-    digests |= {f"prior-{level}": digest for level, digest in zip(run.maps, manifest.get("priors", ()), strict=False)}
+    digests = {}
+    if manifest:
+        digests["autoencoder"] = manifest.autoencoder
+        digests |= {f"prior-{level}": digest for level, digest in zip(run.maps, manifest.priors, strict=False)}
     digests |= {
         "evaluated samples": metrics.get("made_from", {}).get("samples"),
         "Inception weights": protocol.get("inception_weights"),
     }
     return {
         "digests": {name: digest for name, digest in digests.items() if digest},
-        "versions": {"torch": manifest.get("torch")} | protocol.get("versions", {}),
+        "versions": ({"torch": manifest.torch} if manifest else {}) | protocol.get("versions", {}),
     }
 
 

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from sampling.evaluation.metrics import read_metrics
 from sampling.evaluation.training_checks import codebook_warnings, prior_warnings
+from sampling.output_folder import SampleManifest, read_manifest
+from sampling.report.diagnosis import Diagnosis, read_diagnosis
 from sampling.run_changes import RunChanges
 from sampling.run_config import RunConfig
+from sampling.summary import read_summary
 from vqvae2 import files
 from vqvae2.code_maps import MapSpec
 from vqvae2.data import lmdb_environment
@@ -39,9 +43,9 @@ class RunStatus:
     data: DataConfig
     maps: dict[str, MapSpec]  # by level, finest first
     stages: dict[str, StageStatus]  # in the order of execution
-    manifest: dict[str, Any] | None  # of the samples
+    manifest: SampleManifest | None  # of the samples
     metrics: dict[str, Any] | None  # written by `vqvae2 evaluate`
-    diagnosis: dict[str, Any] | None  # written by `vqvae2 diagnose`
+    diagnosis: Diagnosis | None  # written by `vqvae2 diagnose`
     warnings: tuple[str, ...]  # derived from the metrics of the stages
     changes: list[list[str]]  # rows: setting, stage, step, value before, value after
 
@@ -69,6 +73,7 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
     samples = samples or folder.samples
     config = RunConfig.from_resolved_yaml(folder.config)
     names = config.levels
+    manifest = read_manifest(samples, SampleManifest)
     with torch.device("meta"):
         maps = config.autoencoder.model.build(config.data.shape, config.data.channels).map_specs
     autoencoder = _training(folder.autoencoder, config.autoencoder.training.steps)
@@ -79,7 +84,7 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
             f"prior-{name}": _training(folder.prior(name), config.priors[name].training.steps)
             for name in reversed(names)
         },
-        "samples": _sampling(samples),
+        "samples": _sampling(samples, manifest),
         "evaluation": StageStatus("finished" if folder.metrics.is_file() else "not started"),
     }
     warnings = codebook_warnings(autoencoder.metrics, names)
@@ -91,9 +96,9 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
         config.data,
         dict(zip(names, maps, strict=True)),
         stages,
-        manifest=_json(samples / "manifest.json"),
-        metrics=_json(folder.metrics),
-        diagnosis=_json(folder.diagnosis / "diagnosis.json"),
+        manifest=manifest,
+        metrics=read_metrics(folder.metrics),
+        diagnosis=read_diagnosis(folder.diagnosis, names),
         warnings=tuple(warnings),
         changes=[
             [each.setting, each.stage, f"{each.step:,}", str(each.before), str(each.after)]
@@ -104,14 +109,15 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
 
 def _training(folder: StageFolder, steps: int) -> StageStatus:
     """Return the status of a training stage; its metrics come from the log until there is a summary."""
-    summary = _json(folder.summary) or {}
+    summary = read_summary(folder.summary)
     step, metrics = 0, {}
     for entry in _log(folder):
         step = int(entry["step"])
         metrics |= {name.removeprefix("validation/"): entry[name] for name in entry if name.startswith("validation/")}
     if folder.weights.is_file():
+        metrics = summary.validation if summary else metrics
         detail = f"{steps:,} steps" if steps else "pretrained"
-        return StageStatus("finished", detail, summary.get("seconds"), summary.get("validation", metrics))
+        return StageStatus("finished", detail, summary.seconds if summary else None, metrics)
     if step:
         return StageStatus("in progress", f"step {step:,} of {steps:,}", None, metrics)
     return StageStatus("not started")
@@ -122,16 +128,16 @@ def _extraction(folder: RunFolder) -> StageStatus:
     headers = [CodeStore.read_header(path) for path in stores if lmdb_environment.exists(path)]
     if len(headers) < len(stores) or not all(header.complete for header in headers):
         return StageStatus("in progress" if headers else "not started")
-    seconds = (_json(folder.codes_summary) or {}).get("seconds")
-    return StageStatus("finished", f"{sum(map(len, headers)):,} images", seconds)
+    summary = read_summary(folder.codes_summary)
+    return StageStatus("finished", f"{sum(map(len, headers)):,} images", summary.seconds if summary else None)
 
 
-def _sampling(samples: Path) -> StageStatus:
-    manifest = _json(samples / "manifest.json")
+def _sampling(samples: Path, manifest: SampleManifest | None) -> StageStatus:
     if manifest is None:
         return StageStatus("not started")
-    seconds = (_json(samples / "summary.json") or {}).get("seconds")
-    existing, count = len(list((samples / "images").glob("*.png"))), manifest["count"]
+    summary = read_summary(samples / "summary.json")
+    seconds = summary.seconds if summary else None
+    existing, count = len(list((samples / "images").glob("*.png"))), manifest.count
     if existing < count:
         return StageStatus("in progress", f"{existing:,} of {count:,} images", seconds)
     return StageStatus("finished", f"{count:,} images", seconds)
@@ -140,7 +146,3 @@ def _sampling(samples: Path) -> StageStatus:
 def _log(folder: StageFolder) -> list[dict[str, float]]:
     """Return the entries of a stage's metric log in the order of steps."""
     return files.read_log(folder.metric_log) if folder.metric_log.is_file() else []
-
-
-def _json(path: Path) -> Any:
-    return files.read_json(path) if path.is_file() else None

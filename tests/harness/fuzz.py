@@ -1,198 +1,163 @@
-"""Corrupt one file at random, run a command that reads it, and check the outcome.
+"""Change one file, name or environment variable at random, run a command that reads it, and check the outcome.
 
-    python -m tests.harness.fuzz [--times 1000] [--seed 0] [--targets store checkpoint …]
+    python -m tests.harness.fuzz [--times 1000] [--seed 0] [--targets store checkpoint …] [--processes 2]
 
-The command must exit within a minute, either with status 0 and the same result as before the corruption, or with status
-2 and a one-line error without a traceback. After an error, it must succeed once the file is restored. A corrupted input
-image may change or remove its own record, but no other. The exit status is 1 if anything else happens.
+The command must exit within ten seconds and with at most 2 GiB of memory, either with status 0 and the same result as
+before the change, or with status 2 and a one-line error without a traceback. After an error, it must succeed once the
+file is restored. A corrupted input image may change or remove its own record, but no other. The exit status is 1 if
+anything else happens.
 """
 
 import argparse
 import collections
 import importlib
+import multiprocessing
+import os
 import random
+import resource
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from tests.harness import mutations
 from tests.harness.kills import photographs, start, wait
+from tests.harness.targets import CONFIG, TARGETS, Target
+from tests.inception_fixture import weights as inception_weights
 from vqvae2.__main__ import COMMANDS
-from vqvae2.data.code_store import CodeStore
 
-CONFIG = """
-data: {path: PHOTOGRAPHS, size: 32, labels: folder, val_fraction: 0.2, max_unreadable_fraction: 0.1, num_workers: 0}
-autoencoder:
-  model:
-    channels: 8
-    residual_channels: 4
-    residual_layers: 1
-    levels:
-      - {stride: 4, quantizer: {kind: ema, codebook_size: 16, code_dim: 4}}
-      - {stride: 2, quantizer: {kind: ema, codebook_size: 300, code_dim: 4}}
-  training: {steps: 9, batch_size: 4, log_every: 2, validate_every: 3, preview_every: 9, checkpoint_every: 3}
-priors:
-  top: &prior
-    model: {kind: pixelcnn, channels: 8, kernel: 3, layers: 1, output_channels: 8}
-    training: {steps: 9, batch_size: 4, log_every: 2, validate_every: 3, preview_every: 9, checkpoint_every: 3}
-  bottom: *prior
-sampling: {count: 2}
-"""
-_TIMEOUT_S = 60
-_PATHS = ("config.yaml", "run", "out", "prepared", "grid.png")  # command arguments that are paths in the work folder
+_TIMEOUT_S = 10
+_MAX_MEMORY = 2 * 2**30  # bytes, resident
+_MAX_ADDRESS_SPACE = 64 * 2**30  # bytes; a guard against commands that would use up the memory of the machine
+_PREPARE_TIMEOUT_S = 600
+_PATHS = ("config.yaml", "run", "out", "prepared", "grid.png", "photographs", "fresh", "run/codes/train")
+_LINKED_SUFFIXES = (".png", ".jpg", ".safetensors", ".json", ".yaml", ".jsonl")  # written anew, never in place
+Environment = dict[str, str | None]
 
 
-class Target(NamedTuple):
-    """A kind of file, a command that reads it, and a function that returns the result of the command."""
+class Outcome(NamedTuple):
+    """How a command ended."""
 
-    files: str  # glob pattern in the work folder
-    removed: list[str]  # outputs to remove first, so that the command has work to do
-    command: list[str]
-    result: Callable[[Path], Any]
-
-
-def weights(stage: str) -> Callable[[Path], bytes]:
-    """Return a function that reads the weights of a stage, the result of training."""
-    return lambda work: (work / "run" / stage / "model.safetensors").read_bytes()
+    status: int | None  # None after a timeout
+    printed: str
+    memory: int  # peak, in bytes
 
 
-def records(work: Path) -> dict[str, bytes]:
-    """Return the codes of every image by name, the result of extraction."""
-    found = {}
-    for split in ("train", "val"):
-        store = CodeStore.open(work / "run" / "codes" / split)
-        codes, _ = store.read(range(len(store)))
-        found |= {
-            store.image_name(i): b"".join(level[i].numpy().tobytes() for level in codes) for i in range(len(store))
-        }
-    return found
-
-
-def images(work: Path) -> list[bytes]:
-    """Return the contents of all sampled images, the result of sampling."""
-    return [path.read_bytes() for path in sorted((work / "out" / "images").iterdir())]
-
-
-_AUTOENCODER = ["train-autoencoder", "config.yaml", "--run", "run"]
-_PRIOR = ["train-prior", "config.yaml", "--run", "run", "--level", "top"]
-_FINAL = ["run/{}/model.safetensors", "run/{}/checkpoints/00000009"]  # without these, training resumes from step 6
-_FINAL_AUTOENCODER = [path.format("autoencoder") for path in _FINAL]
-_FINAL_PRIOR = [path.format("prior-top") for path in _FINAL]
-_INSPECT = ["inspect", "prepared", "--out", "grid.png"]
-TARGETS = {
-    "config": Target("config.yaml", [], _AUTOENCODER, weights("autoencoder")),
-    "run config": Target("run/config.yaml", ["out"], ["sample", "run", "--out", "out"], images),
-    "store": Target("run/codes/*/data.mdb", _FINAL_PRIOR, _PRIOR, weights("prior-top")),
-    "seal": Target("run/codes/*/seal.json", _FINAL_PRIOR, _PRIOR, weights("prior-top")),
-    "checkpoint": Target("run/autoencoder/checkpoints/*/*", _FINAL_AUTOENCODER, _AUTOENCODER, weights("autoencoder")),
-    "metrics": Target("run/autoencoder/metrics.jsonl", _FINAL_AUTOENCODER, _AUTOENCODER, weights("autoencoder")),
-    "index": Target("run/data-index.safetensors", _FINAL_AUTOENCODER, _AUTOENCODER, weights("autoencoder")),
-    "weights": Target("run/*/model.safetensors", ["out"], ["sample", "run", "--out", "out"], images),
-    "prepared": Target("prepared/*", ["grid.png"], _INSPECT, lambda work: (work / "grid.png").read_bytes()),
-    "image": Target("photographs/*/*", ["run/codes"], ["extract-codes", "config.yaml", "--run", "run"], records),
-}
-
-
-def corrupt(path: Path, rng: random.Random) -> str:
-    """Corrupt a file in one of several ways and return a description."""
-    content = bytearray(path.read_bytes())
-    kind = rng.choice(["bit", "bit", "bytes", "zeros", "truncated", "extended", "moved", "empty"])
-    offset = rng.randrange(max(len(content), 1))
-    length = min(rng.choice([1, 8, 512, 4096]), len(content) - offset)
-    if kind == "bit" and content:
-        content[offset] ^= 1 << rng.randrange(8)
-    elif kind == "bytes":
-        content[offset : offset + length] = rng.randbytes(length)
-    elif kind == "zeros":
-        content[offset : offset + length] = bytes(length)
-    elif kind == "truncated":
-        del content[offset:]
-    elif kind == "extended":
-        content += rng.randbytes(rng.randrange(1, 5000))
-    elif kind == "moved":
-        content[offset : offset + length] = content[:length]
-    else:
-        content.clear()
-    path.write_bytes(bytes(content))
-    return f"{kind} at {offset}"
-
-
-def run(target: Target, work: Path) -> tuple[int | None, str]:
-    """Run the command of a target and return its status (None after a timeout) and its output."""
+def run(target: Target, work: Path, path: Path, environment: Environment) -> Outcome:
+    """Run the command of a target."""
     log = work / "log"
     log.unlink(missing_ok=True)
-    arguments = [str(work / part) if part in _PATHS else part for part in target.command]
-    process = start(arguments, log)
-    status = wait(process, _TIMEOUT_S)
-    return status, log.read_text(errors="replace")
+    arguments = [
+        str(work / part) if part in _PATHS else str(path) if part == "ARCHIVE" else part for part in target.command
+    ]
+    process = start(arguments, log, partial(_prepare_process, environment))
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        found, status, usage = os.wait4(process, os.WNOHANG)
+        if found:
+            code = os.waitstatus_to_exitcode(status)
+            return Outcome(code, log.read_text(errors="replace"), usage.ru_maxrss * 1024)
+        if time.monotonic() > deadline:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return Outcome(None, log.read_text(errors="replace"), 0)
+        time.sleep(0.002)
 
 
-def check(target: Target, name: str, corrupted: Path, work: Path, expected: Any) -> str:
+def _prepare_process(environment: Environment) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE, _MAX_ADDRESS_SPACE))
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def check(name: str, work: Path, path: Path, expected: Any, environment: Environment) -> str:
     """Run the command and return "same", "rejected" or "skipped", or the description of a failure."""
-    status, printed = run(target, work)
-    lines = [line for line in printed.splitlines() if line.startswith("vqvae2: ") and ": warning: " not in line]
-    if "Traceback" in printed or status not in (0, 2):
-        return f"status {status}\n{printed[-1500:]}"
-    if status == 2:
-        return "rejected" if len(lines) == 1 else f"{len(lines)} error lines\n{printed[-1500:]}"
+    target = TARGETS[name]
+    outcome = run(target, work, path, environment)
+    printed = outcome.printed[-1500:]
+    lines = [line for line in outcome.printed.splitlines() if line.startswith("vqvae2: ") and ": warning: " not in line]
+    if "Traceback" in outcome.printed or outcome.status not in (0, 2):
+        return f"status {outcome.status}\n{printed}"
+    if outcome.memory > _MAX_MEMORY:
+        return f"{outcome.memory / 2**30:.1f} GiB of memory\n{printed}"
+    if outcome.status == 2:
+        return "rejected" if len(lines) == 1 else f"{len(lines)} error lines\n{printed}"
     found = target.result(work)
-    if name == "image":
-        own = str(corrupted.relative_to(work / "photographs"))
-        if found == expected:
-            return "same"
-        expected = {key: value for key, value in expected.items() if key != own}
-        return (
-            "skipped"
-            if {key: value for key, value in found.items() if key != own} == expected
-            else "other records differ"
-        )
+    if name == "image" and found != expected:
+        own = str(path.relative_to(work / "photographs"))
+        others, before = ({key: value for key, value in each.items() if key != own} for each in (found, expected))
+        return "skipped" if others == before else "other records differ"
     return "same" if found == expected else "different result"
 
 
 def prepare(work: Path) -> None:
-    """Complete a small run in the work folder."""
+    """Complete a small run in the work folder, and every output that a target reads."""
     photographs(work / "photographs", 60)
-    (work / "config.yaml").write_text(CONFIG.replace("PHOTOGRAPHS", str(work / "photographs")))
-    common = [str(work / "config.yaml"), "--run", str(work / "run")]
+    config = CONFIG.replace("PHOTOGRAPHS", str(work / "photographs")).replace("INCEPTION", str(inception_weights()))
+    (work / "config.yaml").write_text(config)
+    run_folder, out, prepared = str(work / "run"), str(work / "out"), str(work / "prepared")
+    common = [str(work / "config.yaml"), "--run", run_folder]
     for arguments in (
         ["train-autoencoder", *common],
         ["extract-codes", *common],
-        ["train-prior", *common, "--level", "top"],
-        ["train-prior", *common, "--level", "bottom"],
-        ["sample", str(work / "run"), "--out", str(work / "out")],
-        [
-            "prepare",
-            str(work / "photographs"),
-            str(work / "prepared"),
-            "--size",
-            "24",
-            "--max-unreadable-fraction",
-            "0.1",
-        ],
-        ["inspect", str(work / "prepared"), "--out", str(work / "grid.png")],
+        ["train-prior", *common],
+        ["sample", run_folder, "--out", out],
+        ["diagnose", run_folder, "--count", "2"],
+        ["evaluate", run_folder, "--samples", out],
+        ["report", run_folder, "--samples", out],
+        ["prepare", str(work / "photographs"), prepared, "--size", "24", "--max-unreadable-fraction", "0.1"],
+        ["inspect", prepared, "--out", str(work / "grid.png")],
     ):
-        status = wait(start(arguments, work / "log"), 10 * _TIMEOUT_S)
+        status = wait(start(arguments, work / "log"), _PREPARE_TIMEOUT_S)
         assert status == 0, (work / "log").read_text()
+    for suffix in (".zip", ".tar"):
+        (work / f"photographs{suffix}").touch()
+
+
+def restore(base: Path, work: Path) -> None:
+    """Restore the work folder from `base`. Files that commands do not change in place are hard links."""
+    shutil.rmtree(work)
+    shutil.copytree(base, work, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    if source.endswith(_LINKED_SUFFIXES):
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
 
 
 def trial(name: str, base: Path, work: Path, rng: random.Random, expected: Any) -> str:
-    """Corrupt one file of a target in a fresh copy of the work folder and return the outcome."""
+    """Change one file of a target, or the environment, in a restored work folder and return the outcome."""
     target = TARGETS[name]
-    shutil.rmtree(work)
-    shutil.copytree(base, work)
-    for path in target.removed:
-        shutil.rmtree(work / path) if (work / path).is_dir() else (work / path).unlink()
-    path = rng.choice(sorted(path for path in work.glob(target.files) if path.is_file()))
-    content_before = path.read_bytes()
-    description = corrupt(path, rng)
-    found = check(target, name, path, work, expected)
-    if found == "rejected":
-        path.write_bytes(content_before)
-        after_restore = check(target, name, path, work, expected)
+    restore(base, work)
+    for output in target.removed:
+        shutil.rmtree(work / output) if (work / output).is_dir() else (work / output).unlink()
+    environment: Environment = {}
+    path = work
+    if target.changes_environment:
+        environment = mutations.mutate_environment(rng)
+        description = str(environment)
+    else:
+        path = rng.choice(sorted(path for path in work.glob(target.files) if path.is_file()))
+        description = target.change(path, rng)
+    found = check(name, work, path, expected, environment)
+    if found == "rejected" and path.is_file() and target.change is not mutations.write_archive:
+        # A changed store has another seal.
+        for changed in (path, path.with_name("seal.json")) if path.name == "data.mdb" else (path,):
+            changed.unlink()
+            shutil.copy2(base / changed.relative_to(work), changed)
+        after_restore = check(name, work, path, expected, {})
         if after_restore != "same":
             printed = (work / "log").read_text(errors="replace")
             found = f"after restoring the file: {after_restore}\n{printed[-1500:]}"
@@ -202,31 +167,48 @@ def trial(name: str, base: Path, work: Path, rng: random.Random, expected: Any) 
     return found
 
 
-def main() -> None:
-    """Print every failure, and one line per target."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=1000, help="trials over all targets")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # forking a multithreaded process is unsafe
-    for each in COMMANDS.values():
-        importlib.import_module(each.target.partition(":")[0])
-    failures = 0
+def run_share(names: list[str], times: int, seed: int, share: int, num_shares: int) -> dict[str, dict[str, float]]:
+    """Run every `num_shares`-th trial, and return the number of each outcome and the seconds by target."""
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         # All trials use the same path, because artifacts record the path of their data.
         work, base = Path(folder, "work"), Path(folder, "base")
         work.mkdir()
         prepare(work)
-        results = {name: TARGETS[name].result(work) for name in options.targets}
+        unchanged = {name: None if "fresh" in TARGETS[name].command else TARGETS[name].result(work) for name in names}
         shutil.copytree(work, base)
-        for index, name in enumerate(options.targets):
-            count = (options.times + index) // len(options.targets)
-            rng = random.Random(f"{options.seed} {name}")
-            found = collections.Counter(trial(name, base, work, rng, results[name]) for _ in range(count))
-            failures += found["FAILED"]
-            print(f"{name}: {', '.join(f'{value} {key}' for key, value in sorted(found.items()))}", flush=True)
-    sys.exit(failures > 0)
+        for index, name in enumerate(names):
+            expected = unchanged[name] if unchanged[name] is not None else True
+            counts: collections.Counter[str] = collections.Counter()
+            started = time.monotonic()
+            for number in range(share, (times + index) // len(names), num_shares):
+                counts[trial(name, base, work, random.Random(f"{seed} {name} {number}"), expected)] += 1
+            results[name] = {**counts, "seconds": time.monotonic() - started}
+    return results
+
+
+def main() -> None:
+    """Print every failure, and one line per target."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=1000, help="trials over all targets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="trials at the same time")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # forking a multithreaded process is unsafe
+    for each in COMMANDS.values():
+        importlib.import_module(each.target.partition(":")[0])
+    inception_weights()
+    count = options.processes
+    share = partial(run_share, options.targets, options.times, options.seed, num_shares=count)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("fork")) as pool:
+        shares = list(pool.map(share, range(count)))
+    for name in options.targets:
+        total = sum((collections.Counter(each[name]) for each in shares), collections.Counter())
+        seconds = total.pop("seconds")
+        outcomes = ", ".join(f"{int(value)} {key}" for key, value in sorted(total.items()))
+        print(f"{name}: {outcomes}; {seconds / max(1, sum(total.values())):.1f} s per trial", flush=True)
+    sys.exit(any("FAILED" in each[name] for each in shares for name in options.targets))
 
 
 if __name__ == "__main__":

@@ -85,10 +85,11 @@ STAGES = {
 }
 
 
-def start(arguments: list[str], log: Path) -> int:
+def start(arguments: list[str], log: Path, prepare: Callable[[], None] = lambda: None) -> int:
     """Run a command in a forked process with its own process group and its output in `log`; return the process id.
 
-    The parent has imported all modules, so signals interrupt the work of the command and not the imports.
+    The parent has imported all modules, so signals interrupt the work of the command and not the imports. The process
+    calls `prepare` first.
     """
     process = os.fork()
     if process:
@@ -99,6 +100,7 @@ def start(arguments: list[str], log: Path) -> int:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        prepare()
         status = command(arguments)
     except BaseException:
         traceback.print_exc()

@@ -161,7 +161,7 @@ class AutoencoderStage(TrainingStage):
 
     def training_warnings(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
         validations = [entry for entry in entries if "validation/mse" in entry]
-        last = {name.removeprefix("validation/"): value for name, value in validations[-1].items()}
+        last = {name.removeprefix("validation/"): value for entry in validations[-1:] for name, value in entry.items()}
         return codebook_warnings(last, self.run.config.levels)
 
     def preview(self, path: Path) -> None:

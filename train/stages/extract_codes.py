@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sampling.run_data import open_run_datasets
+from sampling.run_data import load_run_autoencoder, open_run_datasets
 from train.accelerator import make_accelerator, to_device
 from train.run import Run, RunOptions, open_run, print_main
 from vqvae2 import files
@@ -37,7 +37,7 @@ def extract_codes(run: Run) -> None:
         print_main(f"codes: already complete, {run.folder.codes}")
         return
     accelerator = make_accelerator()
-    network = Autoencoder.load(run.folder.autoencoder_weights, accelerator.device)
+    network = load_run_autoencoder(run.config, run.folder, accelerator.device)
     started = time.monotonic()
     for split, images in zip(stores, open_run_datasets(run.config.data, run.folder), strict=True):
         _extract(run, network, images, split, accelerator)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sampling.evaluation.training_checks import prior_warnings
 from sampling.params import LevelSamplingParams
+from sampling.run_data import load_run_autoencoder
 from sampling.sample_level import Noise, sample_level
 from train.accelerator import to_device
 from train.checkpoints import check_made_from
@@ -24,7 +25,6 @@ from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
 from vqvae2.metrics.codebook_usage import CodebookUsage
-from vqvae2.models import Autoencoder
 from vqvae2.pictures import interleave_rows, save_grid
 from vqvae2.priors import Prior, PriorSpec, save_prior
 
@@ -77,7 +77,7 @@ class PriorStage(TrainingStage):
         self._network = self.config.model.build(spec)
         self._network.gradient_checkpointing = self.config.training.gradient_checkpointing
         self.objective = PriorObjective(self._network, self.level, self.config.loss.label_dropout)
-        self.autoencoder = Autoencoder.load(run.folder.autoencoder_weights)
+        self.autoencoder = load_run_autoencoder(run.config, run.folder)
         self.made_from = {"autoencoder": self.autoencoder.digest, "codes": header.digest}
         self.unigram_entropy = self._unigram_entropy()
         self.curves = {"nats per code": ["train/loss", "validation/nll", "validation/uniform", "validation/unigram"]}

@@ -7,17 +7,21 @@ Batches keep narrow integer types, at most half of int64; convert them on the de
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import lmdb
 import numpy as np
 import torch
 from jaxtyping import Int
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vqvae2 import files
 from vqvae2.code_maps import MapSpec
 from vqvae2.config import Config
 from vqvae2.data import lmdb_environment
@@ -27,6 +31,7 @@ RECORDS_PER_VALUE = 64  # records in one LMDB value
 UNREADABLE_LABEL = -2  # label of a record whose image could not be read; −1 means no label
 _HEADER = b"header"
 _FORMAT = 3
+_MAX_CODES = 2**28  # in a record
 _FIX = "Delete the folder and run `vqvae2 extract-codes`."
 
 
@@ -34,8 +39,8 @@ class CodeHeader(Config):
     """Contents and provenance of a code store."""
 
     format: int = _FORMAT
-    levels: tuple[MapSpec, ...]  # finest first
-    count: int  # number of records, including those of unreadable images
+    levels: tuple[MapSpec, ...] = Field(min_length=1, max_length=64)  # finest first
+    count: int = Field(ge=0, le=2**40)  # number of records, including those of unreadable images
     classes: tuple[str, ...] = ()  # class names, empty without labels
     split: str
     source: str  # `data.path` of the data set
@@ -44,6 +49,15 @@ class CodeHeader(Config):
     autoencoder: str  # digest of the weights that encoded the images
     unreadable: tuple[int, ...] = ()  # records without codes, which readers skip; set by `finish`
     complete: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sum(level.num_codes for level in self.levels) > _MAX_CODES:
+            raise ValueError(f"levels: more than {_MAX_CODES:,} codes in a record")
+        bounds = (-1, *self.unreadable, self.count)
+        if any(first >= second for first, second in pairwise(bounds)):
+            raise ValueError(f"unreadable: expected increasing record numbers below {self.count}")
+        return self
 
     def __len__(self) -> int:
         """Return the number of records with codes."""
@@ -138,6 +152,10 @@ class CodeStore(Dataset[CodeBatch]):
         store = cls(path, cls.read_header(path))
         if not (store.header.complete and lmdb_environment.is_sealed(path)):
             raise UserError(f"{path}: unfinished code store. Run `vqvae2 extract-codes` again to complete it.")
+        with lmdb_environment.open_reader(path).begin(buffers=True) as transaction:
+            missing = next(_missing_values(transaction, store.header), None)
+        if missing is not None:
+            raise UserError(f"{path}: corrupted code store (value {missing} is missing or truncated). {_FIX}")
         return store
 
     @staticmethod
@@ -178,8 +196,7 @@ class CodeStore(Dataset[CodeBatch]):
         values, position = lmdb_environment.cached_values(self.path), 0
         for number, start in zip(numbers.tolist(), (offsets * size).tolist(), strict=True):
             value = values[number]
-            if value is None or len(value) < start + size:
-                raise UserError(f"{self.path}: corrupted code store (value {number} is missing or truncated). {_FIX}")
+            assert value is not None, "checked by `open`"
             target[position : position + size] = value[start : start + size]
             position += size
         maps = tuple(
@@ -188,7 +205,17 @@ class CodeStore(Dataset[CodeBatch]):
         )
         labels = torch.from_numpy(batch["label"].copy())
         self._scratch = scratch
+        self._check_range(batch)
         return CodeBatch(maps, labels)
+
+    def _check_range(self, batch: np.ndarray) -> None:
+        """Raise UserError if a label or a code does not exist."""
+        labels, num_classes = batch["label"], len(self.header.classes)
+        fields = {"label": num_classes} | {
+            f"level{i}": level.codebook_size for i, level in enumerate(self.header.levels)
+        }
+        if len(batch) and (labels.min() < -1 or any(batch[name].max() >= size for name, size in fields.items())):
+            raise UserError(f"{self.path}: corrupted code store (a code or a label is out of range). {_FIX}")
 
     def image_name(self, index: int) -> str:
         """Return the name of the image of a record."""
@@ -229,13 +256,12 @@ class CodeWriter:
             self.environment.close()
             raise UserError(f"{path}: codes of other images or another autoencoder. {_FIX}")
         if found is None:
-            self._put(_HEADER, header.model_dump_json().encode())
+            self._put(_HEADER, header.to_json())
 
     def missing_values(self) -> list[int]:
         """Return the numbers of the values not yet written. Value v holds the records [64 v, 64 v + 64)."""
-        with self.environment.begin() as transaction:
-            total = -(-self.header.count // RECORDS_PER_VALUE)
-            return [number for number in range(total) if transaction.get(lmdb_environment.encode_key(number)) is None]
+        with self.environment.begin(buffers=True) as transaction:
+            return list(_missing_values(transaction, self.header))
 
     def write(
         self, number: int, codes: Sequence[Int[Tensor, "n h w"]], labels: Int[Tensor, " n"], names: Sequence[str] = ()
@@ -264,7 +290,7 @@ class CodeWriter:
         """Mark the store as complete, close and seal it."""
         assert not self.missing_values(), "values are missing"
         done = self.header.model_copy(update={"unreadable": tuple(self.unreadable_records()), "complete": True})
-        self._put(_HEADER, done.model_dump_json().encode())
+        self._put(_HEADER, done.to_json())
         self.close()
         lmdb_environment.seal(self.path)
 
@@ -282,15 +308,25 @@ def _to_narrow_tensor(field: np.ndarray, codebook_size: int) -> Tensor:
     return torch.from_numpy(field.astype(kind))
 
 
+def _missing_values(transaction: lmdb.Transaction, header: CodeHeader) -> Iterator[int]:
+    """Yield the numbers of the values that do not exist or have another length than their records."""
+    size = header.record_dtype.itemsize
+    for number, start in enumerate(range(0, header.count, RECORDS_PER_VALUE)):
+        value: Any = transaction.get(lmdb_environment.encode_key(number))
+        if value is None or len(value) != min(RECORDS_PER_VALUE, header.count - start) * size:
+            yield number
+
+
 def _parse(header: bytes, path: Path) -> CodeHeader:
-    data = json.loads(header)
-    if "autoencoder" not in data:
-        raise UserError(f"{path}: not a code store, but {data.get('kind', 'another database')}. Check the path.")
+    data = files.parse_json(header, path, _FIX)
+    if not isinstance(data, dict) or "autoencoder" not in data:
+        kind = "images" if isinstance(data, dict) and data.get("kind") == "images" else "another database"
+        raise UserError(f"{path}: not a code store, but {kind}. Check the path.")
     if data.get("format") != _FORMAT:
         raise UserError(
-            f"{path}: code store of format {data.get('format')}; this version reads format {_FORMAT}. {_FIX}"
+            f"{path}: code store of format {str(data.get('format'))[:20]}; this version reads format {_FORMAT}. {_FIX}"
         )
-    return CodeHeader.from_dict(data, str(path))
+    return CodeHeader.from_dict(data, str(path), fix=_FIX)
 
 
 def _names_key(number: int) -> bytes:

@@ -153,8 +153,8 @@ class ImageIndex:
         try:
             data = np.asarray(np.memmap(path, np.uint8, "r"))
             start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-            layout = json.loads(data[8:start].tobytes())
-            header = json.loads(layout.pop("__metadata__")["index"])
+            layout = files.parse_json(data[8:start].tobytes(), path, "")
+            header = files.parse_json(layout.pop("__metadata__")["index"].encode(), path, "")
             digest = header.pop("sha256")
             arrays = {}
             for name, entry in layout.items():
@@ -166,9 +166,24 @@ class ImageIndex:
             names = StringTable(arrays["text"], arrays["ends"])
             if header["format"] != _FORMAT or digest != _digest(header, arrays):
                 return None
-            return cls(names, arrays["labels"], arrays["hashes"], tuple(header["classes"]), columns, header["stamp"])
+            index = cls(names, arrays["labels"], arrays["hashes"], tuple(header["classes"]), columns, header["stamp"])
+            return index if index._is_valid() else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+    def _is_valid(self) -> bool:
+        """Return whether all arrays have one entry per image, and all entries are in range."""
+        ends, labels = self.names.ends, self.labels
+        if any(len(array) != len(labels) for array in (ends, self.hashes, *self.columns.values())):
+            return False
+        last = int(ends[-1]) if len(ends) else 0
+        return (
+            last == len(self.names.text)
+            and bool((np.diff(ends, prepend=0) >= 0).all())
+            and bool(((labels >= -1) & (labels < len(self.classes))).all())
+            and all(isinstance(name, str) for name in self.classes)
+            and isinstance(self.stamp, dict)
+        )
 
 
 def _digest(header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:

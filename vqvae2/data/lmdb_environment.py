@@ -14,10 +14,19 @@ from typing import Any, NamedTuple
 import lmdb
 
 from vqvae2 import files
+from vqvae2.config import Config
 from vqvae2.errors import UserError
 
 KEY_BYTES = 8
 _GROWTH = 64 * 2**20  # bytes by which a full map grows
+
+
+class _Seal(Config):
+    """Contents of seal.json."""
+
+    sha256: str
+    size: int  # bytes of the file
+    modified: int  # its modification time in nanoseconds
 
 
 class ValueCache(dict[int, "memoryview | None"]):
@@ -75,6 +84,8 @@ def open_reader(
             _verify_seal(path)
             environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=512)
             _check_length(path, environment)
+        except UserError:
+            raise
         except (lmdb.Error, ValueError) as error:
             raise UserError(f"{path}: corrupted {kind} ({error}). {fix}") from None
         reader = _readers[path] = _Reader(os.getpid(), environment, ValueCache(environment))
@@ -149,20 +160,20 @@ def _verify_seal(path: Path) -> None:
     """Raise ValueError if a sealed database has changed. A database without a seal is not checked."""
     if not (is_sealed(path) and _data_file(path).is_file()):
         return
-    known, status = files.read_json(_seal_file(path)), _data_file(path).stat()
-    if not (isinstance(known, dict) and known.keys() == {"sha256", "size", "modified"}):
-        raise ValueError(f"invalid {_seal_file(path).name}")
-    if [known["size"], known["modified"]] == [status.st_size, status.st_mtime_ns]:
+    known = _Seal.from_json(_seal_file(path), "Delete the folder and run the command that writes it again.")
+    status = _data_file(path).stat()
+    if (known.size, known.modified) == (status.st_size, status.st_mtime_ns):
         return
-    if files.digest(_data_file(path)) != known["sha256"]:
+    if files.digest(_data_file(path)) != known.sha256:
         raise ValueError("checksum mismatch")
     with suppress(OSError):  # in a read-only folder, the checksum is recomputed each time
-        _write_seal(path, known["sha256"])  # a copy has another modification time
+        _write_seal(path, known.sha256)  # a copy has another modification time
 
 
 def _write_seal(path: Path, digest: str) -> None:
     status = _data_file(path).stat()
-    files.write_json(_seal_file(path), {"sha256": digest, "size": status.st_size, "modified": status.st_mtime_ns})
+    seal = _Seal(sha256=digest, size=status.st_size, modified=status.st_mtime_ns)
+    files.write_json(_seal_file(path), seal.to_dict())
 
 
 def _check_length(path: Path, environment: lmdb.Environment) -> None:
@@ -177,7 +188,7 @@ def _write_errors(path: Path) -> Iterator[None]:
     """Convert LMDB errors other than a full map to UserErrors."""
     try:
         yield
-    except (lmdb.MapFullError, lmdb.MapResizedError):
+    except (lmdb.MapFullError, lmdb.MapResizedError, UserError):
         raise
     except (lmdb.Error, ValueError) as error:
         raise UserError(

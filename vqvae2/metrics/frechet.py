@@ -111,7 +111,7 @@ class GaussianStatistics:
         if self.count is None:
             return self._scatter.numpy()
         if self.count < 2:
-            raise UserError(f"the covariance needs at least two images, got {self.count}")
+            raise UserError(f"a covariance needs at least 2 images, got {self.count}")
         return self._scatter.cpu().numpy() / (self.count - 1)
 
     def distance(self, other: "GaussianStatistics") -> float:

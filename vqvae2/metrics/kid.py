@@ -41,7 +41,7 @@ def kernel_inception_distance(
         )
     size = min(subset_size, len(generated), len(reference))
     if size < 2 or subsets < 1:
-        raise UserError(f"KID: needs at least one subset of at least two images, got {subsets} of {size}")
+        raise UserError(f"KID needs at least 2 images per side and 1 subset, got {size} and {subsets}")
     rng = np.random.RandomState(seed)
     distances = np.empty(subsets)
     for index in range(subsets):

@@ -39,7 +39,7 @@ def precision_recall(
         raise UserError(f"precision and recall: expected features (N, D) and (M, D), got {shapes}")
     fewest, most_neighbors = min(len(generated), len(reference)), max(k, k_density)
     if min(k, k_density) < 1 or fewest <= most_neighbors:
-        raise UserError(f"precision and recall: need more than {most_neighbors} images per side, got {fewest}")
+        raise UserError(f"precision and recall need more than {most_neighbors} images per side, got {fewest}")
     if generated.device.type == "mps":  # no float64
         generated, reference = generated.cpu(), reference.cpu()
     reference = reference.to(generated.device)

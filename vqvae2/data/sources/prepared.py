@@ -1,7 +1,6 @@
 """Resized images in LMDB, written by `vqvae2 prepare`: the source and the writer."""
 
 import io
-import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from vqvae2 import files
 from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
 from vqvae2.data import lmdb_environment
@@ -36,7 +36,7 @@ class PreparedHeader(Config):
     channels: Literal[1, 3, 4] = 3
     encoding: Encoding = "jpeg"
     quality: int | None = Field(default=95, ge=1, le=100)  # for jpeg and webp
-    count: int  # number of images in the source, including unreadable ones
+    count: int = Field(ge=0, le=2**40)  # number of images in the source, including unreadable ones
     classes: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()  # names of unreadable images; set by `finish`
     complete: bool = False
@@ -45,6 +45,15 @@ class PreparedHeader(Config):
     def identity(self) -> dict[str, Any]:
         """Fields that must be equal to resume. The location of the source is not one of them."""
         return self.model_dump(exclude={"source", "unreadable", "complete"})
+
+    def fits(self, index: ImageIndex) -> bool:
+        """Return whether an index lists the readable images of this header with their positions."""
+        positions = index.columns.get("position", np.empty(0))
+        return (
+            len(positions) == len(index) == self.count - len(self.unreadable)
+            and bool(((positions >= 0) & (positions < self.count)).all())
+            and index.classes == self.classes
+        )
 
 
 class PreparedSource(Source):
@@ -58,10 +67,11 @@ class PreparedSource(Source):
 
     @classmethod
     def scan(cls, path: str) -> ImageIndex:
-        if not (read_header(Path(path)).complete and lmdb_environment.is_sealed(Path(path))):
+        header = read_header(Path(path))
+        if not (header.complete and lmdb_environment.is_sealed(Path(path))):
             raise UserError(f"data.path: {path} is unfinished. Run the same `vqvae2 prepare` again to complete it.")
         index = ImageIndex.load(_index_file(Path(path)))
-        if index is None:
+        if index is None or not header.fits(index):
             raise UserError(f"data.path: {path}: missing or corrupted {_index_file(Path(path)).name}. {_FIX}")
         return index
 
@@ -81,11 +91,11 @@ def read_header(path: Path) -> PreparedHeader:
         UserError: If there are no prepared images or they are corrupted.
     """
     found = lmdb_environment.get(_open_reader(path), _HEADER)
-    data = json.loads(found) if found else {}
-    if data.get("kind") != "images":
-        kind = "a code store" if "autoencoder" in data else "another LMDB database"
+    data = files.parse_json(found, path, _FIX) if found else {}
+    if not isinstance(data, dict) or data.get("kind") != "images":
+        kind = "a code store" if isinstance(data, dict) and "autoencoder" in data else "another LMDB database"
         raise UserError(f"data.path: {path} is {kind}. Give images, or a folder written by `vqvae2 prepare`.")
-    return PreparedHeader.from_dict(data, str(path))
+    return PreparedHeader.from_dict(data, str(path), fix=_FIX)
 
 
 class PreparedWriter:
@@ -110,7 +120,7 @@ class PreparedWriter:
                 )
         self.environment = lmdb_environment.open_writer(path)
         if lmdb_environment.get(self.environment, _HEADER) is None:
-            lmdb_environment.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
+            lmdb_environment.put(self.environment, [(_HEADER, header.to_json())])
 
     def num_written(self) -> int:
         """Return the number of images written so far."""
@@ -140,7 +150,7 @@ class PreparedWriter:
         index.take(readable, {"position": readable}).save(_index_file(self.path))
         names = tuple(index.names[position] for position in unreadable)
         header = self.header.model_copy(update={"unreadable": names, "complete": True})
-        lmdb_environment.put(self.environment, [(_HEADER, header.model_dump_json().encode())])
+        lmdb_environment.put(self.environment, [(_HEADER, header.to_json())])
         self.close()
         lmdb_environment.seal(self.path)
         return header
