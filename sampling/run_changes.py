@@ -33,7 +33,7 @@ class RunChanges(Config):
         """
         if not folder.changes.is_file():
             return cls()
-        return cls.from_dict(files.read_json(folder.changes), str(folder.changes))
+        return cls.from_json(folder.changes, fix="Restore it, or delete it to forget the changes.")
 
     def append(self, folder: RunFolder, changes: list[SettingChange]) -> None:
         """Record further changes in a run folder. A change that is already recorded is not repeated."""

@@ -26,6 +26,7 @@ _CHANGEABLE = (
     "data.path",
     "data.num_workers",
     "data.max_unreadable_fraction",
+    "data.max_pixels",
     "extract_codes.batch_size",
     "sampling",
     "evaluation",

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from vqvae2 import files
-from vqvae2.errors import Stopped, UserError
+from vqvae2.errors import Stopped, UserError, printable
 
 # OpenMP reads this when torch is loaded. With its default, waiting threads spin for so long that a training step takes
 # several times as long if another process is busy; see docs/results.md.
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(str(error) if isinstance(error, UserError) else _describe(error))
     except Stopped as stopped:
-        print(f"vqvae2: {stopped}", file=sys.stderr)
+        print(f"vqvae2: {printable(str(stopped))}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print(f"vqvae2: interrupted by Ctrl-C; {_RESUME}", file=sys.stderr)
@@ -247,13 +247,13 @@ def _on_sigterm(number: int, _: FrameType | None) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"vqvae2: {' '.join(message.split())}", file=sys.stderr)
+    print(f"vqvae2: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 
 def _describe(error: OSError) -> str:
     """Return what the operating system refused, and for which file."""
-    place = f"{error.filename}: " if error.filename else ""
+    place = f"{printable(str(error.filename))}: " if error.filename else ""
     return f"{place}{error.strerror or error}. Check free space and permissions, then run the same command again."
 
 

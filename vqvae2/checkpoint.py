@@ -24,7 +24,20 @@ from vqvae2.errors import UserError
 _METADATA_KEY, _CHECKSUM_KEY, _FORMAT_KEY = "vqvae2", "sha256", "format"
 _FORMAT = 2
 _FIX = "Delete it and rerun the stage that writes it."
-_READ_ERRORS = (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError)
+_READ_ERRORS = (
+    SafetensorError,
+    UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    OverflowError,
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -133,8 +146,7 @@ def read_state_dict(path: Path, label: str = "", hint: str = "", key: str = "") 
     """
     name = f"{label}: {path}" if label else str(path)
     ending = f" {hint}" if hint else ""
-    if not path.is_file():
-        raise UserError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}.{ending}")
+    files.require_file(path, name, hint)
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -145,9 +157,19 @@ def read_state_dict(path: Path, label: str = "", hint: str = "", key: str = "") 
         raise UserError(f"{name}: corrupted, or not a weights-only file ({reason}).{ending}") from None
     if key and isinstance(state, dict) and isinstance(state.get(key), dict):
         state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
         raise UserError(f"{name}: not a state dict (tensors by name).{ending}")
+    for key, value in state.items():
+        if not (isinstance(value, Tensor) and _is_plain(value)):
+            raise UserError(f"{name}: not a state dict (tensors by name): `{key}` is not an ordinary tensor.{ending}")
     return state
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is dense, and not larger than the memory that the file has for it."""
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _read_header(path: Path) -> tuple[str, dict[str, Any]]:

@@ -112,6 +112,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing, not YAML, or not a mapping.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe or a device may never end
+        raise UserError(f"{path}: not a regular file. Give a YAML config file.")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:

@@ -25,6 +25,19 @@ LOCK_NAME = ".lock"
 _locks: dict[Path, IO[str]] = {}
 
 
+def require_file(path: Path, name: str = "", fix: str = "Check the path.") -> None:
+    """Check that `path` is a regular file. Reading a pipe can block forever, and a device has no end.
+
+    Errors start with `name`, the path by default, and end with `fix`.
+
+    Raises:
+        UserError: If there is no file, or it is not a regular one.
+    """
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "not a regular file" if path.exists() else "no such file"
+        raise UserError(f"{name or path}: {problem}. {fix}".rstrip())
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`, and move it to `path` if the block succeeds.
@@ -43,6 +56,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
             _remove(path)  # a folder cannot replace a non-empty folder
         partial.replace(path)
         _fsync(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # for example a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         _remove(partial)
 

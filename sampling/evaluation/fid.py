@@ -10,10 +10,10 @@ from pydantic import Field
 from tyro.conf import Positional
 
 from sampling.evaluation.features import is_statistics_file, summarize_features
-from sampling.evaluation.image_sets import open_image_set
+from sampling.evaluation.image_sets import ImageSet, open_image_set
 from vqvae2 import distributed
 from vqvae2.command_line import Options
-from vqvae2.errors import UserError
+from vqvae2.errors import UserError, printable
 from vqvae2.metrics.frechet import GaussianStatistics
 from vqvae2.metrics.inception import FeatureExtractor, load_inception
 
@@ -29,7 +29,7 @@ class FidOptions(Options):
     )
     batch_size: int = Field(default=50, ge=1, description="images per pass of the network")
     num_workers: int | None = Field(
-        default=None, ge=0, description="processes that decode images; up to 8 if not given"
+        default=None, ge=0, le=1024, description="processes that decode images; up to 8 if not given"
     )
     device: str | None = Field(default=None, description="cuda, cuda:0, cpu; cuda if available, if not given")
     dims: Literal[64, 192, 768, 2048] = Field(default=2048, description="number of features")
@@ -53,8 +53,8 @@ def main(options: FidOptions) -> None:
             raise UserError(f"{path}: statistics of {statistics.dims} dimensions, but --dims {options.dims}")
     extractor = _extractor(options) if any(images) else None
     sides = [
-        statistics or _measure(path, extractor, options)
-        for path, statistics in zip((first, second), ready, strict=True)
+        statistics or _measure(image_set, extractor, options, path.name)
+        for path, statistics, image_set in zip((first, second), ready, images, strict=True)
     ]
     distance = sides[0].distance(sides[1])
     if distributed.get_rank() == 0:
@@ -70,23 +70,25 @@ def _save_statistics(source: Path, target: Path, options: FidOptions) -> None:
     target = target if target.suffix == ".npz" else target.with_name(f"{target.name}.npz")
     if target.exists():
         raise UserError(f"{target}: file already exists. Choose another name or delete it.")
-    open_image_set(source)
+    images = open_image_set(source)
     extractor = _extractor(options)
     if distributed.get_rank() == 0:
-        print(f"Saving statistics for {source}")
-    statistics = _measure(source, extractor, options)
+        print(printable(f"Saving statistics for {source}"))
+    statistics = _measure(images, extractor, options, source.name)
     if distributed.get_rank() == 0:
         statistics.save(target)
 
 
-def _measure(path: Path, extractor: FeatureExtractor | None, options: FidOptions) -> GaussianStatistics:
+def _measure(
+    images: ImageSet | None, extractor: FeatureExtractor | None, options: FidOptions, name: str
+) -> GaussianStatistics:
+    assert images is not None
     assert extractor is not None
-    images = open_image_set(path)
     if len(images) < 2:
-        raise UserError(f"{path}: FID needs at least 2 images, found {len(images)}.")
+        raise UserError(f"{name}: FID needs at least 2 images, found {len(images)}.")
     workers = min(8, _cpus()) if options.num_workers is None else options.num_workers
     batches = images.batches(options.batch_size, workers)
-    return summarize_features(batches, len(images), extractor, progress=path.name).statistics
+    return summarize_features(batches, len(images), extractor, progress=printable(name)).statistics
 
 
 def _extractor(options: FidOptions) -> FeatureExtractor:

@@ -1,9 +1,9 @@
 """Image sets for evaluation: a folder, or an .npz with `arr_0`, read as uint8 batches and sharded over processes."""
 
 import hashlib
+import math
 import struct
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqvae2 import distributed
+from vqvae2 import distributed, files
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
+from vqvae2.data.sources.base import warn_skipped
 from vqvae2.errors import UserError
+from vqvae2.metrics.frechet import NPZ_ERRORS, read_array_header
 from vqvae2.pictures import hwc_to_chw
 
 # Like pytorch-fid, search only the folder itself and match lower-case extensions, so that the results agree.
@@ -51,9 +53,11 @@ class ImageFolder(Dataset[IndexedImage]):
             raise UserError(f"{folder}: {problem}. Check the path.")
         self.folder = folder
         self.files = sorted(file for file in folder.iterdir() if _is_image(file))
+        self._skipped = [file.name for file in folder.iterdir() if file.is_file() and not _is_image(file)]
         if len(self.files) < 2:
             problem = "found one image, but FID needs at least two" if self.files else "no images found"
-            raise UserError(f"{folder}: {problem} ({', '.join(EXTENSIONS)}).{_hint(folder)}")
+            hint = _nested_images(folder) or self._case_hint()
+            raise UserError(f"{folder}: {problem} ({', '.join(EXTENSIONS)}){hint}")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -78,6 +82,7 @@ class ImageFolder(Dataset[IndexedImage]):
         Raises:
             UserError: If two images differ in size, or an image is unreadable.
         """
+        warn_skipped(self._skipped, self.folder, self._case_hint())
         order = SequentialBatchSampler(len(self), batch_size, distributed.get_rank(), distributed.get_world_size())
         first: ImageBatch | None = None
         for indices, images in load_batches(self, order, num_workers):
@@ -101,6 +106,12 @@ class ImageFolder(Dataset[IndexedImage]):
             status = file.stat()
             sha.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
+
+    def _case_hint(self) -> str:
+        """Return a hint if images have upper-case extensions."""
+        if any(Path(name).suffix[1:].lower() in EXTENSIONS and not name.startswith(".") for name in self._skipped):
+            return ". Upper-case extensions are ignored, as in pytorch-fid: rename the files."
+        return ""
 
     def _check_size(self, a: IndexedImage, b: IndexedImage) -> None:
         if a[1].shape != b[1].shape:
@@ -158,23 +169,23 @@ class ImageArray:
 @contextmanager
 def _open_array(path: Path) -> Iterator[tuple[IO[bytes], Shape]]:
     """Open `arr_0` of an .npz, and yield the file, positioned behind the array's header, and the array's shape."""
+    files.require_file(path)
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
+            shape, fortran, dtype = read_array_header(file)
             if len(shape) != 4 or shape[3] != 3 or min(shape[1:]) < 1 or dtype != np.uint8 or fortran:
                 raise UserError(f"{path}: `arr_0` is {dtype} {shape}; expected uint8 images (N, H, W, 3)")
+            declared, stored = math.prod(shape), archive.getinfo("arr_0.npy").file_size - file.tell()
+            if declared != stored:
+                raise UserError(f"{path}: `arr_0` {shape} needs {declared:,} bytes, but the file has {stored:,}")
             if shape[0] < 2:
                 raise UserError(f"{path}: found {shape[0]} images, but FID needs at least two")
             yield file, shape
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Check the path.") from None
     except KeyError:
         raise UserError(f"{path}: expected arrays `mu` and `sigma` (statistics), or `arr_0` (images)") from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"{path}: not a readable .npz ({error}). Create the file again.") from None
 
 
@@ -207,14 +218,13 @@ def _read(path: Path) -> UInt8[Tensor, "3 h w"]:
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix[1:] in EXTENSIONS and file.is_file()
+    # Hidden files, such as the `._1.png` that macOS writes, are not images.
+    return file.suffix[1:] in EXTENSIONS and not file.name.startswith(".") and file.is_file()
 
 
-def _hint(folder: Path) -> str:
-    """Return a hint for the error message if images are in subfolders or have upper-case extensions."""
+def _nested_images(folder: Path) -> str:
+    """Return a hint for the error message if images are in subfolders."""
     for inner in sorted(child for child in folder.iterdir() if child.is_dir()):
         if any(_is_image(file) for file in inner.rglob("*")):
-            return f" Subfolders are not searched, but {inner.name}/ contains images: pass that folder instead."
-    if any(file.suffix[1:].lower() in EXTENSIONS for file in folder.iterdir() if not _is_image(file)):
-        return " Upper-case extensions are ignored, as in pytorch-fid: rename the files."
+            return f". Subfolders are not searched, but {inner.name}/ contains images: pass that folder instead."
     return ""

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from vqvae2.command_line import Options
-from vqvae2.data.image_io import UnreadableImageError
-from vqvae2.data.images import DataConfig, ImageDataset
+from vqvae2.data.image_io import MAX_PIXELS, UnreadableImageError
+from vqvae2.data.images import DataConfig, ImageDataset, check_class_folders
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedWriter, encode_image
@@ -33,9 +33,15 @@ class PrepareOptions(Options):
     channels: Literal[1, 3, 4] = Field(default=3, description="1 gray, 3 RGB, 4 RGBA")
     format: Literal["jpeg", "webp", "png", "raw"] = Field(default="jpeg", description="png and raw are lossless")
     quality: int = Field(default=95, ge=1, le=100, description="quality of jpeg and webp")
-    num_workers: int = Field(default=2, ge=0, description="processes that decode and encode")
+    num_workers: int = Field(default=2, ge=0, le=1024, description="processes that decode and encode")
     max_unreadable_fraction: float = Field(
         default=0.01, ge=0, lt=1, description="fraction of images that may be unreadable, and are skipped"
+    )
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        le=2**31,
+        description="images with more pixels are unreadable, because of their memory",
     )
 
 
@@ -60,7 +66,8 @@ class Encoded(Dataset[tuple[Tensor, list[int]]]):
     def _encode(self, number: int) -> bytes:
         source = self.images.source
         try:
-            return encode_image(source.open(number, self.header.size), self.header, source.describe(number))
+            file, name = source.open(number, self.header.size), source.describe(number)
+            return encode_image(file, self.header, name, self.images.config.max_pixels)
         except UnreadableImageError as error:
             self.images.mark_unreadable(number, error)
             return b""
@@ -71,6 +78,7 @@ def prepare(config: DataConfig, out: Path, encoding: str, quality: int | None) -
     if encoding == "jpeg" and config.channels == 4:
         raise UserError("--format: jpeg has no transparency; choose webp, png or raw for --channels 4")
     source = open_source(config.source)
+    check_class_folders(config, source)
     images = ImageDataset(config, source, np.arange(len(source.index)))
     header = PreparedHeader.from_dict(
         {
@@ -113,6 +121,7 @@ def main(options: PrepareOptions) -> None:
         channels=options.channels,
         num_workers=options.num_workers,
         max_unreadable_fraction=options.max_unreadable_fraction,
+        max_pixels=options.max_pixels,
     )
     header = prepare(config, options.out, options.format, options.quality)
     skipped = f", {len(header.unreadable):,} unreadable images skipped" if header.unreadable else ""

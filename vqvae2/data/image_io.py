@@ -5,7 +5,7 @@ Conversion to 8 bits per channel:
 - 16-bit grayscale and RGB are scaled to 8 bits. Floating-point and wider integer pixels are unreadable.
 - Transparency is kept with four channels, and composited over white with one or three channels.
 - Only the first frame or page is used.
-- Images with more pixels than `PIL.Image.MAX_IMAGE_PIXELS` are unreadable, as possible decompression bombs.
+- Images with more than `max_pixels` pixels are unreadable, as possible decompression bombs.
 """
 
 import io
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from vqvae2.errors import UserError
+from vqvae2.errors import UserError, printable
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _BACKGROUND = (255, 255, 255, 255)  # RGBA color behind transparent pixels
@@ -28,10 +28,10 @@ _BACKGROUND = (255, 255, 255, 255)  # RGBA color behind transparent pixels
 # full-scale decoding by 46 dB PSNR on photographs.
 _MIN_JPEG_SCALE = 1.5
 _MAX_RESIZED_AREA = 4  # multiple of the target area; larger results are cropped during resizing instead of after it
-_BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+MAX_PIXELS = 2**28 // 3  # default of `max_pixels`; Pillow's limit
 # Exceptions that Pillow's decoders raise for corrupted files.
 _DECODE_ERRORS = (
-    *_BOMB_ERRORS,
+    Image.DecompressionBombError,
     OSError,
     SyntaxError,
     ValueError,
@@ -48,7 +48,7 @@ class UnreadableImageError(UserError):
 
     def __init__(self, name: object, reason: object) -> None:
         super().__init__(f"{name}: cannot be read as an image ({reason}). Remove or replace it.")
-        self.name, self.reason = str(name), " ".join(str(reason).split())
+        self.name, self.reason = printable(str(name)), printable(" ".join(str(reason).split()))
 
     def __reduce__(self) -> tuple[type["UnreadableImageError"], tuple[str, str]]:
         return type(self), (self.name, self.reason)
@@ -64,16 +64,18 @@ def read_image(
     channels: int = 3,
     crop_position: tuple[float, float] = (0.5, 0.5),
     name: object = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> UInt8[np.ndarray, "h w c"]:
     """Decode an image, resize it with antialiasing to the smallest size that covers `size`, and crop it to `size`.
 
     `size` is (height, width). `crop_position` is the horizontal and vertical position of the crop, from (0, 0) for the
-    top left to (1, 1) for the bottom right. `name` is used in errors, the path by default.
+    top left to (1, 1) for the bottom right. `name` is used in errors, the path by default. A file with more than
+    `max_pixels` pixels is unreadable.
 
     Raises:
         UnreadableImageError: If the file is not an image, or is truncated or corrupted.
     """
-    image = decode_image(file, size, channels, name)
+    image = decode_image(file, size, channels, name, max_pixels)
     height, width = size
     scale = max(height / image.height, width / image.width)
     pixels = np.array(image, dtype=np.uint8) if scale == 1.0 else _resize(image, size, scale, crop_position)
@@ -104,7 +106,11 @@ def _resize(
 
 
 def decode_image(
-    file: Path | bytes | Image.Image, size: tuple[int, int], channels: int, name: object = None
+    file: Path | bytes | Image.Image,
+    size: tuple[int, int],
+    channels: int,
+    name: object = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Decode a whole image, upright, in the mode of `channels`. JPEGs are decoded at a scale sufficient for `size`.
 
@@ -115,10 +121,13 @@ def decode_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as corrupted metadata, which would be repeated in each epoch
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(file, Image.Image):
                 return _convert(file, channels)
+            if Image.MAX_IMAGE_PIXELS is not None:
+                Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                if image.width * image.height > max_pixels:
+                    raise Image.DecompressionBombError
                 wanted = int(_MIN_JPEG_SCALE * max(size))
                 image.draft(None, (wanted, wanted))  # before the EXIF orientation is applied
                 return _convert(ImageOps.exif_transpose(image), channels)
@@ -128,8 +137,8 @@ def decode_image(
         reason: object = error
         if isinstance(error, UnidentifiedImageError):
             reason = "unknown image format"
-        elif isinstance(error, _BOMB_ERRORS):
-            reason = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, a possible decompression bomb"
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"more than data.max_pixels = {max_pixels:,} pixels, a possible decompression bomb"
         raise UnreadableImageError(name, reason) from None
 
 

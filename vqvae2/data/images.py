@@ -11,21 +11,24 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped, UInt8
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
-from vqvae2.data.image_io import UnreadableImageError, read_image
+from vqvae2.data.image_io import MAX_PIXELS, UnreadableImageError, read_image
 from vqvae2.data.index import IntArray, StringTable
-from vqvae2.data.sources import open_source
+from vqvae2.data.samplers import shared_memory_error
+from vqvae2.data.sources import FolderSource, open_source
 from vqvae2.data.sources.base import Source
-from vqvae2.errors import UserError
+from vqvae2.distributed import get_rank
+from vqvae2.errors import UserError, printable
 from vqvae2.pictures import hwc_to_chw
 
 __all__ = ["DataConfig", "ImageDataset", "ImageSample", "open_datasets", "read_image", "to_float", "to_rgb", "to_uint8"]
 
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _MAX_LISTED = 20  # unreadable images listed in an error message
 _log = logging.getLogger(__name__)
 _warned: dict[tuple[str, int, int], Tensor] = {}
@@ -44,18 +47,33 @@ class DataConfig(Config):
     )
     channels: Literal[1, 3, 4] = Field(default=3, description="1 for grayscale, 3 for RGB, 4 for RGBA")
     labels: Literal["none", "folder"] = Field(
-        default="none", description="`folder`: the first folder of an image's path, or the label of the data set"
+        default="none",
+        description="`folder`: the first folder of an image's path that does not contain all images, or the label of "
+        "the data set",
     )
     val_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction of images held out for validation")
     max_unreadable_fraction: float = Field(
-        default=0.01, ge=0, lt=1, description="fraction of images that may be unreadable and are skipped"
+        default=0.01, ge=0, lt=1, description="fraction of the whole data set that may be unreadable and is skipped"
+    )
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        le=2**31,
+        description="images with more pixels are unreadable, because of their memory",
     )
     crop: Literal["center", "random"] = Field(default="center", description="crop of training images")
     flip: bool = Field(default=False, description="mirror half of the training images")
     num_scenes: int = Field(default=4096, ge=2, le=10**7, description="number of images of `scenes`")
     num_workers: int = Field(
-        default=2, ge=0, description="worker processes that decode images; 0 decodes in the main process"
+        default=2, ge=0, le=1024, description="worker processes that decode images; 0 decodes in the main process"
     )
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: str) -> str:
+        if printable(path) != path:  # could not be written to config.yaml, or not be read in messages
+            raise ValueError("has control characters or is not UTF-8. Rename the folder or file.")
+        return path
 
     @property
     def source(self) -> str:
@@ -91,10 +109,10 @@ class ImageDataset(Dataset[ImageSample]):
     def __init__(self, config: DataConfig, source: Source, indices: IntArray) -> None:
         self.config, self.source, self.indices = config, source, indices
         self.classes: tuple[str, ...] = source.index.classes if config.labels == "folder" else ()
-        self._unreadable = _shared_flags(len(indices))
+        self._unreadable = _new_flags(config, len(indices))
         # A command opens the images once per stage, but should warn only once about each.
         split_id = config.path, len(indices), zlib.crc32(source.index.hashes[indices].tobytes())
-        self._warned = _warned.setdefault(split_id, _shared_flags(len(indices)))
+        self._warned = _warned.setdefault(split_id, _new_flags(config, len(indices)))
 
     @property
     def names(self) -> StringTable:
@@ -120,7 +138,8 @@ class ImageDataset(Dataset[ImageSample]):
         try:
             file = self.source.open(number, self.config.shape)
             name = None if isinstance(file, Path) else self.source.describe(number)
-            image = read_image(file, self.config.shape, self.config.channels, self._crop_position(seed), name)
+            crop = self._crop_position(seed)
+            image = read_image(file, self.config.shape, self.config.channels, crop, name, self.config.max_pixels)
         except UnreadableImageError as error:
             self.mark_unreadable(index, error)
             return None
@@ -187,13 +206,44 @@ def open_datasets(config: DataConfig, cache: Path | None = None) -> tuple[ImageD
     if config.labels == "folder" and (unlabeled := np.flatnonzero(index.labels < 0)).size:
         name = source.describe(int(unlabeled[0]))
         raise UserError(f"data.labels: {name} is not in a class folder. Move it into one, or use `none`.")
+    check_class_folders(config, source)
     training, held_out = index.split(config.val_fraction)
     return ImageDataset(config, source, training), ImageDataset(config, source, held_out)
 
 
-def _shared_flags(count: int) -> Tensor:
-    """Return one flag per image in memory shared with worker processes."""
-    return torch.zeros(count, dtype=torch.uint8).share_memory_()
+def check_class_folders(config: DataConfig, source: Source) -> None:
+    """Check that the class folders of a data set are not its splits, as in the root folder of ImageNet.
+
+    Raises:
+        UserError: If they are, and `data.labels` asks for classes. Otherwise a warning is logged.
+    """
+    classes = source.index.classes
+    if not classes or not all(name.lower() in _SPLITS for name in classes):
+        return
+    folders = source.index.names[0].split("/")[:-1]
+    one_split = "/".join(folders[: folders.index(classes[0]) + 1]) if classes[0] in folders else classes[0]
+    place = f"{config.path}/{one_split}" if isinstance(source, FolderSource) else f"the folder {one_split}, unpacked"
+    problem = (
+        f"{config.path} contains the splits {', '.join(classes)} instead of classes. Give one split as data.path: "
+        f"{place}. A part of it, data.val_fraction, is held out for validation."
+    )
+    if config.labels == "folder":
+        raise UserError(f"data.labels: {problem}")
+    if get_rank() == 0:
+        _log.warning("vqvae2: warning: data.path: all images of all splits are used: %s", problem)
+
+
+def _new_flags(config: DataConfig, count: int) -> Tensor:
+    """Return one flag per image, in memory shared with the worker processes if there are any.
+
+    Raises:
+        UserError: If there is no shared memory.
+    """
+    flags = torch.zeros(count, dtype=torch.uint8)
+    try:
+        return flags.share_memory_() if config.num_workers else flags
+    except (RuntimeError, OSError) as error:
+        raise shared_memory_error(error) from None
 
 
 def to_rgb(images: Shaped[Tensor, "b c h w"]) -> Shaped[Tensor, "b 3 h w"]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vqvae2 import files
+from vqvae2.errors import printable
 
 _FORMAT = 1
 _TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
@@ -85,10 +86,13 @@ class ImageIndex:
         stamp: dict[str, Any] | None = None,
         classes: tuple[str, ...] | None = None,
     ) -> Self:
-        """Build an index, sorted by name. The default class of an image is the first folder of its name."""
+        """Build an index, sorted by name. Default classes are those of `class_folders`.
+
+        `classes` keeps class names printable. Names that are not UTF-8 could not be written to JSON.
+        """
         order = sorted(range(len(names)), key=names.__getitem__)
         if class_names is None:
-            class_names = [name.split("/", 1)[0] if "/" in name else None for name in names]
+            class_names = class_folders(names)
         classes = classes if classes is not None else tuple(sorted({name for name in class_names if name is not None}))
         label_of: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
         hashed = (hashlib.sha256(names[i].encode("utf-8", "surrogateescape")).digest()[:8] for i in order)
@@ -96,7 +100,7 @@ class ImageIndex:
             StringTable.from_strings([names[i] for i in order]),
             np.fromiter((label_of.get(class_names[i], -1) for i in order), np.int32, len(names)),
             np.fromiter(map(int.from_bytes, hashed), np.uint64, len(names)),
-            classes,
+            tuple(map(printable, classes)),
             {name: np.asarray(column, np.int64)[order] for name, column in (columns or {}).items()},
             stamp or {},
         )
@@ -184,6 +188,25 @@ class ImageIndex:
             and all(isinstance(name, str) for name in self.classes)
             and isinstance(self.stamp, dict)
         )
+
+
+def class_folders(names: Sequence[str]) -> list[str | None]:
+    """Return the class of each image: the first folder of its name, None without one.
+
+    Folders that contain all class folders are skipped, because they carry no class.
+
+    >>> class_folders(["photos/cat/0.png", "photos/dog/1.png"])
+    ['cat', 'dog']
+    >>> class_folders(["cat/0.png", "cat/1.png"])
+    ['cat', 'cat']
+    """
+    start = 0
+    while names and (end := names[0].find("/", start)) >= 0:
+        shared = names[0][: end + 1]
+        if not all(name.startswith(shared) and "/" in name[end + 1 :] for name in names):
+            break
+        start = end + 1
+    return [name[start:].split("/", 1)[0] if "/" in name[start:] else None for name in names]
 
 
 def _digest(header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from vqvae2.errors import UserError
 
@@ -109,7 +110,8 @@ def load_batches(
     """Yield collated batches in the order of the sampler, prefetched by `num_workers` processes.
 
     Raises:
-        UserError: If the data set raises one, or a worker process is killed.
+        UserError: If the data set raises one, a worker process is killed, or there is too little shared memory.
+        OSError: If the data set raises one.
     """
     loader = DataLoader(
         _UserErrorsAsValues(dataset),
@@ -120,8 +122,14 @@ def load_batches(
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_init_worker,
     )
-    with _without_sigchld_handler():
-        batches = iter(loader)
+    try:
+        with _without_sigchld_handler():
+            batches = iter(loader)  # starts the workers
+    except OSError as error:
+        raise UserError(
+            f"data.num_workers: cannot start {num_workers} workers ({error}). Check that /dev/shm is writable, and the "
+            "limits on processes and memory, or set data.num_workers to 0."
+        ) from None
     while True:
         try:
             batch = next(batches)
@@ -135,7 +143,7 @@ def load_batches(
                 f"data.num_workers: a worker process died ({reason}), most likely because memory ran out. Use fewer "
                 "workers and run the same command again."
             ) from None
-        if isinstance(batch, UserError):
+        if isinstance(batch, UserError | OSError):
             try:
                 raise batch
             finally:
@@ -160,6 +168,15 @@ def _without_sigchld_handler() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
 
 
+def shared_memory_error(error: Exception) -> UserError:
+    """Return the error for shared memory that is missing, full or read-only."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"data.num_workers: workers cannot use shared memory, /dev/shm ({reason}). Make it larger and writable, or set "
+        "data.num_workers to 0."
+    )
+
+
 def _has_dead_worker(batches: object, error: Exception) -> bool:
     """Return whether a worker was killed, which also breaks the pipes and the shared memory that it used."""
     if str(error).startswith("DataLoader worker"):
@@ -171,7 +188,7 @@ def _has_dead_worker(batches: object, error: Exception) -> bool:
 
 
 class _UserErrorsAsValues(Dataset[Any]):
-    """Wrapper that returns UserErrors instead of raising them: DataLoader would wrap their message in a traceback."""
+    """Wrapper that returns errors instead of raising them: DataLoader would wrap their message in a traceback."""
 
     def __init__(self, dataset: MapDataset) -> None:
         self.dataset = dataset
@@ -180,12 +197,31 @@ class _UserErrorsAsValues(Dataset[Any]):
         try:
             read_many = getattr(self.dataset, "__getitems__", None)
             return read_many(keys) if read_many else [self.dataset[key] for key in keys]
-        except UserError as error:
+        except (UserError, OSError) as error:
             return error
 
 
 def _collate(samples: Any) -> Any:
-    return default_collate(samples) if isinstance(samples, list) else samples
+    if isinstance(samples, Exception) or get_worker_info() is None:
+        return default_collate(samples) if isinstance(samples, list) else samples
+    try:
+        batch = default_collate(samples) if isinstance(samples, list) else samples
+        # The thread that sends the batch would do this too, but an error there would block the main process forever.
+        _share_memory(batch)
+    except RuntimeError as error:
+        if "shared memory" not in str(error) and "</torch_" not in str(error):
+            raise
+        return shared_memory_error(error)
+    return batch
+
+
+def _share_memory(batch: Any) -> None:
+    """Move the tensors of a batch to shared memory."""
+    if isinstance(batch, Tensor):
+        batch.share_memory_()
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            _share_memory(part)
 
 
 def _init_worker(_: int) -> None:

@@ -3,10 +3,13 @@
 Features are accumulated into a float64 mean and scatter matrix, so memory does not depend on the number of images.
 """
 
+import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import scipy.linalg
@@ -15,11 +18,30 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from vqvae2 import files
 from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
-from vqvae2.files import atomic_write
 from vqvae2.metrics import float64_device
 
+# Exceptions of zipfile and NumPy for corrupted files.
+NPZ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+# An array may be compressed to 1% of its size, or be small.
+_FREE_BYTES, _MAX_RATIO = 2**30, 100
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
@@ -173,7 +195,7 @@ class GaussianStatistics:
 
 def save_npz(path: Path, arrays: dict[str, Any]) -> None:
     """Write arrays to an .npz, atomically."""
-    with atomic_write(path) as partial, partial.open("wb") as file:
+    with files.atomic_write(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -181,20 +203,51 @@ def load_npz(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """Return the arrays of an .npz with the given keys, if present. Nothing is unpickled.
 
     Raises:
-        UserError: If the file is missing, corrupted or not an .npz archive.
+        UserError: If the file is missing, corrupted or not an .npz, or if an array holds objects or is too large.
     """
+    files.require_file(path)
     try:
-        with path.open("rb") as file:  # NumPy does not close a corrupted file it opened itself
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UserError(f"{path}: expected an .npz archive, got a single array (.npy)")
-            return {key: archive[key] for key in keys if key in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        with zipfile.ZipFile(path) as archive:
+            found = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            return {key: _read_array(archive, found[key], path) for key in keys if key in found}
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"{path}: not a readable .npz ({error}). Create it again.") from None
+
+
+def read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the header of an .npy: shape, whether it is in Fortran order, and dtype.
+
+    Raises:
+        ValueError: If the header is invalid.
+    """
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("arrays of Python objects are not read")
+    if any(side < 0 for side in shape):
+        raise ValueError(f"invalid shape {shape}")
+    return shape, fortran, dtype
+
+
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> Any:
+    """Read one array, after comparing the size that its header declares with the size of the file.
+
+    Raises:
+        ValueError: If the sizes do not match.
+    """
+    with archive.open(entry) as file:
+        shape, _, dtype = read_array_header(file)
+        declared, stored = math.prod(shape) * dtype.itemsize, entry.file_size - file.tell()
+    name = f"`{entry.filename.removesuffix('.npy')}` {dtype} {shape}"
+    if declared != stored:
+        raise ValueError(f"{name} needs {declared:,} bytes, but the file has {stored:,}")
+    if declared > max(_FREE_BYTES, _MAX_RATIO * path.stat().st_size):
+        raise ValueError(f"{name} needs {declared:,} bytes, too many for a file of {path.stat().st_size:,} bytes")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def frechet_distance(

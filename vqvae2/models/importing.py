@@ -10,8 +10,7 @@ from torch import Tensor
 
 from vqvae2.checkpoint import read_state_dict
 from vqvae2.errors import UserError
-from vqvae2.models.autoencoder import Autoencoder, AutoencoderConfig, LevelConfig
-from vqvae2.quantizers import EMAConfig
+from vqvae2.models.autoencoder import Autoencoder, AutoencoderConfig
 
 # Prefixes of their names → ours. Layer numbers inside the stacks are the same.
 _PREFIXES = {
@@ -40,6 +39,8 @@ def import_autoencoder(path: Path, size: tuple[int, int] = (256, 256)) -> Autoen
     """
     state: dict[str, Tensor] = {}
     for name, tensor in read_state_dict(path, key="model").items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise _mismatch(path, f"`{name}` is not made of finite floating-point numbers")
         tensor = tensor.float()
         state[_our_name(name.removeprefix("module."), path)] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
     model = _infer_config(state, path).build(size).eval()
@@ -92,15 +93,17 @@ def _infer_config(state: dict[str, Tensor], path: Path) -> AutoencoderConfig:
     for key in keys:
         if key not in state:
             raise _mismatch(path, f"missing key `{_their_name(key)}`")
-    strides = zip((4, 2), keys[1:3], strict=True)
-    levels = tuple(
-        LevelConfig(stride=stride, quantizer=EMAConfig(codebook_size=state[key].shape[0], code_dim=state[key].shape[1]))
-        for stride, key in strides
-    )
+        if state[key].ndim != (2 if key.endswith("embedding") else 4):
+            raise _mismatch(path, f"`{_their_name(key)}` has shape {tuple(state[key].shape)}")
+    levels = [
+        {"stride": stride, "quantizer": {"kind": "ema", "codebook_size": size, "code_dim": dim}}
+        for stride, (size, dim) in zip((4, 2), (state[key].shape for key in keys[1:3]), strict=True)
+    ]
     residual = [name for name in state if name.startswith("encoders.0.") and name.endswith(".body.1.weight")]
-    return AutoencoderConfig(
-        levels=levels,
-        channels=state[keys[0]].shape[1],
-        residual_channels=state[keys[3]].shape[0],
-        residual_layers=len(residual),
-    )
+    config = {
+        "levels": levels,
+        "channels": state[keys[0]].shape[1],
+        "residual_channels": state[keys[3]].shape[0],
+        "residual_layers": len(residual),
+    }
+    return AutoencoderConfig.from_dict(config, str(path))

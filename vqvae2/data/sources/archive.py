@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from fsspec.core import url_to_fs
 
+from vqvae2 import files
 from vqvae2.errors import UserError
 
 _ATTEMPTS, _PAUSE_S = 4, 0.5  # per remote request; the pause doubles after each attempt
@@ -35,11 +36,23 @@ class RangeReader:
         self._descriptor: int | None = None
 
     def __call__(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes at `offset`, fewer at the end of the file."""
+        """Return `length` bytes at `offset`, fewer at the end of the file.
+
+        Raises:
+            UserError: If the archive cannot be read.
+        """
         if is_remote(self.path):
             return _request_range(self.path, offset, length)
+        try:
+            return self._read_local(offset, length)
+        except OSError as error:  # without the name of the file
+            raise _unreachable(self.path, error) from None
+
+    def _read_local(self, offset: int, length: int) -> bytes:
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
+        # A corrupted archive can declare any length, and `pread` allocates it.
+        length = min(length, os.fstat(self._descriptor).st_size - offset) if offset >= 0 else 0
         parts = []
         while length > 0:
             part = os.pread(self._descriptor, length, offset)
@@ -72,7 +85,10 @@ def open_archive(path: str) -> IO[bytes]:
         if is_remote(path):
             system, inner = url_to_fs(path)
             return system.open(inner, "rb", block_size=_SCAN_BLOCK_BYTES)
+        files.require_file(Path(path), f"data.path: {path}", "Give an archive.")
         return Path(path).open("rb")
+    except UserError:
+        raise
     except Exception as error:  # every fsspec file system has its own exceptions
         raise _unreachable(path, error) from None
 

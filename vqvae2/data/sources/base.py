@@ -1,14 +1,20 @@
 """The interface of image sources."""
 
+import collections
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 
+from vqvae2 import distributed
 from vqvae2.data.index import ImageIndex
-from vqvae2.errors import UserError
+from vqvae2.errors import UserError, printable
 
+_log = logging.getLogger(__name__)
+_LISTED_SUFFIXES = 5
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
@@ -63,7 +69,7 @@ class Source(ABC):
 
     def describe(self, number: int) -> str:
         """Return the location of an image for messages."""
-        return f"{self.path}/{self.index.names[number]}"
+        return printable(f"{self.path}/{self.index.names[number]}")
 
 
 def require_images(names: list[str], path: str) -> None:
@@ -74,3 +80,24 @@ def require_images(names: list[str], path: str) -> None:
     """
     if not names:
         raise UserError(f"data.path: no images in {path}. Supported are {', '.join(sorted(EXTENSIONS))}.")
+
+
+def warn_skipped(names: Iterable[str], path: object, hint: str = "") -> None:
+    """Log how many files of a source are not read, by suffix, and a `hint`. `names` are file names or paths."""
+    kinds: collections.Counter[str] = collections.Counter()
+    for name in names:
+        base = name.rpartition("/")[2]
+        kinds["hidden" if base.startswith(".") else Path(base).suffix or base] += 1
+    if kinds and distributed.get_rank() == 0:
+        listed = ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(_LISTED_SUFFIXES))
+        _log.warning("vqvae2: %s", printable(f"{path}: {kinds.total():,} other files skipped: {listed}{hint}"))
+
+
+def member_name(name: str) -> str:
+    """Return the name of an archive member as a relative path: without a leading `/`, and without `.` and `..`."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a path is in a hidden folder."""
+    return name.startswith(".") or "/." in name

@@ -1,7 +1,5 @@
 """A folder of image files, including subfolders."""
 
-import collections
-import logging
 import os
 import time
 from pathlib import Path
@@ -10,11 +8,8 @@ from typing import Any
 from vqvae2.config import is_resolved
 from vqvae2.data.image_io import UnreadableImageError
 from vqvae2.data.index import ImageIndex
-from vqvae2.data.sources.base import Source, is_image, require_images
+from vqvae2.data.sources.base import Source, is_image, require_images, warn_skipped
 from vqvae2.errors import UserError
-
-_log = logging.getLogger(__name__)
-_LISTED_SUFFIXES = 5
 
 # File systems have a limited time resolution: a folder that changed this recently can change again unnoticed.
 _TIME_RESOLUTION_NS = 2 * 10**9
@@ -48,7 +43,7 @@ class FolderSource(Source):
         folders: dict[str, int] = {}
         started = time.time_ns()
         seen: set[tuple[int, int]] = set()
-        skipped: collections.Counter[str] = collections.Counter()
+        skipped: list[str] = []
         for folder, subfolders, found in os.walk(path, followlinks=True, onerror=_raise_unreadable):
             status = Path(folder).stat()
             if (status.st_dev, status.st_ino) in seen or _is_output(Path(folder)):
@@ -62,11 +57,9 @@ class FolderSource(Source):
             folders[relative] = changed if changed < started - _TIME_RESOLUTION_NS else -1
             prefix = "" if relative == "." else relative + "/"
             names += [prefix + name for name in found if is_image(name)]
-            skipped.update(Path(name).suffix.lower() or name for name in found if not is_image(name))
+            skipped += [name for name in found if not is_image(name)]
         require_images(names, path)
-        if skipped:
-            kinds = ", ".join(f"{kind} ({count:,})" for kind, count in skipped.most_common(_LISTED_SUFFIXES))
-            _log.warning("vqvae2: %s: %s other files skipped: %s", path, f"{skipped.total():,}", kinds)
+        warn_skipped(skipped, path)
         return ImageIndex.build(names, stamp={"root": str(root.resolve()), "folders": folders})
 
     @classmethod

@@ -14,14 +14,15 @@ from vqvae2 import files
 from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
 from vqvae2.data import lmdb_environment
-from vqvae2.data.image_io import MODES, UnreadableImageError, decode_image
+from vqvae2.data.image_io import MAX_PIXELS, MODES, UnreadableImageError, decode_image
 from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.base import Source
-from vqvae2.errors import UserError
+from vqvae2.errors import UserError, printable
 
 Encoding = Literal["jpeg", "webp", "png", "raw"]
 _RAW = b"RAW\0"  # prefix of raw records; width, height, channels and pixels follow
 _HEADER = b"header"
+_MAX_SIDE = {"jpeg": 65_500, "webp": 16_383}  # pixels that the format can store
 _FIX = "Delete the folder and run `vqvae2 prepare` again."
 
 
@@ -148,7 +149,7 @@ class PreparedWriter:
         unreadable = self.unreadable_records()
         readable = np.setdiff1d(np.arange(self.header.count), unreadable)
         index.take(readable, {"position": readable}).save(_index_file(self.path))
-        names = tuple(index.names[position] for position in unreadable)
+        names = tuple(printable(index.names[position]) for position in unreadable)
         header = self.header.model_copy(update={"unreadable": names, "complete": True})
         lmdb_environment.put(self.environment, [(_HEADER, header.to_json())])
         self.close()
@@ -160,12 +161,21 @@ class PreparedWriter:
         self.environment.close()
 
 
-def encode_image(file: Path | bytes | Image.Image, header: PreparedHeader, name: str) -> bytes:
-    """Resize an image to the smallest size that covers `header.size`, and encode it as a record. Nothing is cropped."""
-    image = decode_image(file, header.size, header.channels, name)
+def encode_image(
+    file: Path | bytes | Image.Image, header: PreparedHeader, name: str, max_pixels: int = MAX_PIXELS
+) -> bytes:
+    """Resize an image to the smallest size that covers `header.size`, and encode it as a record. Nothing is cropped.
+
+    Raises:
+        UnreadableImageError: If the image is unreadable, or so elongated that the result is too large.
+    """
+    image = decode_image(file, header.size, header.channels, name, max_pixels)
     scale = max(header.size[0] / image.height, header.size[1] / image.width)
+    size = round(image.width * scale), round(image.height * scale)
+    if size[0] * size[1] > max_pixels or max(size) > _MAX_SIDE.get(header.encoding, max_pixels):
+        reason = f"too elongated: {image.width}×{image.height} pixels would be resized to {size[0]}×{size[1]}"
+        raise UnreadableImageError(name, reason)
     if scale != 1.0:
-        size = round(image.width * scale), round(image.height * scale)
         image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     if header.encoding == "raw":
         return _RAW + struct.pack("<3I", *image.size, len(image.getbands())) + image.tobytes()
