@@ -49,6 +49,10 @@ def _check_environment(mixed_precision: str, gradient_accumulation_steps: int) -
         if value not in allowed:
             raise UserError(f"{name}={value}: differs from {key}. Unset the variable, and set {key} instead.")
         os.environ.pop(name, None)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(name, "").lower() not in ("", "0", "f", "false", "n", "no", "off"):
+            raise UserError(f"{name}={os.environ[name]}: only data-parallel training is supported. Unset the variable.")
+        os.environ.pop(name, None)
 
 
 def seed_step(seed: int, step: int, process: int) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vqvae2 import files
+from vqvae2.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BORDER = 2  # pixels around each image of a grid
 _CAPTION = 14  # font size of captions in pixels
@@ -87,12 +92,24 @@ def _enlarge(images: UInt8[Tensor, "b c h w"], enlarge_to: int) -> UInt8[Tensor,
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
+def make_figure(panels: int) -> "Figure":
+    """Return an empty figure that is wide enough for panels side by side.
+
+    Raises:
+        UserError: If the environment selects a backend that matplotlib does not have.
+    """
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    try:
+        from matplotlib.figure import Figure  # slow to import, used by few commands
+    except ValueError:
+        value = os.environ["MPLBACKEND"]
+        raise UserError(f"MPLBACKEND={value}: not a backend of matplotlib. Unset the variable.") from None
+    return Figure(figsize=(5 * panels, 3.6), layout="constrained")
+
+
 def save_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str) -> None:
     """Write a PNG with one panel per entry of `curves`: panel title → line label → (step, value) points."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure  # slow to import, used by few commands
-
-    figure = Figure(figsize=(5 * len(curves), 3.6), layout="constrained")
+    figure = make_figure(len(curves))
     figure.suptitle(title)
     for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for label, points in lines.items():

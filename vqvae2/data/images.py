@@ -54,7 +54,7 @@ class DataConfig(Config):
     flip: bool = Field(default=False, description="mirror half of the training images")
     num_scenes: int = Field(default=4096, ge=2, le=10**7, description="number of images of `scenes`")
     num_workers: int = Field(
-        default=2, ge=0, description="worker processes that decode images; 0 decodes in the main process"
+        default=2, ge=0, le=1024, description="worker processes that decode images; 0 decodes in the main process"
     )
 
     @property
