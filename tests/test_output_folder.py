@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sampling.output_folder import image_path, write_grids
-from tests.test_commands import fails
+from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
 from vqvae2.pictures import save_png, save_rows
 
@@ -84,3 +84,14 @@ def test_foreign_folder_is_refused_and_damaged_images_are_sampled_again(
     save_png(out / "images" / "000002.png", torch.zeros(3, 16, 16, dtype=torch.uint8))  # another size
     assert main([*command, str(out)]) == 0
     assert {path: path.read_bytes() for path in (out / "images").iterdir()} == files
+
+
+@pytest.mark.parametrize("text", ["null", "{}", '{"count": 3}', "[[]]"])
+def test_folder_with_an_invalid_manifest_is_refused_and_unchanged(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    out = shutil.copytree(finished_run / "samples", tmp_path / "out")
+    (out / "manifest.json").write_text(text)
+    before = contents(out)
+    fails(capsys, ["sample", str(finished_run), "--out", str(out)], "manifest.json", "choose another folder")
+    assert contents(out) == before

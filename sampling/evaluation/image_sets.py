@@ -41,7 +41,7 @@ class ImageFolder(Dataset[IndexedImage]):
     """The images directly in a folder, sorted by name and converted to RGB as in pytorch-fid.
 
     Raises:
-        UserError: If the folder is missing or holds fewer than two images. On reading, if an image is unreadable or
+        UserError: If the folder is missing or holds no images. On reading, if an image is unreadable or
             has more than 8 bits per channel.
     """
 
@@ -51,9 +51,8 @@ class ImageFolder(Dataset[IndexedImage]):
             raise UserError(f"{folder}: {problem}. Check the path.")
         self.folder = folder
         self.files = sorted(file for file in folder.iterdir() if _is_image(file))
-        if len(self.files) < 2:
-            problem = "found one image, but FID needs at least two" if self.files else "no images found"
-            raise UserError(f"{folder}: {problem} ({', '.join(EXTENSIONS)}).{_hint(folder)}")
+        if not self.files:
+            raise UserError(f"{folder}: no images found ({', '.join(EXTENSIONS)}).{_hint(folder)}")
 
     def __len__(self) -> int:
         return len(self.files)
