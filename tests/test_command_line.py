@@ -162,6 +162,11 @@ def test_invalid_variables_of_accelerate_give_one_line_errors(name: str, monkeyp
         make_accelerator()
 
 
+def test_run_folder_that_is_not_utf8_gives_one_line_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="TensorBoard cannot log to a name that is not valid UTF-8"):
+        make_accelerator(folder=tmp_path / "caf\udce9")
+
+
 def test_unknown_matplotlib_backend_gives_one_line_error() -> None:
     code = "from vqvae2.pictures import make_figure; make_figure(1)"
     environment = os.environ | {"MPLBACKEND": "garbage"}

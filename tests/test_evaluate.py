@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sampling.evaluation.evaluate import EvaluationConfig, evaluate_run
-from sampling.evaluation.features import summarize_features
+from sampling.evaluation.features import FeatureSummary, KeepOptions, _load_if_valid, summarize_features
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageFolder
 from sampling.evaluation.metrics import read_metrics
@@ -23,6 +23,7 @@ from vqvae2.data.images import open_datasets
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
 from vqvae2.metrics.inception import WeightsUnavailableError
+from vqvae2.metrics.inception_score import InceptionScoreResult
 from vqvae2.models import Autoencoder
 
 
@@ -203,3 +204,24 @@ def test_autoencoder_of_another_config_is_refused(run: Path, inception_weights: 
         stored.config.build(size, channels).save(run / "autoencoder" / "model.safetensors")
         with pytest.raises(UserError, match=r"model\.safetensors: an autoencoder of images .* but .* describes 32×32"):
             evaluate(run, inception_weights)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": np.int64(10**18)},
+        {"features": np.full((9, 2048), np.nan, np.float32)},
+        {"features": np.zeros((1, 2048), np.float32)},
+        {"score": np.array(["a", "b"])},
+        {"size": np.array([np.nan, 1])},
+        {"size": np.array([-1, -1])},
+    ],
+)
+def test_invalid_feature_cache_is_computed_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    keep = KeepOptions(features=9)
+    first = FeatureSummary(GaussianStatistics(2048), torch.ones(9, 2048), InceptionScoreResult(1.0, 0.0), (32, 32))
+    first.statistics.update(torch.rand(9, 2048))
+    first.save(tmp_path / "cache.npz")
+    assert _load_if_valid(tmp_path / "cache.npz", 9, keep) is not None
+    np.savez(tmp_path / "cache.npz", **(dict(np.load(tmp_path / "cache.npz")) | changes))
+    assert _load_if_valid(tmp_path / "cache.npz", 9, keep) is None

@@ -81,7 +81,7 @@ def test_foreign_folder_is_refused_and_damaged_images_are_sampled_again(
     files = {path: path.read_bytes() for path in (out / "images").iterdir()}
     (out / "images" / "000000.png").write_bytes(b"")
     (out / "images" / "000001.png").write_bytes(files[out / "images" / "000001.png"][:-7])
-    save_png(out / "images" / "000002.png", torch.zeros(3, 16, 16, dtype=torch.uint8))  # another size
+    save_png(out / "images" / "000002.png", torch.zeros(1, 32, 32, dtype=torch.uint8))  # gray
     assert main([*command, str(out)]) == 0
     assert {path: path.read_bytes() for path in (out / "images").iterdir()} == files
 

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -281,9 +282,12 @@ def test_invalid_runs_give_one_line_errors(run: Path, tmp_path: Path, capsys: py
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "nowhere: not a run folder" in error
-    (run / "samples" / "grid.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"grid\.png: not a readable image"):
-        write_report(run)
+    grid = run / "samples" / "grid.png"
+    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\1\0\0" * 2 + b"\x08\x02\0\0\0"
+    for content in (b"no picture", grid.read_bytes()[:200], bomb + zlib.crc32(bomb[12:]).to_bytes(4, "big")):
+        grid.write_bytes(content)
+        with pytest.raises(UserError, match=r"grid\.png: not a readable image"):
+            write_report(run)
     (run / "autoencoder" / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json: not valid JSON"):
         write_report(run)

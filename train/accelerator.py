@@ -19,6 +19,8 @@ def make_accelerator(
 ) -> Accelerator:
     """Return an Accelerator that logs to TensorBoard in `folder`/logs, if a folder is given."""
     _check_environment(mixed_precision, gradient_accumulation_steps)
+    if folder and str(folder) != str(folder).encode(errors="replace").decode():
+        raise UserError(f"{folder}: TensorBoard cannot log to a name that is not valid UTF-8. Choose another folder.")
     # Accelerate keeps one precision per process, but each stage of a run may have its own.
     AcceleratorState._reset_state()
     GradientState._reset_state()

@@ -19,6 +19,7 @@ from vqvae2.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # of Pillow, for a damaged file
 _BORDER = 2  # pixels around each image of a grid
 _CAPTION = 14  # font size of captions in pixels
 
@@ -41,9 +42,16 @@ def hwc_to_chw(pixels: UInt8[np.ndarray, "*n h w c"]) -> UInt8[Tensor, "*n c h w
 
 
 def read_png(path: Path) -> UInt8[Tensor, "c h w"]:
-    """Return an image that `save_png` wrote."""
-    with Image.open(path) as image:
-        array = np.array(image)
+    """Return an image that `save_png` wrote.
+
+    Raises:
+        UserError: If it is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            array = np.array(image)
+    except IMAGE_ERRORS as error:
+        raise UserError(f"{path}: not a readable image ({error}). Delete it and run the same command again.") from None
     return hwc_to_chw(array.reshape(*array.shape[:2], -1))
 
 

@@ -38,7 +38,14 @@ _MAX_MEMORY = 2 * 2**30  # bytes, resident
 _MAX_ADDRESS_SPACE = 64 * 2**30  # bytes; a guard against commands that would use up the memory of the machine
 _PREPARE_TIMEOUT_S = 600
 _PATHS = ("config.yaml", "run", "out", "prepared", "grid.png", "photographs", "fresh", "run/codes/train")
-_LINKED_SUFFIXES = (".png", ".jpg", ".safetensors", ".json", ".yaml", ".jsonl")  # written anew, never in place
+_LINKED_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".safetensors",
+    ".json",
+    ".yaml",
+    ".jsonl",
+)  # replaced by commands, never changed in place
 Environment = dict[str, str | None]
 
 
