@@ -16,6 +16,7 @@ from vqvae2.pictures import read_png, save_grid, save_rows
 
 _GRID_IMAGES = 64
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+_PNG_MODES = {1: b"\x08\x00", 3: b"\x08\x02", 4: b"\x08\x06"}  # bit depth and color type, by number of channels
 _PNG_END = b"IEND\xaeB`\x82"
 _MAX_CLASS_ROWS, _CLASS_ROW_IMAGES = 64, 8
 _FIX = "Restore it, or delete or choose another folder and sample again."
@@ -107,13 +108,13 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / "images" / f"{number:06d}.png"
 
 
-def is_complete_png(path: Path, size: tuple[int, int]) -> bool:
-    """Return whether a PNG of this height and width has been written completely, without decoding it."""
+def is_complete_png(path: Path, size: tuple[int, int], channels: int) -> bool:
+    """Return whether a PNG of this (height, width) and number of channels is written completely, without decoding."""
     if not path.is_file():
         return False
     data = path.read_bytes()
     height, width = size
-    header = _PNG_START + width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    header = _PNG_START + width.to_bytes(4, "big") + height.to_bytes(4, "big") + _PNG_MODES[channels]
     return data.startswith(header) and data.endswith(_PNG_END)
 
 

@@ -95,8 +95,10 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     check_folder(folder, manifest)
     if process.is_main_process and not manifest_path(folder).is_file():
         manifest.write(folder)
-    size = pipeline.autoencoder.size
-    missing = [number for number in range(config.count) if not is_complete_png(image_path(folder, number), size)]
+    size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
+    missing = [
+        number for number in range(config.count) if not is_complete_png(image_path(folder, number), size, channels)
+    ]
     process.wait_for_everyone()  # so that every process finds the same images missing
     started = time.monotonic()
     share = missing[process.process_index :: process.num_processes]

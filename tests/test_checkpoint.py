@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vqvae2 import Autoencoder, AutoencoderConfig, checkpoint
@@ -102,3 +103,11 @@ def test_older_format_is_refused_by_its_number(tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     with pytest.raises(UserError, match="weights file of format 1; this version reads 2"):
         checkpoint.load(tmp_path / "old.safetensors")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 5000, "9" * 5000, '[["format", 2]]', '{"format": [1]}'])
+def test_metadata_of_another_shape_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"vqvae2": text})
+    with pytest.raises(UserError, match=r"model\.safetensors: .*(corrupted|not valid JSON|of format)"):
+        checkpoint.load(path)

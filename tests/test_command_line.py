@@ -156,6 +156,25 @@ def test_launcher_settings_that_differ_from_the_config_are_refused(
         make_accelerator()
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_invalid_variables_of_accelerate_give_one_line_errors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "garbage")
+    with pytest.raises(UserError, match=rf"{name}.*Unset the variable"):
+        make_accelerator()
+
+
+def test_run_folder_that_is_not_utf8_gives_one_line_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="TensorBoard cannot log to a name that is not valid UTF-8"):
+        make_accelerator(folder=tmp_path / "caf\udce9")
+
+
+def test_unknown_matplotlib_backend_gives_one_line_error() -> None:
+    code = "from vqvae2.pictures import make_figure; make_figure(1)"
+    environment = os.environ | {"MPLBACKEND": "garbage"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "UserError: MPLBACKEND=garbage: not a backend of matplotlib" in result.stderr
+
+
 def test_uninstalled_clone_says_so(tmp_path: Path) -> None:
     shutil.copytree(CONFIGS.parent / "vqvae2", tmp_path / "vqvae2", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-S", "-m", "vqvae2"]  # -S leaves out installed packages

@@ -1,12 +1,13 @@
 """Test configs: loading, overrides, comparison, and one-line errors with the full key path."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from sampling.run_config import RunConfig
 from vqvae2.command_line import parse
-from vqvae2.config import differences
+from vqvae2.config import Config, differences
 from vqvae2.errors import UserError
 
 
@@ -124,3 +125,14 @@ def test_malformed_yaml_and_out_of_range_values(tiny_config: Path, old: str, new
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_values_and_keys_of_any_length_give_short_errors(tmp_path: Path) -> None:
+    class Record(Config):
+        number: int = 0
+
+    for value in ({"number": "9" * 5000}, {"k" * 5000: 1}, {"number": 1e300}, [1], "text", None):
+        (tmp_path / "record.json").write_text(json.dumps(value))
+        with pytest.raises(UserError, match=r"record\.json: .*Delete it\.$") as error:
+            Record.from_json(tmp_path / "record.json", "Delete it.")
+        assert len(str(error.value)) < 400 + len(str(tmp_path))

@@ -1,5 +1,6 @@
 """Tests for the evaluation of a run: reference sets, protocol, warnings, and several processes."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,15 +12,19 @@ import torch
 from PIL import Image
 
 from sampling.evaluation.evaluate import EvaluationConfig, evaluate_run
-from sampling.evaluation.features import summarize_features
+from sampling.evaluation.features import FeatureSummary, KeepOptions, _load_if_valid, summarize_features
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageFolder
+from sampling.evaluation.metrics import read_metrics
 from sampling.run_config import RunConfig
 from tests.inception_fixture import extractor, fill, two_processes
 from vqvae2 import files
 from vqvae2.data.images import open_datasets
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
+from vqvae2.metrics.inception import WeightsUnavailableError
+from vqvae2.metrics.inception_score import InceptionScoreResult
+from vqvae2.models import Autoencoder
 
 
 @pytest.fixture
@@ -157,3 +162,66 @@ def test_metrics_of_a_collapsed_level_are_formatted() -> None:
         "fid": {"missing": "no Inception weights"},
     }
     assert "NLL 0.010 nats per code (uniform 2.770, unigram 0.000)" in format_metrics(metrics)
+
+
+def test_one_sample_gives_a_reason_for_each_missing_metric(run: Path, inception_weights: Path) -> None:
+    manifest = files.read_json(run / "samples" / "manifest.json")
+    files.write_json(run / "samples" / "manifest.json", manifest | {"count": 1, "labels": [0]})
+    for number in range(1, 5):
+        (run / "samples" / "images" / f"{number:06d}.png").unlink()
+    metrics = evaluate(run, inception_weights)
+    assert "at least 2 images, got 1" in metrics["fid"]["missing"]
+    assert "at least 2 images per side, got 1" in metrics["kid"]["missing"]
+    assert "more than 5 images per side, got 1" in metrics["precision_recall"]["missing"]
+    assert metrics["rfid"]["value"] > 0
+    assert metrics["inception_score"]["mean"] == pytest.approx(1)
+    assert "FID              -  (a covariance needs at least 2 images, got 1)" in format_metrics(metrics)
+    assert read_metrics(run / "evaluation" / "metrics.json") == json.loads(json.dumps(metrics))
+
+
+def test_missing_summaries_do_not_prevent_the_other_metrics(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(*_: object, **__: object) -> None:
+        raise WeightsUnavailableError("no Inception weights")
+
+    monkeypatch.setattr("sampling.evaluation.evaluate.load_inception", unavailable)
+    (run / "autoencoder" / "summary.json").unlink()
+    summary = files.read_json(run / "prior-top" / "summary.json")
+    files.write_json(run / "prior-top" / "summary.json", summary | {"validation": {"nll": 2.0}})
+    metrics = evaluate(run, run / "missing.pth")
+    assert "summary.json: no such file" in metrics["reconstruction"]["missing"]
+    assert "summary.json: no such file" in metrics["codes"]["top"]["missing"]
+    assert "no bits, uniform, unigram" in metrics["likelihood"]["top"]["missing"]
+    assert metrics["likelihood"]["bottom"]["nll"] > 0
+    assert "missing" in metrics["bits_per_image"]
+    text = format_metrics(metrics)
+    assert "reconstruction   -  (" in text
+    assert "FID              -  (no Inception weights)" in text
+
+
+def test_autoencoder_of_another_config_is_refused(run: Path, inception_weights: Path) -> None:
+    stored = Autoencoder.load(run / "autoencoder" / "model.safetensors")
+    for size, channels in (((64, 64), 3), ((32, 32), 1)):
+        stored.config.build(size, channels).save(run / "autoencoder" / "model.safetensors")
+        with pytest.raises(UserError, match=r"model\.safetensors: an autoencoder of images .* but .* describes 32×32"):
+            evaluate(run, inception_weights)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": np.int64(10**18)},
+        {"features": np.full((9, 2048), np.nan, np.float32)},
+        {"features": np.zeros((1, 2048), np.float32)},
+        {"score": np.array(["a", "b"])},
+        {"size": np.array([np.nan, 1])},
+        {"size": np.array([-1, -1])},
+    ],
+)
+def test_invalid_feature_cache_is_computed_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    keep = KeepOptions(features=9)
+    first = FeatureSummary(GaussianStatistics(2048), torch.ones(9, 2048), InceptionScoreResult(1.0, 0.0), (32, 32))
+    first.statistics.update(torch.rand(9, 2048))
+    first.save(tmp_path / "cache.npz")
+    assert _load_if_valid(tmp_path / "cache.npz", 9, keep) is not None
+    np.savez(tmp_path / "cache.npz", **(dict(np.load(tmp_path / "cache.npz")) | changes))
+    assert _load_if_valid(tmp_path / "cache.npz", 9, keep) is None

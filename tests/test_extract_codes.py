@@ -18,7 +18,7 @@ from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeStore
 from vqvae2.data.images import open_datasets, to_float
 from vqvae2.errors import UserError
-from vqvae2.models import Autoencoder
+from vqvae2.models import Autoencoder, AutoencoderConfig
 from vqvae2.run_folder import RunFolder
 
 
@@ -107,3 +107,13 @@ def test_too_many_unreadable_images_raise_and_leave_the_store_incomplete(run: Ru
     assert not CodeStore.read_header(run.folder.code_store("train")).complete
     extract_codes(run)
     assert CodeStore.open(run.folder.code_store("train")).header.complete
+
+
+def test_autoencoder_of_another_codebook_size_is_refused(run: Run) -> None:
+    network = Autoencoder.load(run.folder.autoencoder_weights)
+    changed = network.config.model_dump()
+    changed["levels"][0]["quantizer"]["codebook_size"] = 20
+    AutoencoderConfig(**changed).build((32, 32)).save(run.folder.autoencoder_weights)
+    with pytest.raises(UserError, match=r"an autoencoder of code maps 8×8 of 20 codes, .* describes 8×8 of 16 codes"):
+        extract_codes(run)
+    assert not run.folder.codes.exists()

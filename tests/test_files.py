@@ -34,11 +34,23 @@ def test_folder_replaces_a_folder(tmp_path: Path) -> None:
     assert (path / "file").read_text() == "two"
 
 
-def test_corrupted_json_error_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [b'{"a": ', b"", b"\xff{}", b"9" * 5000, b"[" * 5000, b'{"a":' * 5000, b'{"a": 1, "a": 2}']
+)
+def test_invalid_json_error_names_the_file_and_the_fix(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "value.json"
-    path.write_text('{"a": ')
-    with pytest.raises(UserError, match=r"value\.json: not valid JSON"):
-        files.read_json(path)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"value\.json: not valid JSON .*\. Make it again\.$"):
+        files.read_json(path, "Make it again.")
+
+
+def test_log_lines_that_are_not_entries_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 3, "train/loss": NaN}'
+    bad = [b"[" * 5000, b"9" * 5000, b"null", b"{}", b'{"step": -1}', b'{"step": true}', b'{"step": 1, "a": "x"}']
+    bad += [b'{"step": 1, "a": ' + b"9" * 400 + b"}", b'{"step": 1.5}', b'{"step": 1, "step": 2}', b'{"step": 4, "tr']
+    path.write_bytes(b"\n".join([*bad[:5], good, *bad[5:]]))
+    assert [entry["step"] for entry in files.read_log(path)] == [3]
 
 
 def test_digest_is_sha256(tmp_path: Path) -> None:

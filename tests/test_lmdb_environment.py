@@ -1,10 +1,14 @@
 """Test sealed LMDB stores: corruption, copies, interrupted writes, and full or read-only disks."""
 
+import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import lmdb
 import pytest
 
 from tests.test_code_store import header, write
@@ -99,3 +103,78 @@ def test_read_only_store_is_readable_and_writing_gives_one_line_error(small_disk
     with pytest.raises(UserError, match=r"store: cannot write .*Read-only"):
         CodeWriter(path, HEADER)
     lmdb_environment.close_reader(path)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any], records: dict[bytes, bytes] | None = None) -> None:
+    """Change the header and the records of a store, and seal it again."""
+    lmdb_environment.close_reader(path)
+    with lmdb.open(str(path), map_size=2**24) as environment, environment.begin(write=True) as transaction:
+        value = json.loads(transaction.get(b"header"))
+        changed = change(value)
+        transaction.put(b"header", json.dumps(value if changed is None else changed).encode())
+        for key, record in (records or {}).items():
+            transaction.put(key, record)
+    lmdb_environment.seal(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"count": -1}, "count"),
+        ({"count": 10**12}, "is missing or truncated"),
+        ({"count": "many"}, "count"),
+        ({"levels": []}, "levels"),
+        ({"levels": [{"codebook_size": 300, "height": 2**20, "width": 2**20}]}, "more than 268,435,456 codes"),
+        ({"levels": [{"codebook_size": -1, "height": 4, "width": 4}]}, "codebook_size"),
+        ({"levels": [{"codebook_size": 300, "height": 5, "width": 4}]}, "is missing or truncated"),
+        ({"unreadable": [100]}, "unreadable"),
+        ({"unreadable": [3, 3]}, "unreadable"),
+        ({"unreadable": [3]}, "lists a readable record"),
+        ({"format": {}}, "format"),
+        ({"classes": 5}, "classes"),
+    ],
+)
+def test_invalid_header_is_refused(store: Path, changes: dict[str, Any], words: str) -> None:
+    rewrite(store, lambda header: header.update(changes))
+    with pytest.raises(UserError, match=rf"store: .*{words}.*Delete the folder"):
+        CodeStore.open(store)
+
+
+def test_header_that_is_not_an_object_is_refused(store: Path) -> None:
+    rewrite(store, lambda header: [header])
+    with pytest.raises(UserError, match="store: not a code store"):
+        CodeStore.open(store)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_short_and_out_of_range_records_are_refused(store: Path, index: int) -> None:
+    key = lmdb_environment.encode_key(index)
+    size = (64, 36)[index] * HEADER.record_dtype.itemsize
+    rewrite(store, lambda header: None, {key: bytes(size - 1)})
+    with pytest.raises(UserError, match=rf"value {index} is missing or truncated"):
+        CodeStore.open(store)
+    for filled in (b"\xff", b"\x05"):  # label −1 and codes of 65,535; label and codes of 0x0505…
+        rewrite(store, lambda header: None, {key: filled * size})
+        with pytest.raises(UserError, match="a code or a label is out of range"):
+            CodeStore.open(store).read([64 * index])
+
+
+def test_writer_writes_short_values_again(store: Path) -> None:
+    rewrite(store, lambda header: None, {lmdb_environment.encode_key(0): b"short"})
+    writer = CodeWriter(store, HEADER)
+    assert writer.missing_values() == [0]
+    writer.close()
+
+
+def test_class_names_that_are_not_utf8_are_stored(tmp_path: Path) -> None:
+    names = tuple(f"caf\udce9{number}" for number in range(5))
+    write(tmp_path / "names", header(3, (300, 4, 4), classes=names))
+    assert CodeStore.open(tmp_path / "names").header.classes == names
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"sha256": 1}', "5" * 5000])
+def test_invalid_seal_is_refused(store: Path, text: str) -> None:
+    lmdb_environment.close_reader(store)
+    (store / "seal.json").write_text(text)
+    with pytest.raises(UserError, match=r"seal\.json: .*Delete the folder"):
+        CodeStore.open(store)

@@ -1,8 +1,10 @@
 """Test the training loop: schedules, resuming, accumulation, EMA weights, signals, NaN losses, and checkpoints."""
 
 import json
+import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from train.loop import TrainingStage, train
 from train.lr_schedule import learning_rate
+from vqvae2 import checkpoint
 from vqvae2.errors import Stopped, UserError
 from vqvae2.training_config import TrainingConfig
 
@@ -236,3 +239,60 @@ def test_early_stopping_returns_the_best_weights(tmp_path: Path) -> None:
         == summary
     )
     assert train(RisingStage(), TrainingConfig(**settings), tmp_path / "all", num_workers=0)["steps"] == 20
+
+
+def change_state(folder: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
+    """Change tensors and metadata of the newest checkpoint, and write it with a valid checksum."""
+    path = max((folder / "checkpoints").iterdir()) / "state.safetensors"
+    tensors, metadata = checkpoint.load(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors, metadata)
+    checkpoint.save(path, tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda _, metadata: metadata.update(step=-1), "step"),
+        (lambda _, metadata: metadata.update(step=10**12), "which is not the name of its folder"),
+        (lambda _, metadata: metadata.update(step="x"), "step"),
+        (lambda _, metadata: metadata.update(seconds=math.inf), "seconds"),
+        (lambda _, metadata: metadata.pop("unlogged"), "unlogged"),
+        (lambda _, metadata: metadata.update(unlogged={"terms": {"loss": [None]}, "stage": {}}), "unlogged.terms"),
+        (lambda _, metadata: metadata.update(best=[1, 2]), "best"),
+        (lambda tensors, _: tensors.pop("optimizer/0/step"), "is incomplete"),
+        (lambda tensors, _: tensors.update({"optimizer/0/step": torch.zeros(2)}), "optimizer/0/step"),
+        (lambda tensors, _: tensors.update({"optimizer/0/exp_avg": torch.zeros(1)}), "optimizer/0/exp_avg"),
+        (lambda tensors, _: tensors["optimizer/0/exp_avg"].fill_(math.nan), "is not finite"),
+        (lambda tensors, _: tensors.update({"optimizer/9/step": torch.zeros(())}), "unexpected tensor"),
+        (lambda tensors, _: tensors.update({"optimizer/x": torch.zeros(())}), "unexpected tensor"),
+        (lambda tensors, _: tensors.update({"ema/layer.weight": torch.zeros(1)}), "ema/layer.weight"),
+        (lambda tensors, _: tensors.update({"other": torch.zeros(1)}), "unexpected tensors"),
+    ],
+)
+def test_invalid_state_is_refused(tmp_path: Path, change: Callable[..., object], words: str) -> None:
+    train(LineStage(), config(steps=4), tmp_path, num_workers=0)
+    change_state(tmp_path, change)
+    with pytest.raises(UserError, match=rf"00000004/state\.safetensors: .*{words}.*Delete the checkpoint's folder"):
+        train(LineStage(), config(steps=8), tmp_path, num_workers=0)
+
+
+def test_state_without_optimizer_is_refused(tmp_path: Path) -> None:
+    train(LineStage(), config(steps=4), tmp_path, num_workers=0)
+    change_state(
+        tmp_path, lambda tensors, _: [tensors.pop(name) for name in list(tensors) if name.startswith("optimizer")]
+    )
+    with pytest.raises(UserError, match="no state of the optimizer"):
+        train(LineStage(), config(steps=8), tmp_path, num_workers=0)
+
+
+@pytest.mark.parametrize("text", ["", "null\n", "[" * 5000, None])
+def test_run_with_a_damaged_log_finishes_with_a_warning(tmp_path: Path, text: str | None) -> None:
+    train(LineStage(), config(steps=4), tmp_path, num_workers=0)
+    log = tmp_path / "metrics.jsonl"
+    log.unlink()
+    if text is not None:
+        log.write_text(text)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: lacks entries of earlier steps"):
+        train(LineStage(), config(), tmp_path, num_workers=0)
+    assert [entry["step"] for entry in log_entries(tmp_path)] == [5, 6, 9, 10, 12, 12]

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from sampling.run_config import RunConfig
 from tests.conftest import TINY
-from train.losses import AdversarialLoss, DiscriminatorObjective, PerceptualLoss, make_perceptual_loss
+from train.losses import (
+    AdversarialLoss,
+    CodebookUsageTracker,
+    DiscriminatorObjective,
+    PerceptualLoss,
+    make_perceptual_loss,
+)
 from train.stages.autoencoder import AutoencoderObjective
 from vqvae2.command_line import parse
 from vqvae2.config import read_yaml
@@ -311,3 +317,11 @@ def test_images_too_small_for_perceptual_network_raise(distance: PerceptualLoss,
     assert distance(torch.zeros(1, 3, 17, 17), torch.ones(1, 3, 17, 17)).isfinite()
     with pytest.raises(UserError, match=r"squeeze needs images of at least 17 pixels, these are 32 × 16"):
         make_perceptual_loss(PerceptualLossConfig(weight=1, network="squeeze", weights=str(backbone)), (32, 16))
+
+
+@pytest.mark.parametrize("pending", [{"top": [1, 2]}, {"middle": [1, 2, 3]}])
+def test_counts_of_another_codebook_are_refused(pending: dict[str, list[int]]) -> None:
+    tracker = CodebookUsageTracker({"top": 3})
+    tracker.resume({"top": [1, 2, 3]})
+    with pytest.raises(UserError, match=r"checkpoint: .* Delete the newest checkpoint"):
+        tracker.resume(pending)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sampling.output_folder import image_path, write_grids
-from tests.test_commands import fails
+from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
 from vqvae2.pictures import save_png, save_rows
 
@@ -81,6 +81,17 @@ def test_foreign_folder_is_refused_and_damaged_images_are_sampled_again(
     files = {path: path.read_bytes() for path in (out / "images").iterdir()}
     (out / "images" / "000000.png").write_bytes(b"")
     (out / "images" / "000001.png").write_bytes(files[out / "images" / "000001.png"][:-7])
-    save_png(out / "images" / "000002.png", torch.zeros(3, 16, 16, dtype=torch.uint8))  # another size
+    save_png(out / "images" / "000002.png", torch.zeros(1, 32, 32, dtype=torch.uint8))  # gray
     assert main([*command, str(out)]) == 0
     assert {path: path.read_bytes() for path in (out / "images").iterdir()} == files
+
+
+@pytest.mark.parametrize("text", ["null", "{}", '{"count": 3}', "[[]]"])
+def test_folder_with_an_invalid_manifest_is_refused_and_unchanged(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    out = shutil.copytree(finished_run / "samples", tmp_path / "out")
+    (out / "manifest.json").write_text(text)
+    before = contents(out)
+    fails(capsys, ["sample", str(finished_run), "--out", str(out)], "manifest.json", "choose another folder")
+    assert contents(out) == before

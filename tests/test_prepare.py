@@ -1,5 +1,7 @@
 """Test `vqvae2 prepare` and `vqvae2 inspect`: stored records, resuming after a kill, and errors."""
 
+import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -14,10 +16,12 @@ from PIL import Image
 from sampling.report.inspect_store import main as inspect_main
 from tests.test_code_store import header as code_header
 from tests.test_code_store import write as write_codes
+from tests.test_lmdb_environment import rewrite
 from train.stages.prepare import main as prepare_main
 from vqvae2.command_line import run_command
 from vqvae2.data import lmdb_environment
 from vqvae2.data.images import DataConfig, open_datasets
+from vqvae2.data.index import ImageIndex, StringTable
 from vqvae2.data.sources.prepared import read_header
 from vqvae2.errors import UserError
 
@@ -152,3 +156,34 @@ def test_inspect_prints_prepared_image_statistics(tmp_path: Path, capsys: pytest
     for words in ("12, resized to cover 16×16, jpeg, quality 95", "2: cat 6, dog 6", "unreadable    none"):
         assert words in text
     assert (tmp_path / "grid.png").is_file()
+
+
+def test_hostile_header_and_index_of_prepared_images_are_refused(tmp_path: Path) -> None:
+    folder, out = fill(tmp_path / "images"), tmp_path / "out"
+    prepare([str(folder), str(out), "--size", "16", "--num-workers", "0"])
+    config = DataConfig.from_dict({"path": str(out), "size": 16}, "test")
+    for changes, words in (
+        ({"count": -1}, "count"),
+        ({"count": 10**12}, r"missing or corrupted index\.safetensors"),
+        ({"unreadable": ["a"]}, r"missing or corrupted index\.safetensors"),
+        ({"classes": ["cat"]}, r"missing or corrupted index\.safetensors"),
+        ({"size": [10**9, 16]}, "size"),
+        ({"kind": 3}, "another LMDB database"),
+    ):
+        original = records(out)[b"header"]
+        rewrite(out, lambda header, changes=changes: header.update(changes))
+        with pytest.raises(UserError, match=words):
+            open_datasets(config)
+        rewrite(out, lambda _, original=original: json.loads(original))
+    index = ImageIndex.load(out / "index.safetensors")
+    assert index is not None
+    for changed in (
+        dataclasses.replace(index, columns={"position": index.columns["position"] + 1}),
+        dataclasses.replace(index, columns={}),
+        dataclasses.replace(index, labels=index.labels + 2),
+        dataclasses.replace(index, hashes=index.hashes[1:]),
+        dataclasses.replace(index, names=StringTable(index.names.text, index.names.ends[::-1])),
+    ):
+        changed.save(out / "index.safetensors")
+        with pytest.raises(UserError, match=r"missing or corrupted index\.safetensors"):
+            open_datasets(config)

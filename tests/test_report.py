@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sampling.evaluation.diagnose import diagnose_run
 from sampling.report.formatting import format_duration
 from sampling.report.picture import load_picture
 from sampling.report.report import write_report
@@ -279,9 +282,12 @@ def test_invalid_runs_give_one_line_errors(run: Path, tmp_path: Path, capsys: py
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "nowhere: not a run folder" in error
-    (run / "samples" / "grid.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"grid\.png: not a readable image"):
-        write_report(run)
+    grid = run / "samples" / "grid.png"
+    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\1\0\0" * 2 + b"\x08\x02\0\0\0"
+    for content in (b"no picture", grid.read_bytes()[:200], bomb + zlib.crc32(bomb[12:]).to_bytes(4, "big")):
+        grid.write_bytes(content)
+        with pytest.raises(UserError, match=r"grid\.png: not a readable image"):
+            write_report(run)
     (run / "autoencoder" / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"summary\.json: not valid JSON"):
         write_report(run)
@@ -340,3 +346,55 @@ def test_report_loads_no_external_resources(run: Path) -> None:
     text = write_report(run).read_text()
     assert "Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in text
     assert not re.search(r"@import|url\(", text)
+
+
+RECORDS = ("samples/manifest.json", "evaluation/metrics.json", "autoencoder/summary.json", "diagnosis/diagnosis.json")
+
+
+@pytest.mark.parametrize("name", [*RECORDS, "prior-top/summary.json", "codes/summary.json", "samples/summary.json"])
+def test_json_of_another_shape_gives_one_line_errors(run: Path, name: str) -> None:
+    path = run / name
+    if "diagnosis" in name:
+        diagnose_run(run, 2)
+    original = json.loads(path.read_text())
+    values = [{}, [], "text", 5, None, True, math.nan]
+    for key in original:
+        values += [original | {key: changed} for changed in ("x", -1, math.nan, [-1], {"x": 1}, 10**40)]
+        values.append({other: value for other, value in original.items() if other != key})
+    messages = []
+    for value in values:
+        path.write_text(json.dumps(value))
+        try:
+            write_report(run)
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) >= 7
+    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
+    path.write_text("{}")
+    with pytest.raises(UserError, match=f"{name}: .*required, but missing.*elete"):
+        write_report(run)
+
+
+def test_labels_out_of_range_and_unknown_rows_are_refused(run: Path) -> None:
+    diagnose_run(run, 2)
+    for name, changes, words in (
+        ("samples/manifest.json", {"labels": [0, 1, 2, 3, 99]}, "the label 99 is not one of 10 classes"),
+        ("samples/manifest.json", {"labels": [0]}, "1 labels for 5 images"),
+        ("diagnosis/diagnosis.json", {"rows": ["true-middle"]}, "'true-middle' is not a row of this run"),
+    ):
+        original = (run / name).read_text()
+        change(run / name, lambda value, changes=changes: value.update(changes))
+        with pytest.raises(UserError, match=words):
+            write_report(run)
+        (run / name).write_text(original)
+
+
+def test_missing_metrics_are_shown_with_the_reason(run: Path) -> None:
+    missing = {"missing": "needs more images"}
+    change(run / "evaluation" / "metrics.json", lambda metrics: metrics.update(fid=missing, kid=missing, cas=missing))
+    (run / "autoencoder" / "summary.json").unlink()
+    (run / "autoencoder" / "metrics.jsonl").write_text('{"step": 3, "validation/psnr": 9.5}\n')
+    report = Page(write_report(run))
+    report.check_self_contained()
+    assert report.text.count("not measured: needs more images") == 3
+    assert "9.50" in report.text

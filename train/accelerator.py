@@ -19,6 +19,8 @@ def make_accelerator(
 ) -> Accelerator:
     """Return an Accelerator that logs to TensorBoard in `folder`/logs, if a folder is given."""
     _check_environment(mixed_precision, gradient_accumulation_steps)
+    if folder and str(folder) != str(folder).encode(errors="replace").decode():
+        raise UserError(f"{folder}: TensorBoard cannot log to a name that is not valid UTF-8. Choose another folder.")
     # Accelerate keeps one precision per process, but each stage of a run may have its own.
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -48,6 +50,10 @@ def _check_environment(mixed_precision: str, gradient_accumulation_steps: int) -
         value = os.environ.get(name, "")
         if value not in allowed:
             raise UserError(f"{name}={value}: differs from {key}. Unset the variable, and set {key} instead.")
+        os.environ.pop(name, None)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(name, "").lower() not in ("", "0", "f", "false", "n", "no", "off"):
+            raise UserError(f"{name}={os.environ[name]}: only data-parallel training is supported. Unset the variable.")
         os.environ.pop(name, None)
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +14,12 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vqvae2 import files
+from vqvae2.errors import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # of Pillow, for a damaged file
 _BORDER = 2  # pixels around each image of a grid
 _CAPTION = 14  # font size of captions in pixels
 
@@ -36,9 +42,16 @@ def hwc_to_chw(pixels: UInt8[np.ndarray, "*n h w c"]) -> UInt8[Tensor, "*n c h w
 
 
 def read_png(path: Path) -> UInt8[Tensor, "c h w"]:
-    """Return an image that `save_png` wrote."""
-    with Image.open(path) as image:
-        array = np.array(image)
+    """Return an image that `save_png` wrote.
+
+    Raises:
+        UserError: If it is not a readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            array = np.array(image)
+    except IMAGE_ERRORS as error:
+        raise UserError(f"{path}: not a readable image ({error}). Delete it and run the same command again.") from None
     return hwc_to_chw(array.reshape(*array.shape[:2], -1))
 
 
@@ -87,12 +100,24 @@ def _enlarge(images: UInt8[Tensor, "b c h w"], enlarge_to: int) -> UInt8[Tensor,
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
+def make_figure(panels: int) -> "Figure":
+    """Return an empty figure that is wide enough for panels side by side.
+
+    Raises:
+        UserError: If the environment selects a backend that matplotlib does not have.
+    """
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    try:
+        from matplotlib.figure import Figure  # slow to import, used by few commands
+    except ValueError:
+        value = os.environ["MPLBACKEND"]
+        raise UserError(f"MPLBACKEND={value}: not a backend of matplotlib. Unset the variable.") from None
+    return Figure(figsize=(5 * panels, 3.6), layout="constrained")
+
+
 def save_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str) -> None:
     """Write a PNG with one panel per entry of `curves`: panel title → line label → (step, value) points."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure  # slow to import, used by few commands
-
-    figure = Figure(figsize=(5 * len(curves), 3.6), layout="constrained")
+    figure = make_figure(len(curves))
     figure.suptitle(title)
     for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for label, points in lines.items():

@@ -78,8 +78,12 @@ class FeatureSummary:
                 f"{path}: `features` is {features.dtype} {features.shape}; expected float32 (K, {statistics.dims}). "
                 "Delete the file to compute it again."
             )
-        if any(pair is not None and pair.shape != (2,) for pair in (score, size)):
-            raise UserError(f"{path}: `score` or `size` is not a pair of numbers. Delete the file to compute it again.")
+        if features is not None and not np.isfinite(features).all():
+            raise UserError(f"{path}: `features` contains NaN or infinity. Delete the file to compute it again.")
+        if score is not None and (score.shape != (2,) or score.dtype != np.float64 or not np.isfinite(score).all()):
+            raise UserError(f"{path}: `score` is not a pair of numbers. Delete the file to compute it again.")
+        if size is not None and (size.shape != (2,) or size.dtype.kind != "i" or size.min() < 1):
+            raise UserError(f"{path}: `size` is not a pair of sizes. Delete the file to compute it again.")
         return cls(
             statistics,
             None if features is None else torch.from_numpy(features),
@@ -161,7 +165,7 @@ def summarize_features_cached(
     keep = keep or KeepOptions()
     key = f"{images.digest()} {extractor.weights_digest} {extractor.dims} {keep}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    cached = _load_if_valid(path)
+    cached = _load_if_valid(path, len(images), keep)
     # Computing is a collective operation: if the cache is missing on one machine, all processes have to compute.
     hits = distributed.all_reduce_sum(torch.tensor(int(cached is not None), device=extractor.device))
     if cached is not None and int(hits) == distributed.get_world_size():
@@ -173,11 +177,16 @@ def summarize_features_cached(
     return summary
 
 
-def _load_if_valid(path: Path) -> FeatureSummary | None:
+def _load_if_valid(path: Path, count: int, keep: KeepOptions) -> FeatureSummary | None:
+    """Return a cached summary of `count` images, or None if there is none or it is damaged."""
     try:
-        return FeatureSummary.load(path) if path.is_file() else None
+        summary = FeatureSummary.load(path) if path.is_file() else None
     except UserError:
         return None
+    if summary is None or summary.statistics.count != count:
+        return None
+    retained = 0 if summary.features is None else len(summary.features)
+    return summary if retained == min(count, keep.features) else None
 
 
 def _retained_rows(count: int, keep: KeepOptions) -> Tensor:

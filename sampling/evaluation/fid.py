@@ -47,7 +47,7 @@ def main(options: FidOptions) -> None:
         return
     # Cheap checks of both sides come before the network is loaded.
     ready = [GaussianStatistics.load(path) if is_statistics_file(path) else None for path in (first, second)]
-    images = [None if found else open_image_set(path) for path, found in zip((first, second), ready, strict=True)]
+    images = [None if found else _open(path) for path, found in zip((first, second), ready, strict=True)]
     for path, statistics in zip((first, second), ready, strict=True):
         if statistics and statistics.dims != options.dims:
             raise UserError(f"{path}: statistics of {statistics.dims} dimensions, but --dims {options.dims}")
@@ -70,7 +70,7 @@ def _save_statistics(source: Path, target: Path, options: FidOptions) -> None:
     target = target if target.suffix == ".npz" else target.with_name(f"{target.name}.npz")
     if target.exists():
         raise UserError(f"{target}: file already exists. Choose another name or delete it.")
-    images = open_image_set(source)
+    images = _open(source)
     extractor = _extractor(options)
     if distributed.get_rank() == 0:
         print(printable(f"Saving statistics for {source}"))
@@ -79,13 +79,18 @@ def _save_statistics(source: Path, target: Path, options: FidOptions) -> None:
         statistics.save(target)
 
 
+def _open(path: Path) -> ImageSet:
+    images = open_image_set(path)
+    if len(images) < 2:
+        raise UserError(f"{path}: found one image, but FID needs at least two.")
+    return images
+
+
 def _measure(
     images: ImageSet | None, extractor: FeatureExtractor | None, options: FidOptions, name: str
 ) -> GaussianStatistics:
     assert images is not None
     assert extractor is not None
-    if len(images) < 2:
-        raise UserError(f"{name}: FID needs at least 2 images, found {len(images)}.")
     workers = min(8, _cpus()) if options.num_workers is None else options.num_workers
     batches = images.batches(options.batch_size, workers)
     return summarize_features(batches, len(images), extractor, progress=printable(name)).statistics

@@ -43,7 +43,7 @@ class ImageFolder(Dataset[IndexedImage]):
     """The images directly in a folder, sorted by name and converted to RGB as in pytorch-fid.
 
     Raises:
-        UserError: If the folder is missing or holds fewer than two images. On reading, if an image is unreadable or
+        UserError: If the folder is missing or holds no images. On reading, if an image is unreadable or
             has more than 8 bits per channel.
     """
 
@@ -54,10 +54,9 @@ class ImageFolder(Dataset[IndexedImage]):
         self.folder = folder
         self.files = sorted(file for file in folder.iterdir() if _is_image(file))
         self._skipped = [file.name for file in folder.iterdir() if file.is_file() and not _is_image(file)]
-        if len(self.files) < 2:
-            problem = "found one image, but FID needs at least two" if self.files else "no images found"
-            hint = _nested_images(folder) or self._case_hint()
-            raise UserError(f"{folder}: {problem} ({', '.join(EXTENSIONS)}){hint}")
+        if not self.files:
+            hint = _nested_images(folder) or self._case_hint() or "."
+            raise UserError(f"{folder}: no images found ({', '.join(EXTENSIONS)}){hint}")
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,7 +1,6 @@
 """The command `vqvae2 inspect`: summarize a code store or a folder of prepared images as text and an image."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from vqvae2.data.samplers import SequentialBatchSampler
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedSource, read_header
 from vqvae2.errors import UserError
 from vqvae2.metrics.codebook_usage import CodebookUsage
-from vqvae2.pictures import save_grid
+from vqvae2.pictures import make_figure, save_grid
 from vqvae2.run_folder import level_names
 
 _MAX_LISTED = 20  # classes and unreadable images listed by name
@@ -112,13 +111,10 @@ def _classes_line(classes: tuple[str, ...], counts: NDArray[np.int64]) -> str:
 
 def _plot(path: Path, levels: dict[str, NDArray[np.int64]], labels: NDArray[np.int64]) -> None:
     """Plot the sorted frequencies of codes and classes, with the uniform frequency as a dashed line."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure  # slow to import
-
     panels = {f"{name}: {len(counts)} codes": counts for name, counts in levels.items()}
     if len(labels):
         panels[f"{len(labels)} classes"] = labels
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    figure = make_figure(len(panels))
     for axes, (title, counts) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         frequencies = np.sort(counts)[::-1] / max(1, counts.sum())
         axes.stairs(frequencies, np.arange(len(frequencies) + 1), fill=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from vqvae2.errors import UserError
+from vqvae2.pictures import IMAGE_ERRORS
 
 _COLUMN_WIDTH = 1042  # pixels of the page's text column; images up to this width are shown at their exact size
 _MAX_WIDTH = 2112  # pixels; wider images are downscaled to limit the size of the page
@@ -41,10 +42,11 @@ def load_picture(path: Path | None, alt: str, pixelated: bool = True) -> Picture
         with Image.open(path) as image:
             width, height = image.size
             content = path.read_bytes()
+            image.load()
             if width > _MAX_WIDTH:
                 width, height = _MAX_WIDTH, round(height * _MAX_WIDTH / width)
                 content = _resize(image, (width, height))
-    except OSError as error:
+    except IMAGE_ERRORS as error:
         raise UserError(f"{path}: not a readable image ({error}). Delete the file and create it again.") from None
     uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return Picture(alt, uri, width, height, pixelated and width <= _COLUMN_WIDTH)

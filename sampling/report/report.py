@@ -122,7 +122,7 @@ def _highlights(run: RunStatus) -> Iterator[Metric]:
 
 def _preview(folder: StageFolder, alt: str) -> Preview:
     path = folder.newest_preview()
-    step = int(path.stem) if path and path.stem.isdigit() else None
+    step = int(path.stem) if path and path.stem.isdecimal() else None
     return Preview(load_picture(path, alt), step)
 
 

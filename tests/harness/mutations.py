@@ -237,7 +237,8 @@ def write_archive(path: Path, rng: random.Random) -> str:
         ".hidden/x.png",
         "x.png",
     ]
-    hostile = [(rng.choice(names), rng.choice([b"", rng.randbytes(100), images[0].read_bytes()])) for _ in range(2)]
+    contents = [b"", rng.randbytes(100), images[0].read_bytes()]
+    hostile = [(name, rng.choice(contents)) for name in rng.sample(names, 2)]
     members = [(str(file.relative_to(folder)), file.read_bytes()) for file in images] + hostile
     buffer = io.BytesIO()
     if path.suffix == ".zip":

@@ -86,6 +86,8 @@ _SAMPLE = ["sample", "run", "--out", "out"]
 _PREPARE = ["prepare", "photographs", "fresh", "--size", "24", "--max-unreadable-fraction", "0.1"]
 _REPORT = ["report", "run", "--samples", "out"]
 _EVALUATE = ["evaluate", "run", "--samples", "out"]
+# A valid change of the config may ask for a long training.
+_SMALL = ["--data.size", "32", "--data.num-scenes", "40", "--autoencoder.training.steps", "2"]
 _METRICS = "run/evaluation/metrics.json"
 _CHECKPOINTS = "run/autoencoder/checkpoints/*/*"
 _json, _log = mutations.mutate_json_file, mutations.mutate_log
@@ -147,7 +149,7 @@ TARGETS = {
     "yaml of a new run": Target(
         "config.yaml",
         [],
-        ["train-autoencoder", "config.yaml", "--run", "fresh"],
+        ["train-autoencoder", "config.yaml", "--run", "fresh", *_SMALL],
         complete("fresh/autoencoder/model.safetensors"),
         mutations.mutate_yaml,
     ),

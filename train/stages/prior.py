@@ -79,6 +79,11 @@ class PriorStage(TrainingStage):
         self.objective = PriorObjective(self._network, self.level, self.config.loss.label_dropout)
         self.autoencoder = load_run_autoencoder(run.config, run.folder)
         self.made_from = {"autoencoder": self.autoencoder.digest, "codes": header.digest}
+        if maps != self.autoencoder.map_specs:
+            raise UserError(
+                f"{store.path}: other code maps than those of the autoencoder. Delete this folder and run "
+                "`vqvae2 extract-codes`."
+            )
         self.unigram_entropy = self._unigram_entropy()
         self.curves = {"nats per code": ["train/loss", "validation/nll", "validation/uniform", "validation/unigram"]}
 

@@ -154,8 +154,10 @@ class CodeStore(Dataset[CodeBatch]):
             raise UserError(f"{path}: unfinished code store. Run `vqvae2 extract-codes` again to complete it.")
         with lmdb_environment.open_reader(path).begin(buffers=True) as transaction:
             missing = next(_missing_values(transaction, store.header), None)
-        if missing is not None:
-            raise UserError(f"{path}: corrupted code store (value {missing} is missing or truncated). {_FIX}")
+            if missing is not None:
+                raise UserError(f"{path}: corrupted code store (value {missing} is missing or truncated). {_FIX}")
+            if any(_label(transaction, store.header, i) != UNREADABLE_LABEL for i in store.header.unreadable):
+                raise UserError(f"{path}: corrupted code store (`unreadable` lists a readable record). {_FIX}")
         return store
 
     @staticmethod
@@ -315,6 +317,13 @@ def _missing_values(transaction: lmdb.Transaction, header: CodeHeader) -> Iterat
         value: Any = transaction.get(lmdb_environment.encode_key(number))
         if value is None or len(value) != min(RECORDS_PER_VALUE, header.count - start) * size:
             yield number
+
+
+def _label(transaction: lmdb.Transaction, header: CodeHeader, record: int) -> int:
+    """Return the label of a record of an existing value."""
+    number, offset = divmod(record, RECORDS_PER_VALUE)
+    value: Any = transaction.get(lmdb_environment.encode_key(number))
+    return int(np.frombuffer(value, header.record_dtype)["label"][offset])
 
 
 def _parse(header: bytes, path: Path) -> CodeHeader:

@@ -40,8 +40,10 @@ def kernel_inception_distance(
             f"KID: expected features (N, D) and (M, D), got {tuple(generated.shape)} and {tuple(reference.shape)}"
         )
     size = min(subset_size, len(generated), len(reference))
-    if size < 2 or subsets < 1:
-        raise UserError(f"KID needs at least 2 images per side and 1 subset, got {size} and {subsets}")
+    if size < 2:
+        raise UserError(f"KID needs at least 2 images per side, got {size}")
+    if subsets < 1:
+        raise UserError(f"KID needs at least 1 subset, got {subsets}")
     rng = np.random.RandomState(seed)
     distances = np.empty(subsets)
     for index in range(subsets):
