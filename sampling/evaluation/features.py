@@ -78,7 +78,9 @@ class FeatureSummary:
                 f"{path}: `features` is {features.dtype} {features.shape}; expected float32 (K, {statistics.dims}). "
                 "Delete the file to compute it again."
             )
-        if any(pair is not None and pair.shape != (2,) for pair in (score, size)):
+        if features is not None and not np.isfinite(features).all():
+            raise UserError(f"{path}: `features` contains NaN or infinity. Delete the file to compute it again.")
+        if not (_is_pair(score, "f") and _is_pair(size, "iu")):
             raise UserError(f"{path}: `score` or `size` is not a pair of numbers. Delete the file to compute it again.")
         return cls(
             statistics,
@@ -86,6 +88,11 @@ class FeatureSummary:
             None if score is None else InceptionScoreResult(*score.tolist()),
             None if size is None else tuple(size.tolist()),
         )
+
+
+def _is_pair(array: np.ndarray | None, kinds: str) -> bool:
+    """Return whether an array is missing, or a pair of finite numbers of one of these kinds."""
+    return array is None or (array.shape == (2,) and array.dtype.kind in kinds and bool(np.isfinite(array).all()))
 
 
 def is_statistics_file(path: Path) -> bool:
