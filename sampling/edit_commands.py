@@ -22,6 +22,7 @@ from sampling.sample_level import PartialCodes
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.config import Config
+from vqvae2.data.image_io import MAX_PIXELS
 from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.pictures import hwc_to_chw, save_grid, save_png
 from vqvae2.run_folder import RunFolder
@@ -40,6 +41,12 @@ class EditOptions(Options, SamplingParams):
     )
     classes: ClassLabels = Field(default=(), description="labels of the images, to cycle through")
     batch_size: int = Field(default=16, ge=1, le=2**16, description="images sampled at once")
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        le=2**31,
+        description="images with more pixels are unreadable, because of their memory",
+    )
     out: Path | None = Field(default=None, description="output folder; a new one in the run folder if not given")
 
 
@@ -150,7 +157,9 @@ def variations(options: VariationsOptions) -> None:
 def _load(options: EditOptions) -> tuple[VQVAE2Pipeline, UInt8[Tensor, "b c h w"]]:
     pipeline = VQVAE2Pipeline.from_pretrained(options.run, processes().device or "cpu", options.batch_size)
     size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
-    return pipeline, torch.stack([hwc_to_chw(read_image(path, size, channels)) for path in options.images])
+    return pipeline, torch.stack(
+        [hwc_to_chw(read_image(path, size, channels, max_pixels=options.max_pixels)) for path in options.images]
+    )
 
 
 def _write(pipeline: VQVAE2Pipeline, edit: Edit, columns: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from vqvae2.command_line import Options
+from vqvae2.data.image_io import MAX_PIXELS
 from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.models import Autoencoder
 from vqvae2.pictures import hwc_to_chw, save_grid
@@ -21,13 +22,21 @@ class ReconstructOptions(Options):
     run: Positional[Path] = Field(description="run folder")
     images: Positional[tuple[Path, ...]] = Field(min_length=1, description="image files")
     levels: bool = Field(default=False, description="also show what each level alone carries")
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        le=2**31,
+        description="images with more pixels are unreadable, because of their memory",
+    )
     out: Path | None = Field(default=None, description="PNG to write; RUN/reconstructions.png if not given")
 
 
-def reconstruct(autoencoder: Autoencoder, paths: tuple[Path, ...], levels: bool = False) -> UInt8[Tensor, "b n c h w"]:
+def reconstruct(
+    autoencoder: Autoencoder, paths: tuple[Path, ...], levels: bool = False, max_pixels: int = MAX_PIXELS
+) -> UInt8[Tensor, "b n c h w"]:
     """Return, for each image, the original, the reconstruction and, with `levels`, each level alone, finest first."""
     size, channels = autoencoder.size, autoencoder.image_channels
-    images = torch.stack([hwc_to_chw(read_image(path, size, channels)) for path in paths])
+    images = torch.stack([hwc_to_chw(read_image(path, size, channels, max_pixels=max_pixels)) for path in paths])
     codes = autoencoder.encode(to_float(images))
     columns = [images, to_uint8(autoencoder.decode(codes))]
     if levels:
@@ -41,7 +50,7 @@ def main(options: ReconstructOptions) -> None:
     """Run the command `vqvae2 reconstruct`."""
     folder = RunFolder.existing(options.run)
     autoencoder = Autoencoder.load(folder.autoencoder_weights)
-    rows = reconstruct(autoencoder, options.images, options.levels)
+    rows = reconstruct(autoencoder, options.images, options.levels, options.max_pixels)
     out = options.out or folder.reconstructions
     save_grid(out, rows.flatten(0, 1), columns=rows.shape[1])
     names = ["original", "reconstruction"]

@@ -213,6 +213,8 @@ INVALID = {
     "asymmetric": ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2], [0, 1]])}, "not a covariance"),
     "negative variance": ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "not a covariance"),
     "count": ({"mu": np.zeros(2), "sigma": np.eye(2), "n": np.int64(1)}, "count `n`"),
+    "huge count": ({"mu": np.zeros(2), "sigma": np.eye(2), "n": np.uint64(2**64 - 1)}, "count `n`"),
+    "huge values": ({"mu": np.full(2, 1e300), "sigma": np.eye(2)}, "NaN, infinity or values above"),
     "pickle": ({"mu": np.array([None, {}], dtype=object), "sigma": np.eye(2)}, "not a readable"),
 }
 
@@ -245,3 +247,45 @@ def test_missing_files_and_single_arrays_raise(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3))
     with pytest.raises(UserError, match="single array"):
         GaussianStatistics.load(tmp_path / "a.npy")
+
+
+def npy(shape: tuple[int, ...], dtype: str, data: bytes = b"", version: int = 1) -> bytes:
+    """Return an .npy with any header."""
+    header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape!r}, }}\n".encode()
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(header)) + header + data
+
+
+FALSE_HEADERS = {
+    "large matrix": npy((100_000, 100_000), "<f8"),
+    "large vector": npy((10**40,), "<f8", bytes(16)),
+    "negative": npy((-2,), "<f8", bytes(16)),
+    "large elements": npy((2,), "(100000,10000)f8", bytes(16)),
+    "too long": npy((2,), "<f8", bytes(24)),
+    "too short": npy((2,), "<f8", bytes(8)),
+    "objects": npy((2,), "|O", bytes(16)),
+    "many dimensions": npy((1,) * 100, "<f8", bytes(8)),
+    "other version": npy((2,), "<f8", bytes(16), version=9),
+    "no header": b"\x93NUMPY\x02\x00\xff\xff\xff\x7f",
+    "compressible": npy((2**13, 1024), "<f8", bytes(2**26)),
+}
+
+
+@pytest.mark.parametrize("name", FALSE_HEADERS)
+def test_false_headers_are_refused_before_anything_is_allocated(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "s.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("mu.npy", FALSE_HEADERS[name])
+    monkeypatch.setattr(frechet, "_FREE_BYTES", 2**20)
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(UserError, match=r"s\.npz: not a readable \.npz") as caught:
+        GaussianStatistics.load(tmp_path / "s.npz")
+    assert str(caught.value).isprintable()
+
+
+def test_pipes_and_folders_in_place_of_statistics_raise(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UserError, match=r"pipe\.npz: not a regular file"):
+        GaussianStatistics.load(tmp_path / "pipe.npz")
+    with pytest.raises(UserError, match="is a folder"):
+        GaussianStatistics.load(tmp_path)

@@ -129,7 +129,7 @@ def test_decompression_bombs_raise_without_warnings(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # Pillow's own limit is raised to `max_pixels` if lower
     with warnings.catch_warnings(record=True) as leaked:
         warnings.simplefilter("always")
-        with pytest.raises(UnreadableImageError, match=rf"bomb\.png: .*more than data.max_pixels = {limit} pixels.*decompression bomb"):
+        with pytest.raises(UnreadableImageError, match=rf"bomb\.png: .*more than data.max_pixels = {limit} pixels"):
             read_image(tmp_path / "bomb.png", (8, 8), max_pixels=limit)
         assert read_image(tmp_path / "bomb.png", (8, 8), max_pixels=72).shape == (8, 8, 3)
     assert leaked == []

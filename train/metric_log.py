@@ -48,7 +48,7 @@ class MetricLog:
         entry = {f"{split}/{name}": value for name, value in values.items()}
         self.entries.append({"step": step} | entry)
         if self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
+            with files.named_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.entries[-1]) + "\n")
         return entry
 

@@ -50,18 +50,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
     # Host and process ID keep concurrent writers apart.
     partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
     try:
-        yield partial
-        _fsync_tree(partial)
-        if partial.is_dir() and path.exists():
-            _remove(path)  # a folder cannot replace a non-empty folder
-        partial.replace(path)
-        _fsync(path.parent)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # for example a full disk
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+        with named_errors(path):
+            yield partial
+            _fsync_tree(partial)
+            if partial.is_dir() and path.exists():
+                _remove(path)  # a folder cannot replace a non-empty folder
+            partial.replace(path)
+            _fsync(path.parent)
     finally:
         _remove(partial)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Name `path` in an OSError that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def _clean_up_partials(folder: Path) -> None:
@@ -107,10 +115,10 @@ def lock_folder(folder: Path) -> None:
     except OSError:  # a file system without locks
         file.close()
         return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {_HOST}")
-    file.flush()
     _locks[path] = file
+    with named_errors(path):
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} on {_HOST}".encode())
 
 
 def release_locks() -> None:

@@ -35,7 +35,7 @@ class PrepareOptions(Options):
     quality: int = Field(default=95, ge=1, le=100, description="quality of jpeg and webp")
     num_workers: int = Field(default=2, ge=0, le=1024, description="processes that decode and encode")
     max_unreadable_fraction: float = Field(
-        default=0.01, ge=0, lt=1, description="fraction of images that may be unreadable, and are skipped"
+        default=0.01, ge=0, lt=1, description="fraction of the whole data set that may be unreadable and is skipped"
     )
     max_pixels: int = Field(
         default=MAX_PIXELS,

@@ -42,6 +42,7 @@ NPZ_ERRORS = (
 )
 # An array may be compressed to 1% of its size, or be small.
 _FREE_BYTES, _MAX_RATIO = 2**30, 100
+_LARGEST = 1e100  # of statistics in a file, whose products must be finite
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
@@ -178,14 +179,16 @@ class GaussianStatistics:
         if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
             raise UserError(f"{path}: expected floating-point mu and sigma, got {mu.dtype} and {sigma.dtype}")
         mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise UserError(f"{path}: mu or sigma contains NaN or infinity. Compute the statistics again.")
+        if not all((np.abs(array) < _LARGEST).all() for array in (mu, sigma)):  # false for NaN too
+            raise UserError(
+                f"{path}: mu or sigma contains NaN, infinity or values above {_LARGEST:g}. Compute the statistics again."
+            )
         # The tolerance allows for files written in float32.
         if np.abs(sigma - sigma.T).max() > 1e-5 * np.abs(sigma).max() or (sigma.diagonal() < 0).any():
             raise UserError(f"{path}: sigma is not a covariance matrix (asymmetric, or with a negative variance).")
         statistics = cls(mu.size)
         count = np.asarray(arrays["n"]) if "n" in arrays else None
-        if count is not None and (count.ndim != 0 or count.dtype.kind not in "iu" or count < 2):
+        if count is not None and (count.ndim != 0 or count.dtype.kind not in "iu" or not 2 <= count < 2**53):
             raise UserError(f"{path}: the count `n` must be an integer of 2 or more, got {count}")
         statistics.count = None if count is None else int(count)
         statistics._mean = torch.from_numpy(mu)
@@ -206,6 +209,9 @@ def load_npz(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
         UserError: If the file is missing, corrupted or not an .npz, or if an array holds objects or is too large.
     """
     files.require_file(path)
+    with path.open("rb") as file:
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
+            raise UserError(f"{path}: expected an .npz archive, got a single array (.npy)")
     try:
         with zipfile.ZipFile(path) as archive:
             found = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}

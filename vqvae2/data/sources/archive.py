@@ -29,10 +29,13 @@ _VERSION_FIELDS = (
 
 
 class RangeReader:
-    """Reader of byte ranges of a file. Each process opens the file at its first read; pickling closes it."""
+    """Reader of byte ranges of a file. Each process opens the file at its first read; pickling closes it.
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    With `keep_open=False` the file is opened for each read, because the number of open files is limited.
+    """
+
+    def __init__(self, path: str, keep_open: bool = True) -> None:
+        self.path, self.keep_open = path, keep_open
         self._descriptor: int | None = None
 
     def __call__(self, offset: int, length: int) -> bytes:
@@ -47,6 +50,9 @@ class RangeReader:
             return self._read_local(offset, length)
         except OSError as error:  # without the name of the file
             raise _unreachable(self.path, error) from None
+        finally:
+            if not self.keep_open:
+                self.close()
 
     def _read_local(self, offset: int, length: int) -> bytes:
         if self._descriptor is None:
@@ -62,12 +68,17 @@ class RangeReader:
             offset, length = offset + len(part), length - len(part)
         return b"".join(parts)
 
-    def __reduce__(self) -> tuple[type["RangeReader"], tuple[str]]:
-        return type(self), (self.path,)
-
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Close the file, if open."""
         if self._descriptor is not None:
             os.close(self._descriptor)
+            self._descriptor = None
+
+    def __reduce__(self) -> tuple[type["RangeReader"], tuple[str, bool]]:
+        return type(self), (self.path, self.keep_open)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def is_remote(path: str) -> bool:

@@ -18,7 +18,7 @@ from vqvae2.errors import UserError
 
 _SCAN_THREADS = 16  # shards scanned concurrently
 _RANGE = re.compile(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}")
-_MAX_SHARDS = 100_000
+_MAX_SHARDS, _MAX_OPEN = 100_000, 256
 _MAX_LABEL = 256  # characters of a .cls file
 _MAX_INT64 = 2**63 - 1
 
@@ -32,7 +32,8 @@ class TarSource(Source):
 
     def __init__(self, path: str, index: ImageIndex) -> None:
         super().__init__(path, index)
-        self._read = [RangeReader(shard) for shard in expand(path)]
+        shards = expand(path)
+        self._read = [RangeReader(shard, keep_open=len(shards) <= _MAX_OPEN) for shard in shards]
 
     @classmethod
     def matches(cls, path: str) -> bool:
