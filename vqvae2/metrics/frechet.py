@@ -181,7 +181,8 @@ class GaussianStatistics:
         mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
         if not all((np.abs(array) < _LARGEST).all() for array in (mu, sigma)):  # false for NaN too
             raise UserError(
-                f"{path}: mu or sigma contains NaN, infinity or values above {_LARGEST:g}. Compute the statistics again."
+                f"{path}: mu or sigma contains NaN, infinity or values above {_LARGEST:g}. "
+                "Compute the statistics again."
             )
         # The tolerance allows for files written in float32.
         if np.abs(sigma - sigma.T).max() > 1e-5 * np.abs(sigma).max() or (sigma.diagonal() < 0).any():
