@@ -1,5 +1,6 @@
 """Test the Fréchet distance against closed forms and SciPy, and streamed, merged, saved and invalid statistics."""
 
+import struct
 from pathlib import Path
 
 import numpy as np

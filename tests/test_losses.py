@@ -100,7 +100,7 @@ def test_adversarial_loss_with_fp16_raises(tmp_path: Path) -> None:
     data = read_yaml(tmp_path / "config.yaml")
     data["autoencoder"]["loss"] = {"adversarial": {"weight": 0.1}}
     data["autoencoder"]["training"]["mixed_precision"] = "fp16"
-    with pytest.raises(UserError, match=r"autoencoder: training.mixed_precision: fp16 .* Use bf16"):
+    with pytest.raises(UserError, match=r"autoencoder\.training\.mixed_precision: fp16 .* Use bf16"):
         RunConfig.from_dict(data, "config.yaml")
 
 
