@@ -6,10 +6,12 @@ samples in the same order as one.
 """
 
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import Process
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -224,7 +226,14 @@ def _share_memory(batch: Any) -> None:
             _share_memory(part)
 
 
+def _print_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception in a worker, unless it only says that the main process or another worker has died."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _init_worker(_: int) -> None:
+    sys.excepthook = _print_unless_disconnected  # the thread that shares memory with the main process uses it
     torch.set_num_threads(1)
     # A signal to the process group is for the main process, which saves a checkpoint and then stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
