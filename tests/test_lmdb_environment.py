@@ -94,6 +94,18 @@ def test_full_disk_keeps_written_records_and_writing_resumes(small_disk: Path) -
     lmdb_environment.close_reader(path)
 
 
+@pytest.mark.parametrize("size", [0, 100, 4096])
+def test_file_that_was_cut_while_it_was_created_is_created_again(tmp_path: Path, size: int) -> None:
+    """A full disk can end the first write of LMDB, two pages, at any byte."""
+    path = tmp_path / "store"
+    lmdb_environment.open_writer(path).close()
+    (path / "data.mdb").write_bytes((path / "data.mdb").read_bytes()[:size])
+    assert not lmdb_environment.exists(path)
+    write(path, HEADER)
+    CodeWriter(path, HEADER).finish()
+    assert len(CodeStore.open(path)) == HEADER.count
+
+
 def test_read_only_store_is_readable_and_writing_gives_one_line_error(small_disk: Path) -> None:
     path = small_disk / "store"
     write(path, HEADER)

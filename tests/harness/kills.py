@@ -40,6 +40,7 @@ from vqvae2 import checkpoint, files
 from vqvae2.__main__ import COMMANDS
 from vqvae2.__main__ import main as command
 from vqvae2.data import scenes
+from vqvae2.errors import UserError
 
 CONFIG = """
 data: {path: PHOTOGRAPHS, size: 32, labels: folder, val_fraction: 0.1, flip: true, num_workers: 1}
@@ -232,7 +233,10 @@ def compare(uninterrupted: Path, resumed: Path) -> list[str]:
     for folder in (uninterrupted, resumed):
         for old in sorted((folder / "checkpoints").glob("0*"))[:-1]:
             shutil.rmtree(old)
-    expected, found = contents(uninterrupted), contents(resumed)
+    try:
+        expected, found = contents(uninterrupted), contents(resumed)
+    except (lmdb.Error, UserError) as error:
+        return [str(error)]
     return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 

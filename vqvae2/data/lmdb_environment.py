@@ -5,6 +5,7 @@ therefore sealed with the SHA-256 of its file in `seal.json`. A reader compares 
 seal, and recomputes the checksum if they differ.
 """
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -110,6 +111,8 @@ def open_writer(path: Path) -> lmdb.Environment:
     close_reader(path)
     with _write_errors(path):
         _verify_seal(path)
+        if _data_file(path).is_file() and not _is_initialized(path) and not is_sealed(path):
+            _data_file(path).unlink()  # the disk was full when it was created
         return lmdb.open(str(path), map_size=_GROWTH, subdir=True, lock=True, max_readers=512)
 
 
@@ -142,8 +145,13 @@ def put(environment: lmdb.Environment, entries: Iterable[tuple[bytes, bytes]]) -
 
 def exists(path: Path) -> bool:
     """Return whether there is a database with entries at `path`. A killed writer can leave one without entries."""
+    return _is_initialized(path) and open_reader(path).stat()["entries"] > 0
+
+
+def _is_initialized(path: Path) -> bool:
+    """Return whether the file has its first two pages, without which it is not a database."""
     data = _data_file(path)
-    return data.is_file() and data.stat().st_size > 0 and open_reader(path).stat()["entries"] > 0
+    return data.is_file() and data.stat().st_size >= 2 * mmap.PAGESIZE
 
 
 def seal(path: Path) -> None:
