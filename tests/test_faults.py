@@ -140,6 +140,35 @@ def test_killed_worker_gives_one_line_error() -> None:
         list(load_batches(KillsItsWorker(), SequentialBatchSampler(8, 2), num_workers=1))
 
 
+class Numbers:
+    """A dataset of 64 numbers."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, key: int) -> int:
+        return key
+
+
+def test_worker_exits_if_main_process_dies_while_it_starts() -> None:
+    program = """
+import os, time
+from tests.test_faults import Numbers
+from vqvae2.data.samplers import SequentialBatchSampler, load_batches
+
+os.register_at_fork(after_in_parent=lambda: os._exit(0), after_in_child=lambda: time.sleep(0.5))
+next(load_batches(Numbers(), SequentialBatchSampler(64, 4), num_workers=1))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment(), start_new_session=True)
+    assert process.wait() == 0
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_death_of_a_worker_does_not_interrupt_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     batches = load_batches(KillsItsWorker(), SequentialBatchSampler(8, 1), num_workers=1)

@@ -5,12 +5,13 @@ The samples of all epochs, shuffled differently in each epoch, form one infinite
 samples in the same order as one.
 """
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import Process
+from multiprocessing import Process, get_start_method, parent_process
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -232,7 +233,18 @@ def _print_unless_disconnected(kind: type[BaseException], error: BaseException, 
         sys.__excepthook__(kind, error, trace)
 
 
+def _is_orphan() -> bool:
+    """Return whether the main process has died while this worker started."""
+    parent = parent_process()
+    if parent is None:
+        return False
+    # The main process is the parent only of forked workers, and among these, each keeps the others' sentinels open.
+    return os.getppid() != parent.pid if get_start_method() == "fork" else not parent.is_alive()
+
+
 def _init_worker(_: int) -> None:
+    if _is_orphan():
+        os._exit(1)  # DataLoader only notices that the main process dies after this point
     sys.excepthook = _print_unless_disconnected  # the thread that shares memory with the main process uses it
     torch.set_num_threads(1)
     # A signal to the process group is for the main process, which saves a checkpoint and then stops the workers.
