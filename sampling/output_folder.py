@@ -108,13 +108,17 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / "images" / f"{number:06d}.png"
 
 
-def is_complete_png(path: Path, size: tuple[int, int], channels: int) -> bool:
-    """Return whether a PNG of this (height, width) and number of channels is written completely, without decoding."""
+def is_complete_png(path: Path, size: tuple[int, int] | None = None, channels: int = 3) -> bool:
+    """Return whether a PNG is written completely, without decoding it.
+
+    If a (height, width) is given, its size and number of channels must be right too.
+    """
     if not path.is_file():
         return False
-    data = path.read_bytes()
-    height, width = size
-    header = _PNG_START + width.to_bytes(4, "big") + height.to_bytes(4, "big") + _PNG_MODES[channels]
+    data, header = path.read_bytes(), _PNG_START
+    if size:
+        height, width = size
+        header += width.to_bytes(4, "big") + height.to_bytes(4, "big") + _PNG_MODES[channels]
     return data.startswith(header) and data.endswith(_PNG_END)
 
 

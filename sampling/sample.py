@@ -109,7 +109,7 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
         if missing:
             _write_summary(folder / "summary.json", len(missing), time.monotonic() - started)
         grids = ["grid.png", *(["classes.png"] if manifest.labels else [])]
-        if missing or not all((folder / name).is_file() for name in grids):
+        if missing or not all(is_complete_png(folder / name) for name in grids):
             write_grids(folder, config.count, manifest.labels, pipeline.class_names)
     process.wait_for_everyone()
     return folder

@@ -34,6 +34,13 @@ def test_folder_replaces_a_folder(tmp_path: Path) -> None:
     assert (path / "file").read_text() == "two"
 
 
+def test_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "value.json").mkdir()
+    with pytest.raises(UserError, match=r"value.json: is a folder, .*Move or delete it"):
+        files.write_json(tmp_path / "value.json", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
+
+
 @pytest.mark.parametrize(
     "content", [b'{"a": ', b"", b"\xff{}", b"9" * 5000, b"[" * 5000, b'{"a":' * 5000, b'{"a": 1, "a": 2}']
 )

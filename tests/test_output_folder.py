@@ -52,12 +52,13 @@ def test_class_grid_has_one_row_per_class(tmp_path: Path) -> None:
     assert not (tmp_path / "classes.png").exists()
 
 
-def test_sample_reports_throughput(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_reports_throughput_and_makes_grids_again(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
-    assert (run / "samples" / "classes.png").is_file()
+    grids = {name: (run / "samples" / name).read_bytes() for name in ("grid.png", "classes.png")}
     (run / "samples" / "classes.png").unlink()
+    (run / "samples" / "grid.png").write_bytes(b"")
     assert main(["sample", str(run)]) == 0
-    assert (run / "samples" / "classes.png").is_file()
+    assert {name: (run / "samples" / name).read_bytes() for name in grids} == grids
     assert "images/s" not in capsys.readouterr().err  # nothing was sampled
     assert main(["sample", str(run), "--seed", "4", "--count", "3", "--memory", "0.5"]) == 0
     assert "samples: 3 images in " in capsys.readouterr().err

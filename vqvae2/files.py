@@ -44,6 +44,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     The block may create a file or a folder. After a crash at any moment `path` is either the old or the new version.
     The one exception: a folder that replaces an existing folder may be missing.
+
+    Raises:
+        UserError: If the block creates a file, and `path` is a folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_partials(path.parent)
@@ -55,6 +58,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             _fsync_tree(partial)
             if partial.is_dir() and path.exists():
                 _remove(path)  # a folder cannot replace a non-empty folder
+            elif path.is_dir():
+                raise UserError(f"{path}: is a folder, and a file must be written there. Move or delete it.")
             partial.replace(path)
             _fsync(path.parent)
     finally:
