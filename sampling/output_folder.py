@@ -13,6 +13,7 @@ from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
 from vqvae2.errors import UserError
 from vqvae2.pictures import read_png, save_grid, save_rows
+from vqvae2.run_folder import RunFolder, level_names
 
 _GRID_IMAGES = 64
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
@@ -71,6 +72,23 @@ def read_manifest(folder: Path, cls: type[_Manifest]) -> _Manifest | None:
     """
     path = manifest_path(folder)
     return cls.from_json(path, _FIX) if path.is_file() else None
+
+
+def find_other_network(manifest: Manifest, run: RunFolder) -> str | None:
+    """Return the name of a network of a run with other weights than those the images were made with, if there is one.
+
+    A network without weights in the run, because they were deleted, is not compared.
+    """
+    levels = level_names(len(manifest.priors))
+    made_with = {run.autoencoder.path.name: (run.autoencoder_weights, manifest.autoencoder)}
+    made_with |= {
+        run.prior(level).path.name: (run.prior_weights(level), digest)
+        for level, digest in zip(levels, manifest.priors, strict=True)
+    }
+    for name, (weights, digest) in made_with.items():
+        if weights.is_file() and files.digest(weights) != digest:
+            return name
+    return None
 
 
 def next_free(first: Path, is_free: Callable[[Path], bool]) -> Path:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sampling.run_config import RunConfig
 from tests.test_commands import fails
@@ -173,6 +174,41 @@ def test_unknown_matplotlib_backend_gives_one_line_error() -> None:
     environment = os.environ | {"MPLBACKEND": "garbage"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "UserError: MPLBACKEND=garbage: not a backend of matplotlib" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), "out of memory (CUDA out of"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory"), "117]"),
+        (MemoryError(), "out of memory (MemoryError). Use a smaller batch size"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "Check the limit on memory"),
+    ],
+)
+def test_too_little_memory_gives_one_line_errors(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("vqvae2.__main__._dispatch", fail)
+    fails(capsys, ["report", "runs/demo"], message)
+
+
+def test_allocation_that_fails_gives_a_one_line_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vqvae2.__main__._dispatch", lambda _: torch.empty(2**50, dtype=torch.uint8))
+    fails(capsys, ["report", "runs/demo"], "out of memory", "smaller batch size")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: list[str]) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("vqvae2.__main__._dispatch", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["report", "runs/demo"])
 
 
 def test_uninstalled_clone_says_so(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from sampling.evaluation.image_sets import ImageFolder
 from sampling.evaluation.metrics import read_metrics
 from sampling.run_config import RunConfig
 from tests.inception_fixture import extractor, fill, two_processes
-from vqvae2 import files
+from vqvae2 import checkpoint, files
 from vqvae2.data.images import open_datasets
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
@@ -202,8 +202,23 @@ def test_autoencoder_of_another_config_is_refused(run: Path, inception_weights: 
     stored = Autoencoder.load(run / "autoencoder" / "model.safetensors")
     for size, channels in (((64, 64), 3), ((32, 32), 1)):
         stored.config.build(size, channels).save(run / "autoencoder" / "model.safetensors")
+        manifest = json.loads((run / "samples" / "manifest.json").read_text())
+        digest = files.digest(run / "autoencoder" / "model.safetensors")
+        files.write_json(run / "samples" / "manifest.json", manifest | {"autoencoder": digest})
         with pytest.raises(UserError, match=r"model\.safetensors: an autoencoder of images .* but .* describes 32×32"):
             evaluate(run, inception_weights)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "prior-top", "prior-bottom"])
+def test_samples_of_other_networks_are_refused(run: Path, inception_weights: Path, stage: str) -> None:
+    path = run / stage / "model.safetensors"
+    tensors, metadata = checkpoint.load(path)
+    checkpoint.save(path, tensors, metadata | {"made_from": {"data": "another"}})
+    with pytest.raises(UserError, match=rf"samples: made with another {stage} than the one in .*vqvae2 sample"):
+        evaluate(run, inception_weights)
+    path.unlink()
+    if stage != "autoencoder":  # a deleted prior is not compared
+        assert "value" in evaluate(run, inception_weights)["fid"]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,9 @@ def test_class_grid_has_one_row_per_class(tmp_path: Path) -> None:
     assert not (tmp_path / "classes.png").exists()
 
 
-def test_sample_reports_throughput_and_makes_grids_again(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_reports_throughput_and_makes_grids_again(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     grids = {name: (run / "samples" / name).read_bytes() for name in ("grid.png", "classes.png")}
     (run / "samples" / "classes.png").unlink()

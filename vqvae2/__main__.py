@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import io
 import os
+import re
 import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -143,6 +144,11 @@ def main(arguments: list[str] | None = None) -> int:
         if _is_installed():
             raise
         return _fail(f"not installed (no module named {error.name}). Run `pip install -e .` in the project's folder.")
+    except (MemoryError, RuntimeError, ImportError) as error:
+        shortage = _describe_shortage(error)
+        if shortage is None or os.environ.get("VQVAE2_TRACEBACK"):
+            raise
+        return _fail(shortage)
     except (UserError, OSError) as error:
         if os.environ.get("VQVAE2_TRACEBACK"):
             raise
@@ -249,6 +255,17 @@ def _on_sigterm(number: int, _: FrameType | None) -> None:
 def _fail(message: str) -> int:
     print(f"vqvae2: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2
+
+
+def _describe_shortage(error: Exception) -> str | None:
+    """Return a message for an error that is caused by too little memory, or None for others."""
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, ImportError):  # a limit on memory also stops the loading of libraries
+        return f"cannot load a library ({first_line}). Check the limit on memory." if ".so" in first_line else None
+    # PyTorch's messages for GPUs and for the CPU
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", first_line):
+        return f"out of memory ({first_line}). Use a smaller batch size; docs/troubleshooting.md lists other settings."
+    return None
 
 
 def _describe(error: OSError) -> str:

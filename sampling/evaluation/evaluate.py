@@ -24,7 +24,7 @@ from sampling.evaluation.fid import MIN_COMPARABLE_IMAGES
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageBatch, ImageFolder, open_image_set
 from sampling.evaluation.metrics import Metrics, attempt, read_metrics
-from sampling.output_folder import SampleManifest, manifest_path, read_manifest
+from sampling.output_folder import SampleManifest, find_other_network, manifest_path, read_manifest
 from sampling.processes import processes
 from sampling.run_config import RunConfig, parse_with_run_defaults
 from sampling.run_data import load_run_autoencoder, open_run_datasets
@@ -117,8 +117,14 @@ def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict
 
 
 def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, str | None]:
-    if read_manifest(samples, SampleManifest) is None:
+    manifest = read_manifest(samples, SampleManifest)
+    if manifest is None:
         raise UserError(f"{samples}: no samples found. Create them with `vqvae2 sample {folder.path}`.")
+    if network := find_other_network(manifest, folder):
+        raise UserError(
+            f"{samples}: made with another {network} than the one in {folder.path}. Run `vqvae2 sample {folder.path}`, "
+            "and give the folder that it prints with --samples."
+        )
     reference = Path(config.reference)
     return {
         "samples": files.digest(manifest_path(samples)),
