@@ -26,10 +26,9 @@ def main(run: Path) -> None:
     indices = [by_label[label] for label in sorted(by_label)][:_IMAGES]
     originals = torch.stack([held_out[index].image for index in indices])
     codes = pipeline.autoencoder.encode(to_float(originals))
-    top_only = tuple(level == len(codes) - 1 for level in range(len(codes)))
     rows = {
         "original": originals,
-        "top level only": to_uint8(pipeline.autoencoder.decode(codes, only=top_only)),
+        "top level only": to_uint8(pipeline.autoencoder.decode(codes, ["top"])),
         "all levels": to_uint8(pipeline.autoencoder.decode(codes)),
         "samples": to_uint8(pipeline(num_images=len(indices), seed=0)),
     }

@@ -1,4 +1,4 @@
-"""The command `vqvae2 reconstruct`: images beside their reconstructions, and what each level alone carries."""
+"""The command `vqvae2 reconstruct`: images beside their reconstructions from all levels, and from the coarser ones."""
 
 from pathlib import Path
 
@@ -21,7 +21,9 @@ class ReconstructOptions(Options):
 
     run: Positional[Path] = Field(description="run folder")
     images: Positional[tuple[Path, ...]] = Field(min_length=1, description="image files")
-    levels: bool = Field(default=False, description="also show what each level alone carries")
+    levels: bool = Field(
+        default=False, description="also show reconstructions without the finer levels: top, then top and middle, …"
+    )
     max_pixels: int = Field(
         default=MAX_PIXELS,
         ge=1,
@@ -34,16 +36,21 @@ class ReconstructOptions(Options):
 def reconstruct(
     autoencoder: Autoencoder, paths: tuple[Path, ...], levels: bool = False, max_pixels: int = MAX_PIXELS
 ) -> UInt8[Tensor, "b n c h w"]:
-    """Return, for each image, the original, the reconstruction and, with `levels`, each level alone, finest first."""
+    """Return, for each image, the original and the reconstruction.
+
+    With `levels`, reconstructions from the coarsest level alone, then from the two coarsest, … are between them.
+    """
     size, channels = autoencoder.size, autoencoder.image_channels
     images = torch.stack([hwc_to_chw(read_image(path, size, channels, max_pixels=max_pixels)) for path in paths])
     codes = autoencoder.encode(to_float(images))
-    columns = [images, to_uint8(autoencoder.decode(codes))]
-    if levels:
-        for index in range(len(codes)):
-            only = tuple(level == index for level in range(len(codes)))
-            columns.append(to_uint8(autoencoder.decode(codes, only=only)))
-    return torch.stack(columns, 1)
+    shown = _progressive_levels(autoencoder) if levels else [None]
+    return torch.stack([images, *(to_uint8(autoencoder.decode(codes, names)) for names in shown)], 1)
+
+
+def _progressive_levels(autoencoder: Autoencoder) -> list[tuple[str, ...]]:
+    """Return the names of the coarsest level, of the two coarsest, …, of all levels."""
+    names = level_names(len(autoencoder.map_specs))
+    return [names[index:] for index in reversed(range(len(names)))]
 
 
 def main(options: ReconstructOptions) -> None:
@@ -53,7 +60,7 @@ def main(options: ReconstructOptions) -> None:
     rows = reconstruct(autoencoder, options.images, options.levels, options.max_pixels)
     out = options.out or folder.reconstructions
     save_grid(out, rows.flatten(0, 1), columns=rows.shape[1])
-    names = ["original", "reconstruction"]
+    columns = ["original", "reconstruction"]
     if options.levels:
-        names += [f"{name} alone" for name in level_names(len(autoencoder.map_specs))]
-    print(f"{out}\ncolumns: {', '.join(names)}")
+        columns[1:] = [" + ".join(reversed(names)) for names in _progressive_levels(autoencoder)]
+    print(f"{out}\ncolumns: {', '.join(columns)}")

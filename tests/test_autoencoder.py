@@ -72,15 +72,18 @@ def test_bottom_is_conditioned_on_top_and_decoder_uses_every_level() -> None:
     )
 
 
-def test_decode_only_replaces_the_other_levels() -> None:
+def test_levels_without_dropout_are_replaced_by_their_mean() -> None:
     model = small(4, 2)
     codes = model.encode(torch.rand(1, 3, 32, 32) * 2 - 1)
-    assert torch.equal(model.decode(codes, only=(True, True)), model.decode(codes))
-    constant = tuple(torch.zeros_like(level) for level in codes)
-    for only in ((True, False), (False, True)):
-        masked = tuple(level if keep else other for level, other, keep in zip(codes, constant, only, strict=True))
-        assert not torch.equal(model.decode(codes, only=only), model.decode(codes))
-        assert masked[0].shape == codes[0].shape
+    assert torch.equal(model.decode(codes, ["top", "bottom"]), model.decode(codes))
+    bottom, top = (quantizer.lookup(level) for quantizer, level in zip(model.quantizers, codes, strict=True))
+    for levels, features in (
+        (["top"], (bottom.mean((2, 3), keepdim=True).expand_as(bottom), top)),
+        (["bottom"], (bottom, top.mean((2, 3), keepdim=True).expand_as(top))),
+    ):
+        assert torch.equal(model.decode(codes, levels), model.decode_features(features).clamp(-1, 1))
+    with pytest.raises(ValueError, match="levels must be some of bottom, top, got middle"):
+        model.decode(codes, ["middle"])
 
 
 def test_gradients_reach_every_weight() -> None:

@@ -143,8 +143,8 @@ def test_reconstruct_writes_originals_next_to_reconstructions(finished_run: Path
     files = [str(path) for path in sorted(folder.iterdir())]
     assert main(["reconstruct", str(finished_run), *files, "--levels", "--out", str(out)]) == 0
     with Image.open(out) as grid:
-        # Four columns: original, reconstruction, bottom only, top only. Tiles are 32 px scaled by 3, with 2 px borders.
-        assert grid.size == (4 * (96 + 2) + 2, 3 * (96 + 2) + 2)
+        # Columns: original, top only, top and bottom. Tiles are 32 px scaled by 3, with 2 px borders.
+        assert grid.size == (3 * (96 + 2) + 2, 3 * (96 + 2) + 2)
 
 
 def test_module_and_console_command_are_equivalent() -> None:

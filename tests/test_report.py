@@ -21,7 +21,7 @@ from sampling.report.formatting import format_duration
 from sampling.report.picture import load_picture
 from sampling.report.report import write_report
 from sampling.run_config import RunConfig
-from vqvae2 import files
+from vqvae2 import checkpoint, files
 from vqvae2.__main__ import main
 from vqvae2.errors import UserError
 
@@ -85,10 +85,11 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of the finished run with a metrics.json like the one `vqvae2 evaluate` writes."""
     run = shutil.copytree(finished_run, tmp_path / "copy")
     samples = files.digest(run / "samples" / "manifest.json")
+    autoencoder = files.digest(run / "autoencoder" / "model.safetensors")
     few = "too few images for a comparable FID"
     fid = {"value": 123.456, "text": f"123.46 (5 samples, 20 reference; {few})", "comparable": False}
     metrics = {
-        "made_from": {"samples": samples, "autoencoder": "a" * 64, "reference": "validation"},
+        "made_from": {"samples": samples, "autoencoder": autoencoder, "reference": "validation"},
         "reconstruction": {"mse": 0.01, "psnr": 20.0, "ssim": 0.5},
         "codes": {},
         "likelihood": {},
@@ -182,6 +183,22 @@ def test_metrics_of_other_samples_or_weights_give_warnings(run: Path) -> None:
     text = Page(write_report(run)).text
     for words in ("The metrics were measured on other samples", "Not the standard Inception weights", "Sizes differ."):
         assert words in text
+
+
+def test_other_networks_than_those_of_the_samples_and_metrics_give_warnings(run: Path) -> None:
+    text = Page(write_report(run)).text
+    assert "Sample again" not in text
+    assert "another autoencoder" not in text
+    path = run / "prior-top" / "model.safetensors"
+    tensors, metadata = checkpoint.load(path)
+    checkpoint.save(path, tensors, metadata | {"changed": True})
+    assert "Made with another prior-top than the one in this run. Sample again." in Page(write_report(run)).text
+    path = run / "autoencoder" / "model.safetensors"
+    tensors, metadata = checkpoint.load(path)
+    checkpoint.save(path, tensors, metadata | {"made_from": {}})
+    text = Page(write_report(run)).text
+    assert "Made with another autoencoder than the one in this run. Sample again." in text
+    assert "The metrics were measured with another autoencoder; run vqvae2 evaluate again." in text
 
 
 def test_report_is_deterministic(run: Path) -> None:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field
 from tyro.conf import Positional
 
-from sampling.output_folder import SampleManifest, manifest_path
+from sampling.output_folder import SampleManifest, find_other_network, manifest_path
 from sampling.report.diagnosis import row_captions
 from sampling.report.formatting import format_duration, format_sentence, format_value
 from sampling.report.picture import Picture, load_picture
@@ -84,7 +84,9 @@ def write_report(run: Path, samples: Path | None = None) -> Path:
         map_sizes=[_map_size(spec) for spec in status.maps.values()],
         highlights=list(_highlights(status)),
         reconstructions=_preview(status.folder.autoencoder, "held-out images and their reconstructions"),
+        decoded=[" + ".join(reversed(levels)) for levels in status.progressive],
         samples=load_picture(status.samples / "grid.png", "sampled images (requires all priors)"),
+        other_network=status.manifest and find_other_network(status.manifest, status.folder),
         classes=_classes(status.manifest),
         previews=_prior_previews(status),
         diagnosis=_diagnosis(status),
@@ -228,6 +230,9 @@ def _metrics(run: RunStatus) -> dict[str, Any] | None:
 def _metric_warnings(run: RunStatus, metrics: dict[str, Any]) -> Iterator[str]:
     if run.manifest and metrics["made_from"]["samples"] != files.digest(manifest_path(run.samples)):
         yield "the metrics were measured on other samples than the ones shown here; run vqvae2 evaluate again"
+    weights = run.folder.autoencoder_weights
+    if weights.is_file() and metrics["made_from"]["autoencoder"] != files.digest(weights):
+        yield "the metrics were measured with another autoencoder; run vqvae2 evaluate again"
     if not metrics.get("protocol", {}).get("standard_weights", True):
         yield "not the standard Inception weights, so the metrics are not comparable with others"
     yield from metrics.get("warnings", ())

@@ -92,6 +92,7 @@ class AutoencoderStage(TrainingStage):
         loss, shape, channels = self.config.loss, run.config.data.shape, run.config.data.channels
         perceptual = make_perceptual_loss(loss.perceptual, shape)  # first, because it may fail
         self.training_data, self.validation_data = open_run_datasets(run.config.data, run.folder)
+        *self._coarse_levels, _ = self.config.model.progressive
         torch.manual_seed(self.config.training.seed)
         self._network = self.config.model.build(shape, channels)
         self.pretrained = None
@@ -113,7 +114,7 @@ class AutoencoderStage(TrainingStage):
         self.objective = self._objective = AutoencoderObjective(self._network, loss, perceptual, self.adversarial)
         self.curves = {
             "reconstruction error": ["train/reconstruction", "validation/reconstruction"],
-            "PSNR in dB": ["validation/psnr"],
+            "PSNR in dB": ["validation/psnr", *(f"validation/psnr_{levels[0]}" for levels in self._coarse_levels)],
             "codes in use": [
                 f"{split}/usage_{name}" for name in run.config.levels for split in ("train", "validation")
             ],
@@ -165,12 +166,16 @@ class AutoencoderStage(TrainingStage):
         return codebook_warnings(last, self.run.config.levels)
 
     def preview(self, path: Path) -> None:
-        """Write held-out images, each above its reconstruction."""
+        """Write held-out images, each above its reconstruction.
+
+        With level dropout, reconstructions from the coarsest level alone, from the two coarsest, … are between them.
+        """
         count = min(_PREVIEW_IMAGES, len(self.validation_data))
         originals = torch.stack([self.validation_data[index].image for index in range(count)])
         device = next(self.network.parameters()).device
-        images = self.network.reconstruct(to_float(originals.to(device))).cpu()
-        blocks, columns = interleave_rows(originals, to_uint8(images), columns=8)
+        codes = self.network.encode(to_float(originals.to(device)))
+        rows = [to_uint8(self.network.decode(codes, levels)).cpu() for levels in self.config.model.progressive]
+        blocks, columns = interleave_rows(originals, *rows, columns=8)
         save_grid(path, blocks, columns)
 
     def save(self, path: Path) -> None:
@@ -189,9 +194,14 @@ def reset_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Ten
 def validate_autoencoder(
     network: Autoencoder, images: ImageDataset, batch_size: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Return reconstruction errors and codebook usage over all of `images`, which the processes share."""
+    """Return reconstruction errors and codebook usage over all of `images`, which the processes share.
+
+    With level dropout, `psnr_LEVEL` is the PSNR of reconstructions from this level and the coarser ones only.
+    """
+    *coarse_levels, _ = network.config.progressive
     sampler = SequentialBatchSampler(len(images), batch_size, accelerator.process_index, accelerator.num_processes)
     errors = ReconstructionStatistics(accelerator.device)
+    coarse_errors = {levels: ReconstructionStatistics(accelerator.device) for levels in coarse_levels}
     usages = [CodebookUsage(level.codebook_size, accelerator.device) for level in network.map_specs]
     for batch in load_batches(images, sampler, num_workers=0):
         originals = to_float(to_device(batch.image, accelerator.device))
@@ -200,9 +210,16 @@ def validate_autoencoder(
         errors.update(originals, output.images.float().clamp(-1, 1))
         for usage, level in zip(usages, output.levels, strict=True):
             usage.update(level.codes)
+        for levels, coarse_error in coarse_errors.items():
+            with accelerator.autocast():
+                decoded = network.decode(tuple(level.codes for level in output.levels), levels)
+            coarse_error.update(originals, decoded.float())
     errors.all_reduce()
     error = errors.compute()
     values = {"mse": error.mse, "psnr": error.psnr, "ssim": error.ssim}
+    for levels, coarse_error in coarse_errors.items():
+        coarse_error.all_reduce()
+        values[f"psnr_{levels[0]}"] = coarse_error.compute().psnr
     values["reconstruction"] = 4 * error.mse  # comparable to the training term: images in [-1, 1] instead of [0, 1]
     for name, usage in zip(level_names(len(usages)), usages, strict=True):
         usage.all_reduce()

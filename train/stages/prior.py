@@ -117,8 +117,8 @@ class PriorStage(TrainingStage):
         sampled = sample_level(self.network, noise, LevelSamplingParams(), coarser, labels).cpu()
         codes = (*batch.codes[: self.level], sampled, *batch.codes[self.level + 1 :])
         # Both rows leave out the finer levels, which belong to the original codes.
-        shown = tuple(index >= self.level for index in range(len(codes)))
-        before, after = (to_uint8(self.autoencoder.decode(maps, only=shown)) for maps in (batch.codes, codes))
+        shown = self.run.config.levels[self.level :]
+        before, after = (to_uint8(self.autoencoder.decode(maps, shown)) for maps in (batch.codes, codes))
         save_grid(path, *interleave_rows(before, after, columns=_PREVIEW_IMAGES))
 
     def save(self, path: Path) -> None:

@@ -3,15 +3,17 @@
 One level is the VQ-VAE of van den Oord et al. 2017, two levels are VQ-VAE-2. Levels are ordered finest first. Encoders
 run from the image to the coarsest level. Quantization runs from the coarsest level to the finest: the quantized coarser
 levels are decoded to the size of the next level and concatenated with its features before these are quantized. The
-final decoder sees the quantized maps of all levels.
+final decoder sees the quantized maps of all levels. With level dropout, it also learns to decode the coarser levels
+without the finer ones.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vqvae2 import checkpoint, files
@@ -21,7 +23,7 @@ from vqvae2.errors import UserError
 from vqvae2.hub import weights_file
 from vqvae2.models.blocks import make_decoder, make_encoder, prime_factors, upsample
 from vqvae2.quantizers import EMAConfig, Quantizer, QuantizerConfig, QuantizerOutput
-from vqvae2.run_folder import WEIGHTS
+from vqvae2.run_folder import WEIGHTS, level_names
 
 
 class LevelConfig(Config):
@@ -29,6 +31,12 @@ class LevelConfig(Config):
 
     stride: int = Field(default=2, ge=1, le=64, description="downsampling from the next finer level, or from the image")
     quantizer: QuantizerConfig = EMAConfig()
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="training: share of images decoded without this level and all finer ones; 0 for the coarsest level",
+    )
 
 
 class AutoencoderConfig(Config):
@@ -40,6 +48,22 @@ class AutoencoderConfig(Config):
     channels: int = Field(default=128, ge=2, le=2**14, description="hidden channels")
     residual_channels: int = Field(default=64, ge=1, le=2**14, description="hidden channels of a residual block")
     residual_layers: int = Field(default=2, ge=0, le=256, description="residual blocks in each encoder and decoder")
+
+    @model_validator(mode="after")
+    def _check_dropout(self) -> "AutoencoderConfig":
+        if self.levels[-1].dropout:
+            raise ValueError("levels: the coarsest level, the last in the list, cannot have dropout")
+        return self
+
+    @property
+    def progressive(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the levels that decode to an image together: the coarsest alone first, all levels last.
+
+        Without dropout, only all levels together do.
+        """
+        names = level_names(len(self.levels))
+        starts = [index + 1 for index, level in enumerate(self.levels) if level.dropout]
+        return tuple(names[start:] for start in [*reversed(starts), 0])
 
     def build(self, size: tuple[int, int], image_channels: int = 3) -> "Autoencoder":
         """Build the network with random weights for images of `size` (height, width).
@@ -143,7 +167,11 @@ class Autoencoder(nn.Module):
             quantizer, latents = quantizers[index], self.pre_quant_convs[index](inputs)
             levels.insert(0, quantizer(latents) if quantize else quantizer.pass_through(latents))
             context = self._extend_context(index, levels[0].quantized, context)
-        return AutoencoderOutput(self.decoder(context), tuple(levels))
+        if self.training and any(level.dropout for level in self.config.levels):
+            images = self.decode_features(self._drop_levels([level.quantized for level in levels]))
+        else:
+            images = self.decoder(context)
+        return AutoencoderOutput(images, tuple(levels))
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> CodeMaps:
@@ -158,15 +186,19 @@ class Autoencoder(nn.Module):
         return self.decoder(context)
 
     @torch.no_grad()
-    def decode(self, codes: CodeMaps, only: tuple[bool, ...] | None = None) -> Float[Tensor, "b c h w"]:
+    def decode(self, codes: CodeMaps, levels: Sequence[str] | None = None) -> Float[Tensor, "b c h w"]:
         """Return images in [-1, 1] from integer maps (B, H_l, W_l), finest level first.
 
-        `only` selects the levels to decode. The features of each other level are replaced by their spatial mean, so the
-        image shows what the selected levels encode.
+        `levels` names the levels to decode, such as `["top"]`; the default is all of them. The features of another
+        level are replaced by zeros if dropout has trained the decoder for that, otherwise by their spatial mean. The
+        image then shows what the selected levels encode.
 
         Raises:
-            ValueError: If map sizes are wrong or a code is outside of the codebook.
+            ValueError: If map sizes are wrong, a code is outside of the codebook, or there is no level of a name.
         """
+        names = level_names(len(self.config.levels))
+        if levels is not None and not set(levels) <= set(names):
+            raise ValueError(f"levels must be some of {', '.join(names)}, got {', '.join(levels)}")
         found = tuple(tuple(level.shape[1:]) for level in codes)
         expected = tuple(level.shape for level in self.map_specs)
         if found != expected:
@@ -176,8 +208,10 @@ class Autoencoder(nn.Module):
             if level.numel() and not 0 <= int(level.min()) <= int(level.max()) < spec.codebook_size:
                 raise ValueError(f"level {index}: codes must be in [0, {spec.codebook_size})")
             quantized = quantizer.lookup(level)
-            if only is not None and not only[index]:
-                quantized = quantized.mean((2, 3), keepdim=True).expand_as(quantized)
+            if levels is not None and names[index] not in levels:
+                dropped_in_training = any(coarser.dropout for coarser in self.config.levels[index:])
+                filler = torch.zeros_like if dropped_in_training else _spatial_mean
+                quantized = filler(quantized)
             features.append(quantized)
         return self.decode_features(tuple(features)).clamp(-1, 1)
 
@@ -237,6 +271,16 @@ class Autoencoder(nn.Module):
         model.digest, model.made_from = files.digest(path), stored.made_from
         return model.to(device).eval().requires_grad_(False)
 
+    def _drop_levels(self, quantized: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Replace levels by zeros: in each image, with the probability `dropout` of a level, it and all finer ones."""
+        kept = torch.ones(len(quantized[0]), 1, 1, 1, dtype=torch.bool, device=quantized[0].device)
+        maps: list[Tensor] = []
+        for level, features in zip(reversed(self.config.levels), reversed(quantized), strict=True):
+            if level.dropout:
+                kept = kept & (torch.rand(kept.shape, device=kept.device) >= level.dropout)
+            maps.insert(0, features * kept)
+        return tuple(maps)
+
     def _extend_context(self, index: int, quantized: Tensor, context: Tensor | None) -> Tensor:
         """Concatenate the upsampled context of the coarser levels with the quantized map of level `index`."""
         return quantized if context is None else torch.cat([self.upsamplers[index](context), quantized], 1)
@@ -248,6 +292,10 @@ class Autoencoder(nn.Module):
         expected = (self.image_channels, *self.size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"expected images (batch, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+
+
+def _spatial_mean(features: Tensor) -> Tensor:
+    return features.mean((2, 3), keepdim=True).expand_as(features)
 
 
 def _make_upsampler(in_channels: int, out_channels: int, stride: int) -> nn.Module:
