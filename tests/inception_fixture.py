@@ -23,7 +23,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from vqvae2.metrics.inception import FeatureExtractor, build_network, load_inception
+from vqvae2.metrics.inception import InceptionFeatures, build_network, load_inception
 
 
 @cache
@@ -52,7 +52,7 @@ def weights() -> Path:
 
 
 @cache
-def extractor(dims: int = 2048) -> FeatureExtractor:
+def extractor(dims: int = 2048) -> InceptionFeatures:
     """Return the random network, loaded once per session."""
     return load_inception(weights(), dims)
 

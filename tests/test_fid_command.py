@@ -74,7 +74,7 @@ def test_statistics_files_are_interchangeable_with_pytorch_fid(sets: tuple[Path,
 def test_few_images_and_other_weights_are_reported(sets: tuple[Path, Path], tmp_path: Path) -> None:
     printed = command("--dims", 64, *sets).splitlines()
     assert printed[1] == "too few images for a comparable FID: 9, fewer than 2048"
-    assert "not the standard Inception weights" in printed[2]
+    assert "not the standard weights of inception" in printed[2]
     statistics = GaussianStatistics(64)
     statistics.update(torch.randn(2048, 64, generator=torch.Generator().manual_seed(0)))
     statistics.save(tmp_path / "many.npz")

@@ -13,7 +13,8 @@ from tests.inception_fixture import extractor, weights
 from vqvae2.errors import UserError
 from vqvae2.files import digest
 from vqvae2.metrics import inception
-from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailableError, build_network, load_inception
+from vqvae2.metrics.feature_extractor import WeightsUnavailableError
+from vqvae2.metrics.inception import InceptionFeatures, build_network, load_inception
 
 
 def images(n: int = 2, height: int = 33, width: int = 50) -> torch.Tensor:
@@ -75,7 +76,7 @@ def test_digest_is_recorded_and_identifies_the_standard_weights() -> None:
     own = extractor(64)
     assert own.weights_digest == digest(weights())
     assert not own.is_standard
-    assert FeatureExtractor(build_network(), 64, "6726825d" + "0" * 56).is_standard
+    assert InceptionFeatures(build_network(), 64, "6726825d" + "0" * 56).is_standard
     assert not any(parameter.requires_grad for parameter in own.parameters())
 
 
@@ -129,7 +130,7 @@ def test_invalid_paths_and_dimensions_raise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         load_inception(tmp_path)
     with pytest.raises(UserError, match="64, 192, 768, 2048"):
-        FeatureExtractor(build_network(), 100, "")
+        InceptionFeatures(build_network(), 100, "")
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("invalid hash value"), TimeoutError("timed out")])

@@ -40,6 +40,17 @@ def pipeline_folder(source: str | Path) -> Path:
     return _fetch(source, lambda: snapshot_download(str(source), allow_patterns=patterns))
 
 
+def download_file(hub_id: str, name: str) -> Path:
+    """Return a file of a repository on the hub, from the local cache or downloaded into it.
+
+    Raises:
+        UserError: If the repository cannot be reached, or does not have the file.
+    """
+    from huggingface_hub import hf_hub_download  # imported here because it is slow
+
+    return _fetch(hub_id, lambda: hf_hub_download(hub_id, name))
+
+
 def _download_weights(hub_id: str) -> str:
     """Download the weights of a repository of an autoencoder, or of a pipeline."""
     from huggingface_hub import hf_hub_download  # imported here because it is slow

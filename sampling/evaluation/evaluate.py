@@ -1,47 +1,32 @@
 """The command `vqvae2 evaluate`: the FID of a run's samples and its other metrics, with the protocol of measurement."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from pydantic import Field
-from torch import Tensor
 from tyro.conf import Positional
 
 from sampling.evaluation import cas
+from sampling.evaluation.comparison import ComparedImages, Comparison, compare
 from sampling.evaluation.evaluation_config import EvaluationConfig
-from sampling.evaluation.features import (
-    FeatureSummary,
-    KeepOptions,
-    is_statistics_file,
-    summarize_features,
-    summarize_features_cached,
-)
-from sampling.evaluation.fid import MIN_COMPARABLE_IMAGES
 from sampling.evaluation.format_metrics import format_metrics
-from sampling.evaluation.image_sets import ImageBatch, ImageFolder, open_image_set
+from sampling.evaluation.image_sets import ImageFolder, open_image_set
 from sampling.evaluation.metrics import Metrics, attempt, read_metrics
 from sampling.output_folder import SampleManifest, find_other_network, manifest_path, read_manifest
 from sampling.processes import processes
 from sampling.run_config import RunConfig, parse_with_run_defaults
 from sampling.run_data import load_run_autoencoder, open_run_datasets
 from sampling.summary import Summary, read_summary
-from vqvae2 import distributed, files
+from vqvae2 import files
 from vqvae2.command_line import Options
-from vqvae2.data.images import ImageDataset, to_float, to_rgb, to_uint8
-from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
-from vqvae2.metrics.inception import FeatureExtractor, WeightsUnavailableError, load_inception
-from vqvae2.metrics.kid import kernel_inception_distance
-from vqvae2.metrics.precision_recall import precision_recall
+from vqvae2.metrics.feature_extractor import FeatureExtractor, WeightsUnavailableError
+from vqvae2.metrics.inception import InceptionFeatures, load_inception
+from vqvae2.metrics.pretrained_features import INCEPTION, FeatureNetwork
 from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder, level_names
-
-_MAX_FEATURES = 10_000
-_INCEPTION_SCORE_SPLITS = 10
 
 
 class EvaluateOptions(Options, EvaluationConfig):
@@ -71,8 +56,8 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
 
     The result holds the validation metrics of all training stages, and the distances from the reference of the images
     in `samples` and of reconstructions of held-out images. If the same evaluation is already stored, it is returned
-    without measuring again. A metric that cannot be measured is `{"missing": reason}`. Without Inception weights only
-    the training metrics are reported, and `fid` holds the reason.
+    without measuring again. A metric that cannot be measured is `{"missing": reason}`. Without Inception weights,
+    `fid` holds the reason.
 
     Raises:
         UserError: If the samples, the run or the reference are missing or damaged.
@@ -108,15 +93,55 @@ def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict
         **_training_metrics(folder, autoencoder),
         **cas.previous_score(folder.metrics, made_from["samples"]),
     }
-    try:
-        weights = Path(config.inception_weights) if config.inception_weights else None
-        extractor = load_inception(weights, device=torch.device(processes().device or "cpu"))
-    except WeightsUnavailableError as error:
-        return metrics | {"fid": {"missing": str(error)}}
-    return metrics | _image_metrics(folder, config, samples, autoencoder.to(extractor.device), extractor)
+    extractors, missing = _load_extractors(config)
+    features: dict[str, Any] = {name: reason for name, reason in missing.items() if name != INCEPTION}
+    metrics["fid"] = missing.get(INCEPTION, {"missing": "inception is not among the networks of --features"})
+    if extractors:
+        images = _open_images(folder, config, samples, autoencoder)
+        for extractor in extractors:
+            comparison = compare(images, extractor)
+            if isinstance(extractor, InceptionFeatures):
+                metrics |= _inception_metrics(comparison)
+            else:
+                features[extractor.name] = _feature_metrics(comparison, extractor)
+            metrics |= {
+                "warnings": comparison.warnings(),
+                "protocol": metrics.get("protocol", {}) | _protocol(comparison, extractor, samples),
+            }
+    return metrics | ({"features": features} if features else {})
 
 
-def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, str | None]:
+def _load_extractors(config: EvaluationConfig) -> tuple[list[FeatureExtractor], dict[str, dict[str, str]]]:
+    """Load the networks whose features are compared. Returns them, and by name why others are missing."""
+    device, extractors, missing = processes().device or "cpu", [], {}
+    for features in config.features:
+        network = None if features == INCEPTION else FeatureNetwork.parse(features)
+        try:
+            if network is None:
+                weights = Path(config.inception_weights) if config.inception_weights else None
+                extractors.append(load_inception(weights, device=device))
+            else:
+                extractors.append(network.load(device))
+        except WeightsUnavailableError as error:
+            missing[network.name if network else INCEPTION] = {"missing": str(error)}
+    return extractors, missing
+
+
+def _open_images(
+    folder: RunFolder, config: EvaluationConfig, samples: Path, autoencoder: Autoencoder
+) -> ComparedImages:
+    _, held_out = open_run_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder)
+    return ComparedImages(
+        samples=ImageFolder(samples / "images"),
+        reference=config.reference,
+        held_out=held_out,
+        autoencoder=autoencoder.to(processes().device or "cpu"),
+        batch_size=config.batch_size,
+        cache=folder.evaluation,
+    )
+
+
+def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, Any]:
     manifest = read_manifest(samples, SampleManifest)
     if manifest is None:
         raise UserError(f"{samples}: no samples found. Create them with `vqvae2 sample {folder.path}`.")
@@ -132,6 +157,7 @@ def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> di
         "reference": config.reference,
         "reference_digest": open_image_set(reference).digest() if reference.is_dir() else None,
         "inception_weights": config.inception_weights,
+        "features": list(config.features),
     }
 
 
@@ -171,150 +197,52 @@ def _validation(summary: Summary | None, path: Path, names: Sequence[str], suffi
     return {name: summary.validation[f"{name}{suffix}"] for name in names}
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """Features of the images that samples are compared with."""
-
-    name: str
-    features: FeatureSummary
-    formats: dict[str, int]  # number of images by file format; empty for precomputed statistics
-    is_validation: bool = False
-
-    def protocol(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "split": "validation" if self.is_validation else None,
-            "count": self.features.statistics.count,
-            "size": self.features.image_size,
-            "formats": self.formats,
-        }
+def _inception_metrics(comparison: Comparison) -> dict[str, Any]:
+    """Return the metrics in Inception features, under the names that are usual for them."""
+    return {
+        "fid": comparison.distance(),
+        "rfid": comparison.reconstruction_distance(),
+        "inception_score": comparison.inception_score(),
+        "kid": comparison.kernel_distance(),
+        "precision_recall": comparison.precision_recall(),
+    }
 
 
-def _image_metrics(
-    folder: RunFolder, config: EvaluationConfig, samples: Path, autoencoder: Autoencoder, extractor: FeatureExtractor
-) -> dict[str, Any]:
-    """Return every metric that compares Inception features, with the protocol and its warnings."""
+def _feature_metrics(comparison: Comparison, extractor: FeatureExtractor) -> dict[str, Any]:
+    """Return the metrics in the features of another network."""
+    return {
+        "fd": comparison.distance(),
+        "rfd": comparison.reconstruction_distance(),
+        "kd": comparison.kernel_distance(),
+        "precision_recall": comparison.precision_recall(),
+        "weights": extractor.weights_digest,
+        "standard_weights": extractor.is_standard,
+    }
+
+
+def _protocol(comparison: Comparison, extractor: FeatureExtractor, samples: Path) -> dict[str, Any]:
+    """Return how the images were compared."""
     manifest = read_manifest(samples, SampleManifest)
     assert manifest is not None, "checked by `_made_from`"
-    _, held_out = open_run_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder)
-    generated = ImageFolder(samples / "images")
-    features = summarize_features(
-        generated.batches(config.batch_size), len(generated), extractor, _keep(len(generated)), "features of samples"
-    )
-    reference = _measure_reference(folder, config, held_out, extractor)
-    originals = reference.features
-    if not reference.is_validation:
-        originals = _measure_held_out(held_out, config.batch_size, extractor)
-    reconstructions = _measure_held_out(held_out, config.batch_size, extractor, autoencoder)
-    counts = {"samples": len(generated), "reference": reference.features.statistics.count}
+    reference = comparison.reference
+    weights: dict[str, Any] = {}
+    if isinstance(extractor, InceptionFeatures):
+        weights = {"inception_weights": extractor.weights_digest, "standard_weights": extractor.is_standard}
     return {
-        "fid": attempt(lambda: _fid(features.statistics.distance(reference.features.statistics), counts)),
-        "rfid": attempt(
-            lambda: _fid(reconstructions.statistics.distance(originals.statistics), {"images": len(held_out)})
-        ),
-        **_feature_metrics(features, reference.features),
-        "warnings": _warnings(features, generated.formats, reference),
-        "protocol": {
-            "samples": {
-                "count": len(generated),
-                "size": features.image_size,
-                "formats": generated.formats,
-                **manifest.model_dump(
-                    mode="json", include={"seed", "sampling_params", "autoencoder", "priors"}, exclude_unset=True
-                ),
-            },
-            "reference": reference.protocol(),
-            "resize": "bicubic, antialiased" if reference.is_validation else "none",
-            "crop": "center" if reference.is_validation else "none",
-            "inception_weights": extractor.weights_digest,
-            "standard_weights": extractor.is_standard,
-            "versions": {name: version(name) for name in ("torch", "torchvision", "pytorch-fid", "scipy", "pillow")},
+        "samples": {
+            "count": comparison.samples.statistics.count,
+            "size": comparison.samples.image_size,
+            "formats": comparison.formats,
+            **manifest.model_dump(
+                mode="json", include={"seed", "sampling_params", "autoencoder", "priors"}, exclude_unset=True
+            ),
         },
+        "reference": reference.protocol(),
+        "resize": "bicubic, antialiased" if reference.is_validation else "none",
+        "crop": "center" if reference.is_validation else "none",
+        **weights,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "pytorch-fid", "scipy", "pillow")},
     }
-
-
-def _measure_reference(
-    folder: RunFolder, config: EvaluationConfig, held_out: ImageDataset, extractor: FeatureExtractor
-) -> _Reference:
-    path, name = Path(config.reference), config.reference
-    if name == "validation":
-        features = _measure_held_out(held_out, config.batch_size, extractor)
-        # The transform's output is measured directly, without a lossy file in between.
-        return _Reference(name, features, {"png": len(held_out)}, is_validation=True)
-    if is_statistics_file(path):
-        return _Reference(name, FeatureSummary.load(path), {})
-    images = open_image_set(path)
-    keep, num_workers = _keep(len(images)), held_out.config.num_workers
-    features = summarize_features_cached(images, extractor, folder.evaluation, keep, config.batch_size, num_workers)
-    return _Reference(name, features, images.formats)
-
-
-def _measure_held_out(
-    images: ImageDataset, batch_size: int, extractor: FeatureExtractor, autoencoder: Autoencoder | None = None
-) -> FeatureSummary:
-    """Return the features of held-out images, or of their reconstructions if an autoencoder is given."""
-    label = "features of reconstructions" if autoencoder else "features of held-out images"
-    batches = _held_out_batches(images, batch_size, autoencoder)
-    return summarize_features(batches, len(images), extractor, _keep(len(images)), label)
-
-
-@torch.inference_mode()
-def _held_out_batches(images: ImageDataset, batch_size: int, autoencoder: Autoencoder | None) -> Iterator[ImageBatch]:
-    order = SequentialBatchSampler(len(images), batch_size, distributed.get_rank(), distributed.get_world_size())
-    for indices, (pixels, _) in zip(order, load_batches(images, order, images.config.num_workers), strict=True):
-        if autoencoder:
-            device = next(autoencoder.parameters()).device
-            pixels = to_uint8(autoencoder.reconstruct(to_float(pixels.to(device))))
-        yield ImageBatch(torch.tensor(indices), to_rgb(pixels))
-
-
-def _keep(count: int) -> KeepOptions:
-    return KeepOptions(_MAX_FEATURES, min(_INCEPTION_SCORE_SPLITS, count))
-
-
-def _fid(value: float, counts: dict[str, int | None]) -> dict[str, Any]:
-    known = {name: count for name, count in counts.items() if count is not None}
-    comparable = not known or min(known.values()) >= MIN_COMPARABLE_IMAGES
-    sizes = ", ".join(f"{count} {name}" for name, count in known.items())
-    text = f"{value:.2f} ({sizes}{'' if comparable else '; too few images for a comparable FID'})"
-    return {"value": value, "text": text, "comparable": comparable}
-
-
-def _feature_metrics(features: FeatureSummary, reference: FeatureSummary) -> dict[str, Any]:
-    score = features.inception_score
-    return {
-        "inception_score": score._asdict() if score else {"missing": "needs the logits of the Inception network"},
-        "kid": attempt(lambda: _kid(*_retained(features, reference))),
-        "precision_recall": attempt(lambda: vars(precision_recall(*_retained(features, reference)))),
-    }
-
-
-def _kid(generated: Tensor, reference: Tensor) -> dict[str, float]:
-    kid = kernel_inception_distance(generated, reference)
-    return {"mean": kid.mean, "std": kid.std}
-
-
-def _retained(features: FeatureSummary, reference: FeatureSummary) -> tuple[Tensor, Tensor]:
-    if features.features is None or reference.features is None:
-        raise UserError("the reference has statistics only, and no features of single images")
-    return features.features, reference.features
-
-
-def _warnings(features: FeatureSummary, formats: dict[str, int], reference: _Reference) -> list[str]:
-    """Return the differences between samples and reference that bias the metrics."""
-    warnings = []
-    sizes = (features.image_size, reference.features.image_size)
-    if all(sizes) and sizes[0] != sizes[1]:
-        ours, theirs = ("×".join(map(str, size or ())) for size in sizes)
-        warnings.append(
-            f"samples are {ours} pixels and the reference is {theirs}; resize the reference to the size of the samples"
-        )
-    if reference.formats and set(reference.formats) != set(formats):
-        warnings.append(
-            f"samples are {'/'.join(formats)} and the reference is {'/'.join(reference.formats)}; lossy compression "
-            "changes FID"
-        )
-    return warnings
 
 
 def main(options: EvaluateOptions) -> None:

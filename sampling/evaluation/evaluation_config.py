@@ -4,6 +4,7 @@ from pydantic import Field
 
 from sampling.evaluation.classifier import SMALL_IMAGE_SIZE, Architecture, ClassifierConfig
 from vqvae2.config import Config
+from vqvae2.metrics.pretrained_features import INCEPTION, NETWORKS_HELP, NetworkSetting
 
 
 class CasConfig(Config):
@@ -32,8 +33,11 @@ class EvaluationConfig(Config):
     reference: str = Field(
         default="validation", description="`validation` for the run's held-out images, a folder of images, or an .npz"
     )
+    features: tuple[NetworkSetting, ...] = Field(
+        default=(INCEPTION,), min_length=1, description=f"networks whose features are compared: {NETWORKS_HELP}"
+    )
     inception_weights: str | None = Field(
         default=None, description="weights file of the Inception network; downloaded if not given"
     )
-    batch_size: int = Field(default=50, ge=1, description="images per pass of the Inception network")
+    batch_size: int = Field(default=50, ge=1, description="images per pass of a network")
     cas: CasConfig = CasConfig()

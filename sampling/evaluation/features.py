@@ -1,4 +1,4 @@
-"""Inception features of image sets: Gaussian statistics, retained features and the Inception score in one pass.
+"""Features of image sets by a network: Gaussian statistics, retained features and the Inception score in one pass.
 
 Each process passes its share of the images to `summarize_features`; all of them return the same summary:
 
@@ -24,8 +24,9 @@ from tqdm import tqdm
 from sampling.evaluation.image_sets import ImageBatch, ImageFolder, ImageSet
 from vqvae2 import distributed
 from vqvae2.errors import UserError
+from vqvae2.metrics.feature_extractor import FeatureExtractor
 from vqvae2.metrics.frechet import GaussianStatistics, load_npz, save_npz
-from vqvae2.metrics.inception import NUM_CLASSES, FeatureExtractor
+from vqvae2.metrics.inception import NUM_CLASSES
 from vqvae2.metrics.inception_score import InceptionScore, InceptionScoreResult
 
 
@@ -34,8 +35,8 @@ class KeepOptions:
     """What to compute and retain in addition to the Gaussian statistics; nothing by default.
 
     `features` is the maximum number of feature vectors to retain (for KID, precision and recall), a random subset
-    determined by `seed`. `splits` is the number of splits of the Inception score. With 0 splits the score is not
-    computed, and below 2048 dimensions the last layers of the network are skipped.
+    determined by `seed`. `splits` is the number of splits of the Inception score, which other networks lack. With 0
+    splits the score is not computed, and below 2048 dimensions the last layers of the network are skipped.
     """
 
     features: int = 0
@@ -159,7 +160,7 @@ def summarize_features_cached(
 ) -> FeatureSummary:
     """Return the summary of an image set from the folder `cache`, or compute it and store it there.
 
-    The cache key is a digest of the images, the Inception weights, the feature dimension and `keep`. A damaged cache
+    The cache key is a digest of the images, the network's weights, the feature dimension and `keep`. A damaged cache
     file is recomputed.
     """
     keep = keep or KeepOptions()

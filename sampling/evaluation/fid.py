@@ -14,15 +14,20 @@ from sampling.evaluation.image_sets import ImageSet, open_image_set
 from vqvae2 import distributed
 from vqvae2.command_line import Options
 from vqvae2.errors import UserError, printable
+from vqvae2.metrics.feature_extractor import FeatureExtractor
 from vqvae2.metrics.frechet import GaussianStatistics
-from vqvae2.metrics.inception import FeatureExtractor, load_inception
+from vqvae2.metrics.inception import load_inception
+from vqvae2.metrics.pretrained_features import INCEPTION, NETWORKS_HELP, FeatureNetwork, NetworkSetting
 
 # With fewer images the covariance of 2048 features is singular, and the bias of FID grows quickly.
 MIN_COMPARABLE_IMAGES = 2048
 
 
 class FidOptions(Options):
-    """Compute the FID of two sets of images as pytorch-fid does, or save the statistics of one."""
+    """Compute the FID of two sets of images as pytorch-fid does, or save the statistics of one.
+
+    With --features, the Fréchet distance is computed in the features of another network.
+    """
 
     paths: Positional[tuple[Path, Path]] = Field(
         description="folders of images, or .npz files of statistics (mu, sigma) or images (arr_0)"
@@ -32,8 +37,9 @@ class FidOptions(Options):
         default=None, ge=0, le=1024, description="processes that decode images; up to 8 if not given"
     )
     device: str | None = Field(default=None, description="cuda, cuda:0, cpu; cuda if available, if not given")
-    dims: Literal[64, 192, 768, 2048] = Field(default=2048, description="number of features")
+    dims: Literal[64, 192, 768, 2048] = Field(default=2048, description="number of Inception features")
     save_stats: bool = Field(default=False, description="write the statistics of the first path to the second")
+    features: NetworkSetting = Field(default=INCEPTION, description=f"network: {NETWORKS_HELP}")
     inception_weights: Path | None = Field(
         default=None, description="weights file; from torch's cache or downloaded if not given"
     )
@@ -42,6 +48,8 @@ class FidOptions(Options):
 def main(options: FidOptions) -> None:
     """Run the command `vqvae2 fid`."""
     first, second = options.paths
+    if options.features != INCEPTION:
+        _check_without_inception(options)
     if options.save_stats:
         _save_statistics(first, second, options)
         return
@@ -58,12 +66,25 @@ def main(options: FidOptions) -> None:
     ]
     distance = sides[0].distance(sides[1])
     if distributed.get_rank() == 0:
-        print("FID: ", distance)
+        print("FID: " if options.features == INCEPTION else f"FD in features of {options.features}: ", distance)
         counts = [side.count for side in sides if side.count is not None]
         if counts and min(counts) < MIN_COMPARABLE_IMAGES:
             print(f"too few images for a comparable FID: {min(counts)}, fewer than {MIN_COMPARABLE_IMAGES}")
         if extractor is not None and not extractor.is_standard:
-            print(f"not the standard Inception weights: SHA-256 {extractor.weights_digest}")
+            print(f"not the standard weights of {options.features}: SHA-256 {extractor.weights_digest}")
+
+
+def _check_without_inception(options: FidOptions) -> None:
+    """Raise UserError if an option or a path is only for Inception features."""
+    set_options = {"--dims": options.dims != 2048, "--inception-weights": options.inception_weights is not None}
+    for name, is_set in {**set_options, "--save-stats": options.save_stats}.items():
+        if is_set:
+            raise UserError(f"{name}: only for Inception features, but --features is {options.features}. Remove it.")
+    for path in options.paths:
+        if is_statistics_file(path):
+            raise UserError(
+                f"{path}: statistics of Inception features. Give a folder for --features {options.features}."
+            )
 
 
 def _save_statistics(source: Path, target: Path, options: FidOptions) -> None:
@@ -105,7 +126,9 @@ def _extractor(options: FidOptions) -> FeatureExtractor:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = PartialState(cpu=device.type == "cpu").device or device
     try:
-        return load_inception(options.inception_weights, options.dims, device)
+        if options.features == INCEPTION:
+            return load_inception(options.inception_weights, options.dims, device)
+        return FeatureNetwork.parse(options.features).load(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {device}: not available on this machine ({error})") from None
 

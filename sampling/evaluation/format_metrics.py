@@ -77,18 +77,32 @@ def _image_lines(metrics: dict[str, Any]) -> list[str]:
     # KID is unbiased for any number of images, so it leads if there are too few for a comparable FID.
     if "kid" in metrics and "missing" not in metrics["kid"] and not metrics["fid"].get("comparable"):
         lines[:2] = reversed(lines[:2])
+    for network, values in metrics.get("features", {}).items():
+        lines.append(network)
+        if "missing" in values:
+            lines[-1] = _metric(network, values, str)
+            continue
+        for name, label, kind in (
+            ("fd", "FD", "fid"),
+            ("rfd", "rFD", "rfid"),
+            ("kd", "KD", "kid"),
+            ("precision_recall", "precision/recall", "precision_recall"),
+        ):
+            lines.append(_metric(f"  {label}", values[name], labels[kind][1]))
     return lines
 
 
 def _format_protocol(protocol: dict[str, Any]) -> str:
     samples, reference = protocol["samples"], protocol["reference"]
     size = "×".join(map(str, samples["size"] or ()))
-    weights = "standard" if protocol["standard_weights"] else "NOT the standard"
+    weights = ""
+    if inception := protocol.get("inception_weights"):
+        standard = "standard" if protocol["standard_weights"] else "NOT the standard"
+        weights = f"; {standard} Inception weights {inception[:8]}"
     count = reference["count"] or "an unknown number of"
     return (
         f"{samples['count']} samples of {size} pixels (seed {samples['seed']}), reference: {count} images from "
-        f"{reference['name']}; resize {protocol['resize']}, crop {protocol['crop']}; {weights} Inception weights "
-        f"{protocol['inception_weights'][:8]}"
+        f"{reference['name']}; resize {protocol['resize']}, crop {protocol['crop']}{weights}"
     )
 
 

@@ -75,6 +75,17 @@ class Neighborhoods(Config):
     coverage: Measured
 
 
+class FeatureMetrics(Config):
+    """Metrics in the features of one network."""
+
+    fd: OrMissing[Distance]  # Fréchet distance of samples from the reference
+    rfd: OrMissing[Distance]  # Fréchet distance of reconstructions from the held-out images
+    kd: OrMissing[Score]  # kernel distance of samples from the reference, KID in other features
+    precision_recall: OrMissing[Neighborhoods]
+    weights: str  # digest
+    standard_weights: bool
+
+
 class ClassificationAccuracy(Config):
     """Accuracies of a classifier that was trained on samples or on real images, and how it was trained."""
 
@@ -101,6 +112,7 @@ class MadeFrom(Config):
     reference: str
     reference_digest: str | None = None
     inception_weights: str | None = None
+    features: tuple[str, ...] = ("inception",)
 
 
 class SampleProtocol(Config):
@@ -132,13 +144,13 @@ class Protocol(Config):
     reference: ReferenceProtocol
     resize: str
     crop: str
-    inception_weights: str
-    standard_weights: bool
+    inception_weights: str | None = None  # digest; None without Inception
+    standard_weights: bool = True
     versions: dict[str, str]
 
 
 class Metrics(Config):
-    """Contents of metrics.json. Without Inception weights, `fid` has the reason, and nothing below it is set."""
+    """Contents of metrics.json. Without Inception, `fid` has the reason, and its other metrics are not set."""
 
     made_from: MadeFrom
     reconstruction: OrMissing[Reconstruction]
@@ -152,6 +164,7 @@ class Metrics(Config):
     inception_score: OrMissing[Score] | None = None
     kid: OrMissing[Score] | None = None
     precision_recall: OrMissing[Neighborhoods] | None = None
+    features: dict[str, OrMissing[FeatureMetrics]] = Field(default_factory=dict)  # by network, without Inception
     warnings: tuple[str, ...] = Field(default=())
     protocol: Protocol | None = None
 

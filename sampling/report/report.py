@@ -257,10 +257,27 @@ def _metric_rows(metrics: dict[str, Any]) -> list[Metric]:
         ]
     if not metrics["fid"].get("comparable"):
         rows.sort(key=lambda row: row.name != "KID")
+    for network, values in metrics.get("features", {}).items():
+        rows += _missing(network, values) or _feature_rows(network, values)
     cas = metrics.get("cas") or {}
     for name, score in (("Classification accuracy", cas), ("… trained on real images", cas.get("real"))):
         if score:
             rows += _missing(name, score) or [Metric(name, f"{score['top1']:.1%}", _classifier_note(score))]
+    return rows
+
+
+def _feature_rows(network: str, values: dict[str, Any]) -> list[Metric]:
+    """Return the rows of the metrics in the features of a network other than Inception."""
+    rows = []
+    for key, name in (("fd", "FD"), ("rfd", "rFD (reconstructions)")):
+        label = f"{name} in {network}"
+        rows += _missing(label, values[key]) or [
+            Metric(label, f"{values[key]['value']:.2f}", values[key]["text"].partition(" (")[2].removesuffix(")"))
+        ]
+    label = f"Precision and recall in {network}"
+    rows += _missing(label, values["precision_recall"]) or [
+        Metric(label, " and ".join(f"{values['precision_recall'][name]:.3f}" for name in ("precision", "recall")))
+    ]
     return rows
 
 
@@ -304,6 +321,7 @@ def _provenance(run: RunStatus) -> dict[str, dict[str, Any]]:
     digests |= {
         "evaluated samples": metrics.get("made_from", {}).get("samples"),
         "Inception weights": protocol.get("inception_weights"),
+        **{f"{network} weights": values.get("weights") for network, values in metrics.get("features", {}).items()},
     }
     return {
         "digests": {name: digest for name, digest in digests.items() if digest},

