@@ -40,9 +40,7 @@ def extract_codes(run: Run) -> None:
     network = load_run_autoencoder(run.config, run.folder, accelerator.device)
     started = time.monotonic()
     for split, images in zip(stores, open_run_datasets(run.config.data, run.folder), strict=True):
-        _extract(run, network, images, split, accelerator)
-    if accelerator.is_main_process:
-        files.write_json(run.folder.codes_summary, {"seconds": round(time.monotonic() - started, 1)})
+        _extract(run, network, images, split, accelerator, started)
 
 
 def _finished(path: Path, digest: str | None) -> bool:
@@ -94,7 +92,9 @@ class Records(Dataset[Record]):
         return [names[number // 2 if self.flip else number] for number in numbers]
 
 
-def _extract(run: Run, network: Autoencoder, images: ImageDataset, split: str, accelerator: Accelerator) -> None:
+def _extract(
+    run: Run, network: Autoencoder, images: ImageDataset, split: str, accelerator: Accelerator, started: float
+) -> None:
     path = run.folder.code_store(split)
     if _finished(path, network.digest):
         return
@@ -123,6 +123,8 @@ def _extract(run: Run, network: Autoencoder, images: ImageDataset, split: str, a
         unreadable = writer.unreadable_records()
         images.check_unreadable_fraction([record // 2 for record in unreadable[::2]] if records.flip else unreadable)
         if accelerator.is_main_process:
+            # Written first: after the last store is complete, an interrupted command would not write it anymore.
+            files.write_json(run.folder.codes_summary, {"seconds": round(time.monotonic() - started, 1)})
             writer.finish()
             if unreadable:
                 print_main(
