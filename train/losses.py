@@ -1,12 +1,13 @@
-"""Optional losses of the autoencoder: perceptual (LPIPS) and adversarial; and codebook usage during training.
+"""Optional losses of the autoencoder: perceptual and adversarial; and codebook usage during training.
 
 The loss classes are not modules, so that the optimizer, the checkpoints and the DDP wrapper of the autoencoder never
 include the weights of the perceptual network or of the discriminator.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,49 +19,45 @@ from vqvae2.distributed import all_reduce_sum, get_rank
 from vqvae2.downloads import torchvision_weights
 from vqvae2.errors import UserError
 from vqvae2.metrics.codebook_usage import CodebookUsage
+from vqvae2.metrics.efficientnet_lite import MEAN, STD, load_efficientnet_lite
 from vqvae2.quantizers import QuantizerOutput
 from vqvae2.training_config import AdversarialLossConfig, PerceptualLossConfig
 
 _KEY = "autoencoder.loss.perceptual"
 _BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # torchvision names
-_MIN_SIZE = {"vgg": 16, "alex": 31, "squeeze": 17}  # smallest image side in pixels that the network's pooling allows
+# Smallest image side in pixels that the network's pooling allows. EfficientNet-Lite0 divides sizes by 32.
+_MIN_SIZE = {"vgg": 16, "alex": 31, "squeeze": 17, "efficientnet-lite0": 32}
+_EFFICIENTNET_BLOCKS = (0, 2, 4, 10, 15)  # the last block of each resolution
 
 
 def make_perceptual_loss(config: PerceptualLossConfig, size: tuple[int, int]) -> "PerceptualLoss | None":
     """Return the perceptual loss for images of `size`, or None if its weight is 0.
 
     Raises:
-        UserError: If the images are too small, the package `lpips` is missing, or the weights cannot be loaded.
+        UserError: If the images are too small, a package is missing, or the weights cannot be loaded.
     """
     if not config.weight:
         return None
-    if min(size) < _MIN_SIZE[config.network]:
+    if (config.size or min(size)) < _MIN_SIZE[config.network]:
         raise UserError(
             f"{_KEY}.network: {config.network} needs images of at least {_MIN_SIZE[config.network]} pixels, "
-            f"these are {size[0]} × {size[1]}. Set {_KEY}.weight to 0."
+            f"these are {size[0]} × {size[1]}. Set {_KEY}.size, or set {_KEY}.weight to 0."
         )
-    return PerceptualLoss(config.network, Path(config.weights) if config.weights else None)
+    return PerceptualLoss(config.network, Path(config.weights) if config.weights else None, config.size)
 
 
 class PerceptualLoss:
-    """Mean LPIPS distance of two batches of images, computed by a frozen network.
+    """Mean distance of two batches of images in the features of a frozen network.
 
-    Always computed in float32: for similar images, LPIPS is a small difference of normalized features, which bfloat16
-    gets wrong by 20 % if the images differ by 1 %.
+    Always computed in float32: for similar images, it is a small difference of normalized features, which bfloat16 gets
+    wrong by 20 % if the images differ by 1 %.
     """
 
-    def __init__(self, network: str, weights: Path | None = None) -> None:
-        try:
-            from lpips import LPIPS
-        except ImportError:
-            raise UserError(
-                f"{_KEY}: needs the package `lpips`; pip install 'vqvae2[perceptual]', or set {_KEY}.weight to 0"
-            ) from None
-        state = _download(network) if weights is None else _read(weights)
-        with warnings.catch_warnings():  # lpips calls torchvision in a way that it deprecates
-            warnings.simplefilter("ignore", UserWarning)
-            self._network: nn.Module = LPIPS(net=network, pnet_rand=True, verbose=False)
-        _fill(self._network.get_submodule("net"), state, weights, network)
+    def __init__(self, network: str, weights: Path | None = None, size: int | None = None) -> None:
+        self._size = size
+        self._network = (
+            EfficientNetDistance(weights) if network == "efficientnet-lite0" else _make_lpips(network, weights)
+        )
         self._network.eval().requires_grad_(False)
         self._device = torch.device("cpu")
 
@@ -70,7 +67,43 @@ class PerceptualLoss:
             self._network.to(made.device)
             self._device = made.device
         with torch.autocast(made.device.type, enabled=False):
-            return self._network(to_rgb(made.float()), to_rgb(images.float())).mean()
+            return self._network(self._prepare(made), self._prepare(images)).mean()
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        images = to_rgb(images.float())
+        if self._size is None or self._size == min(images.shape[2:]):
+            return images
+        scale = self._size / min(images.shape[2:])
+        size = [round(scale * length) for length in images.shape[2:]]
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+class EfficientNetDistance(nn.Module):
+    """Squared distance of normalized EfficientNet-Lite0 features.
+
+    As in LPIPS, features are normalized to length 1 over their channels, squared differences are averaged over
+    positions, and the distances of the layers are added. Channels have equal weights instead of learned ones.
+    """
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        loaded = load_efficientnet_lite("efficientnet-lite0", weights, f"{_KEY}.weights", extra="perceptual")
+        network: Any = loaded.network
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = network._blocks
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the distance (B,) of images (B, 3, H, W) in [-1, 1]."""
+        layers = zip(self._features(first), self._features(second), strict=True)
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in layers]).sum(0)
+
+    def _features(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield the normalized features (B, C, H, W) of each layer."""
+        x = self.stem(((127.5 * (images + 1) - MEAN) / STD).contiguous(memory_format=torch.channels_last))
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in _EFFICIENTNET_BLOCKS:
+                yield F.normalize(x, dim=1)
 
 
 class AdversarialLoss:
@@ -146,6 +179,21 @@ class CodebookUsageTracker:
                 )
             self._usages[name] = usage = CodebookUsage(self.sizes[name])
             usage.counts = torch.tensor(counts) * (get_rank() == 0)
+
+
+def _make_lpips(network: str, weights: Path | None) -> nn.Module:
+    try:
+        from lpips import LPIPS
+    except ImportError:
+        raise UserError(
+            f"{_KEY}: needs the package `lpips`; pip install 'vqvae2[perceptual]', or set {_KEY}.weight to 0"
+        ) from None
+    state = _download(network) if weights is None else _read(weights)
+    with warnings.catch_warnings():  # lpips calls torchvision in a way that it deprecates
+        warnings.simplefilter("ignore", UserWarning)
+        lpips: nn.Module = LPIPS(net=network, pnet_rand=True, verbose=False)
+    _fill(lpips.get_submodule("net"), state, weights, network)
+    return lpips
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -74,12 +74,22 @@ class PriorTrainingConfig(TrainingConfig):
 
 
 class PerceptualLossConfig(Config):
-    """The perceptual term, LPIPS (Zhang et al. 2018, arXiv 1801.03924)."""
+    """The perceptual term: LPIPS (Zhang et al. 2018, arXiv 1801.03924), or distances of EfficientNet-Lite0 features."""
 
     weight: float = Field(default=0.0, ge=0, description="weight of the term; 0 disables it")
-    network: Literal["vgg", "alex", "squeeze"] = Field(default="vgg", description="network whose features are compared")
+    network: Literal["vgg", "alex", "squeeze", "efficientnet-lite0"] = Field(
+        default="vgg", description="network whose features are compared"
+    )
     weights: str | None = Field(
-        default=None, description="file with the network's torchvision weights; downloaded if not given"
+        default=None,
+        description="file with the network's weights; if not given, torchvision's are downloaded, and those of "
+        "efficientnet-lite0 are in its package",
+    )
+    size: int | None = Field(
+        default=None,
+        ge=16,
+        le=1024,
+        description="shorter side in pixels to which images are resized for the network; their own size if not given",
     )
 
 

@@ -9,7 +9,9 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vqvae2.checkpoint import load_state_dict, read_state_dict
 from vqvae2.errors import UserError
@@ -18,6 +20,11 @@ from vqvae2.files import digest
 # Size of the images that each network was trained on, and the first digits of the SHA-256 of its weights file.
 _NETWORKS = {"efficientnet-lite0": (224, "57934424"), "efficientnet-lite2": (260, "9656183e")}
 NAMES = tuple(_NETWORKS)
+# Convolutions and the batch normalization that follows them, in the whole network and in its blocks.
+_CONVOLUTIONS = (
+    *(("_conv_stem", "_bn0"), ("_conv_head", "_bn1")),
+    *(("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")),
+)
 # Images in [0, 255] are normalized to (x - MEAN) / STD.
 MEAN, STD = 127.0, 128.0
 
@@ -63,8 +70,21 @@ def load_efficientnet_lite(
         warnings.simplefilter("ignore")
         network: nn.Module = package.EfficientNet.from_name(name)
     load_state_dict(network, read_state_dict(path, label, f"Give the weights file of {name}."), path)
+    network.eval().requires_grad_(False)
+    _fold_batch_norm(network)
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     found = digest(path)
-    return EfficientNetLite(network.eval().requires_grad_(False), image_size, found, found.startswith(expected))
+    return EfficientNetLite(network, image_size, found, found.startswith(expected))
+
+
+def _fold_batch_norm(network: nn.Module) -> None:
+    """Fold batch normalization into the convolutions, which is faster. Features are equal up to float32 rounding."""
+    for module in network.modules():
+        for convolution, norm in _CONVOLUTIONS:
+            if hasattr(module, convolution) and hasattr(module, norm):
+                folded = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                setattr(module, convolution, folded)
+                setattr(module, norm, nn.Identity())
 
 
 def _packaged_weights(name: str) -> Path:

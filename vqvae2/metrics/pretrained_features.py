@@ -113,7 +113,7 @@ def _load_efficientnet(source: FeatureNetwork) -> PretrainedFeatures:
         loaded = efficientnet_lite.load_efficientnet_lite(source.name, source.weights, _OPTION)
     except efficientnet_lite.NotInstalledError as error:
         raise WeightsUnavailableError(str(error)) from None
-    network: Any = loaded.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network: Any = loaded.network
     mean, std = (value / 255 for value in (efficientnet_lite.MEAN, efficientnet_lite.STD))
     size = (loaded.image_size, loaded.image_size)
     extractor = PretrainedFeatures(
