@@ -183,7 +183,7 @@ def test_missing_summaries_do_not_prevent_the_other_metrics(run: Path, monkeypat
     def unavailable(*_: object, **__: object) -> None:
         raise WeightsUnavailableError("no Inception weights")
 
-    monkeypatch.setattr("sampling.evaluation.evaluate.load_inception", unavailable)
+    monkeypatch.setattr("vqvae2.metrics.pretrained_features.load_inception", unavailable)
     (run / "autoencoder" / "summary.json").unlink()
     summary = files.read_json(run / "prior-top" / "summary.json")
     files.write_json(run / "prior-top" / "summary.json", summary | {"validation": {"nll": 2.0}})

@@ -1,5 +1,6 @@
 """Test sealed LMDB stores: corruption, copies, interrupted writes, and full or read-only disks."""
 
+import errno
 import json
 import os
 import shutil
@@ -92,6 +93,21 @@ def test_full_disk_keeps_written_records_and_writing_resumes(small_disk: Path) -
     assert (found.label == labels).all()
     assert (found.codes[0] == maps[0]).all()
     lmdb_environment.close_reader(path)
+
+
+def test_lock_file_is_allocated_because_a_full_disk_would_kill_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lmdb_environment.open_writer(tmp_path / "a").close()
+    status = (tmp_path / "a" / "lock.mdb").stat()
+    assert status.st_blocks * 512 >= status.st_size > 512 * 64
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*b/lock\.mdb'"):
+        lmdb_environment.open_writer(tmp_path / "b")
 
 
 @pytest.mark.parametrize("size", [0, 100, 4096])

@@ -93,6 +93,12 @@ COMMANDS = {
         "Measure FID, KID, likelihood and more of a run",
         "vqvae2 evaluate runs/demo --reference /data/reference",
     ),
+    "tune-sampling": Command(
+        "Measure",
+        "sampling.evaluation.tune_sampling:main",
+        "Find the best temperature and top-p on held-out images",
+        "vqvae2 tune-sampling runs/demo --features efficientnet-lite2 --temperature 0.8 0.9 1.0 --top-p 0.9 1.0",
+    ),
     "fid": Command(
         "Measure",
         "sampling.evaluation.fid:main",

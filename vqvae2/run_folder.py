@@ -148,5 +148,9 @@ class RunFolder:
         return self.evaluation / "metrics.json"
 
     @property
+    def tuning(self) -> Path:
+        return self.evaluation / "tuning.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"

@@ -144,15 +144,15 @@ def compare(images: ComparedImages, extractor: FeatureExtractor) -> Comparison:
     reference = _measure_reference(images, extractor)
     originals = reference.features
     if not reference.is_validation:
-        originals = _measure_held_out(held_out, images.batch_size, extractor)
-    reconstructions = _measure_held_out(held_out, images.batch_size, extractor, images.autoencoder)
+        originals = measure_held_out(held_out, images.batch_size, extractor)
+    reconstructions = measure_held_out(held_out, images.batch_size, extractor, images.autoencoder)
     return Comparison(extractor.name, features, generated.formats, reference, originals, reconstructions)
 
 
 def _measure_reference(images: ComparedImages, extractor: FeatureExtractor) -> Reference:
     path, name, held_out = Path(images.reference), images.reference, images.held_out
     if name == "validation":
-        features = _measure_held_out(held_out, images.batch_size, extractor)
+        features = measure_held_out(held_out, images.batch_size, extractor)
         # The transform's output is measured directly, without a lossy file in between.
         return Reference(name, features, {"png": len(held_out)}, is_validation=True)
     if is_statistics_file(path):
@@ -165,7 +165,7 @@ def _measure_reference(images: ComparedImages, extractor: FeatureExtractor) -> R
     return Reference(name, features, found.formats)
 
 
-def _measure_held_out(
+def measure_held_out(
     images: ImageDataset, batch_size: int, extractor: FeatureExtractor, autoencoder: Autoencoder | None = None
 ) -> FeatureSummary:
     """Return the features of held-out images, or of their reconstructions if an autoencoder is given."""

@@ -23,8 +23,8 @@ from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.errors import UserError
 from vqvae2.metrics.feature_extractor import FeatureExtractor, WeightsUnavailableError
-from vqvae2.metrics.inception import InceptionFeatures, load_inception
-from vqvae2.metrics.pretrained_features import INCEPTION, FeatureNetwork
+from vqvae2.metrics.inception import InceptionFeatures
+from vqvae2.metrics.pretrained_features import INCEPTION, load_extractor
 from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder, level_names
 
@@ -114,16 +114,11 @@ def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict
 def _load_extractors(config: EvaluationConfig) -> tuple[list[FeatureExtractor], dict[str, dict[str, str]]]:
     """Load the networks whose features are compared. Returns them, and by name why others are missing."""
     device, extractors, missing = processes().device or "cpu", [], {}
-    for features in config.features:
-        network = None if features == INCEPTION else FeatureNetwork.parse(features)
+    for network in config.features:
         try:
-            if network is None:
-                weights = Path(config.inception_weights) if config.inception_weights else None
-                extractors.append(load_inception(weights, device=device))
-            else:
-                extractors.append(network.load(device))
+            extractors.append(load_extractor(network, config.inception_path, device))
         except WeightsUnavailableError as error:
-            missing[network.name if network else INCEPTION] = {"missing": str(error)}
+            missing[network.partition("=")[0]] = {"missing": str(error)}
     return extractors, missing
 
 

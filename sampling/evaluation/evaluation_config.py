@@ -1,5 +1,7 @@
 """Settings of the evaluation of a run."""
 
+from pathlib import Path
+
 from pydantic import Field
 
 from sampling.evaluation.classifier import SMALL_IMAGE_SIZE, Architecture, ClassifierConfig
@@ -41,3 +43,8 @@ class EvaluationConfig(Config):
     )
     batch_size: int = Field(default=50, ge=1, description="images per pass of a network")
     cas: CasConfig = CasConfig()
+
+    @property
+    def inception_path(self) -> Path | None:
+        """Path of the Inception weights, if given."""
+        return Path(self.inception_weights) if self.inception_weights else None

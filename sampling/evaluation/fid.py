@@ -16,8 +16,7 @@ from vqvae2.command_line import Options
 from vqvae2.errors import UserError, printable
 from vqvae2.metrics.feature_extractor import FeatureExtractor
 from vqvae2.metrics.frechet import GaussianStatistics
-from vqvae2.metrics.inception import load_inception
-from vqvae2.metrics.pretrained_features import INCEPTION, NETWORKS_HELP, FeatureNetwork, NetworkSetting
+from vqvae2.metrics.pretrained_features import INCEPTION, NETWORKS_HELP, NetworkSetting, load_extractor
 
 # With fewer images the covariance of 2048 features is singular, and the bias of FID grows quickly.
 MIN_COMPARABLE_IMAGES = 2048
@@ -126,9 +125,7 @@ def _extractor(options: FidOptions) -> FeatureExtractor:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = PartialState(cpu=device.type == "cpu").device or device
     try:
-        if options.features == INCEPTION:
-            return load_inception(options.inception_weights, options.dims, device)
-        return FeatureNetwork.parse(options.features).load(device)
+        return load_extractor(options.features, options.inception_weights, device, options.dims)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {device}: not available on this machine ({error})") from None
 

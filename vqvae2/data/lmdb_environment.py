@@ -20,6 +20,8 @@ from vqvae2.errors import UserError
 
 KEY_BYTES = 8
 _GROWTH = 64 * 2**20  # bytes by which a full map grows
+_MAX_READERS = 512
+_LOCK_BYTES = 64 * _MAX_READERS + 4096  # LMDB uses 64 bytes per reader, and a header
 
 
 class _Seal(Config):
@@ -83,7 +85,7 @@ def open_reader(
         close_reader(path)
         try:
             _verify_seal(path)
-            environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=512)
+            environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=_MAX_READERS)
             _check_length(path, environment)
         except UserError:
             raise
@@ -113,7 +115,16 @@ def open_writer(path: Path) -> lmdb.Environment:
         _verify_seal(path)
         if _data_file(path).is_file() and not _is_initialized(path) and not is_sealed(path):
             _data_file(path).unlink()  # the disk was full when it was created
-        return lmdb.open(str(path), map_size=_GROWTH, subdir=True, lock=True, max_readers=512)
+        _allocate_lock_file(path)
+        return lmdb.open(str(path), map_size=_GROWTH, subdir=True, lock=True, max_readers=_MAX_READERS)
+
+
+def _allocate_lock_file(path: Path) -> None:
+    """Allocate the file of LMDB's locks. LMDB maps a sparse one, and writing to it on a full disk kills the process."""
+    lock = path / "lock.mdb"
+    with files.named_errors(lock), lock.open("ab") as file:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, _LOCK_BYTES)
 
 
 def get(environment: lmdb.Environment, key: bytes) -> bytes | None:

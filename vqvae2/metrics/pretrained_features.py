@@ -21,6 +21,7 @@ from vqvae2.files import digest
 from vqvae2.hub import download_file
 from vqvae2.metrics import efficientnet_lite
 from vqvae2.metrics.feature_extractor import FeatureExtractor, FeatureOutput, WeightsUnavailableError, check_images
+from vqvae2.metrics.inception import load_inception
 
 _DINOV2, _DINOV2_SIZE = "vit_large_patch14_dinov2.lvd142m", 224  # as in Stein et al.
 _OPTION = "--features"
@@ -68,6 +69,20 @@ NetworkSetting = Annotated[str, AfterValidator(_check_network)]
 NETWORKS_HELP = (
     "inception, dinov2, efficientnet-lite2, efficientnet-lite0 or timm:NAME; NAME=FILE for weights in a file"
 )
+
+
+def load_extractor(
+    network: str, inception_weights: Path | None = None, device: torch.device | str = "cpu", dims: int = 2048
+) -> FeatureExtractor:
+    """Load the network of a `NetworkSetting`. `inception_weights` and `dims` are for Inception only.
+
+    Raises:
+        WeightsUnavailableError: If a package is missing, or weights were not given and cannot be downloaded.
+        UserError: If the weights file is not one of this network.
+    """
+    if network == INCEPTION:
+        return load_inception(inception_weights, dims, device)
+    return FeatureNetwork.parse(network).load(device)
 
 
 class PretrainedFeatures(FeatureExtractor):

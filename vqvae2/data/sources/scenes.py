@@ -1,6 +1,7 @@
 """The built-in data set of procedural scenes: `scenes:COUNT`, from `data.path: scenes` and `data.num_scenes`."""
 
 import hashlib
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -13,13 +14,10 @@ _PREFIX = "scenes:"
 
 
 class SceneSource(Source):
-    """The first COUNT scenes. Rendered images are cached in memory."""
+    """The first COUNT scenes. Rendered images are cached in memory, for all stages that run in one process."""
 
     caches_index = False
-
-    def __init__(self, path: str, index: ImageIndex) -> None:
-        super().__init__(path, index)
-        self._rendered: dict[tuple[int, tuple[int, int]], Image.Image] = {}
+    _rendered: ClassVar[dict[tuple[int, tuple[int, int]], Image.Image]] = {}
 
     @classmethod
     def matches(cls, path: str) -> bool:
