@@ -106,7 +106,7 @@ def test_lock_file_is_allocated_because_a_full_disk_would_kill_the_process(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*b/lock\.mdb'"):
+    with pytest.raises(UserError, match=r"/b: cannot write \(.*No space left on device\)\. Free disk space"):
         lmdb_environment.open_writer(tmp_path / "b")
 
 

@@ -121,8 +121,7 @@ def open_writer(path: Path) -> lmdb.Environment:
 
 def _allocate_lock_file(path: Path) -> None:
     """Allocate the file of LMDB's locks. LMDB maps a sparse one, and writing to it on a full disk kills the process."""
-    lock = path / "lock.mdb"
-    with files.named_errors(lock), lock.open("ab") as file:
+    with (path / "lock.mdb").open("ab") as file:
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), 0, _LOCK_BYTES)
 
@@ -204,12 +203,12 @@ def _check_length(path: Path, environment: lmdb.Environment) -> None:
 
 @contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
-    """Convert LMDB errors other than a full map to UserErrors."""
+    """Convert errors other than a full map to UserErrors."""
     try:
         yield
     except (lmdb.MapFullError, lmdb.MapResizedError, UserError):
         raise
-    except (lmdb.Error, ValueError) as error:
+    except (lmdb.Error, ValueError, OSError) as error:
         raise UserError(
             f"{path}: cannot write ({error}). Free disk space or fix permissions, then run the same command again; "
             "completed work is kept."
