@@ -179,6 +179,25 @@ next(load_batches(Numbers(), SequentialBatchSampler(64, 4), num_workers=1))
     assert not remaining
 
 
+@pytest.mark.parametrize("option", ["ro", "size=16k"])
+def test_workers_without_shared_memory_give_a_one_line_error(tmp_path: Path, option: str) -> None:
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("requires the right to mount")
+    mount = f"mount -t tmpfs -o {option} tmpfs /dev/shm"
+    source = images(tmp_path / "images", 40)
+    for workers in ("1", "0"):
+        command = f"{sys.executable} -m vqvae2 prepare {source} {tmp_path / workers} --size 64 --num-workers {workers}"
+        shell = ["unshare", "--mount", "sh", "-c", f"{mount} && exec {command}"]
+        done = subprocess.run(shell, env=environment(), capture_output=True, text=True, check=False)
+        if workers == "0":
+            assert done.returncode == 0, done.stderr
+        else:
+            assert done.returncode == 2
+            assert "Traceback" not in done.stderr
+            assert "/dev/shm" in done.stderr.splitlines()[-1]
+            assert "set data.num_workers to 0" in done.stderr
+
+
 def test_death_of_a_worker_does_not_interrupt_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     batches = load_batches(KillsItsWorker(), SequentialBatchSampler(8, 1), num_workers=1)

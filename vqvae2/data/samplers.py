@@ -18,9 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, dataloader, default_collate, get_worker_info
 
 from vqvae2.errors import UserError
+
+# If workers cannot be started, the destructor of DataLoader's iterator looks for this attribute, which is not set yet,
+# and would print a traceback after our message.
+dataloader._MultiProcessingDataLoaderIter._shutdown = True  # pyright: ignore[reportAttributeAccessIssue]
 
 SampleKey = tuple[int, int]  # (index of the sample, seed of its augmentation)
 
