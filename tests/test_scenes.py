@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vqvae2.data import scenes
+from vqvae2.data.sources import open_source
 from vqvae2.errors import UserError
 
 N = len(scenes.CLASSES)
@@ -33,6 +34,12 @@ def test_class_names_are_unique_and_labels_cycle() -> None:
     assert len(set(scenes.CLASSES)) == N
     assert all(name.isidentifier() for name in scenes.CLASSES)
     assert [scenes.label(index) for index in range(2 * N)] == [*range(N), *range(N)]
+
+
+def test_scenes_are_rendered_once_for_all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_source("scenes:3").open(2, (40, 24))
+    monkeypatch.setattr(scenes, "render", None)
+    assert open_source("scenes:5").open(2, (40, 24)) is first
 
 
 @pytest.mark.parametrize("index", range(N))
