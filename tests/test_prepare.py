@@ -1,7 +1,9 @@
 """Test `vqvae2 prepare` and `vqvae2 inspect`: stored records, resuming after a kill, and errors."""
 
 import dataclasses
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +111,22 @@ def test_killed_prepare_resumes_to_the_same_records(tmp_path: Path) -> None:
     before = records(out)
     prepare(command)  # complete, so this does nothing
     assert records(out) == before
+
+
+def test_full_disk_at_the_start_leaves_a_folder_that_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command = [str(fill(tmp_path / "images")), str(tmp_path / "out"), "--size", "16", "--num-workers", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            prepare(command)
+    (tmp_path / "out" / ".seal.json.host.1.partial").write_text("")
+    prepare(command)
+    assert len(records(tmp_path / "out")) == 1 + 12
 
 
 def test_invalid_arguments_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

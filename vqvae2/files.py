@@ -21,7 +21,7 @@ except ImportError:  # Windows
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
 _PARTIAL = re.compile(r"\..*\.([\w-]+)\.(\d+)\.partial")
 _cleaned: set[Path] = set()
-LOCK_NAME = ".lock"
+_LOCK_NAME = ".lock"
 _locks: dict[Path, IO[str]] = {}
 
 
@@ -104,7 +104,7 @@ def lock_folder(folder: Path) -> None:
     Raises:
         UserError: If another process has reserved the folder. The message names it.
     """
-    path = (folder / LOCK_NAME).absolute()
+    path = (folder / _LOCK_NAME).absolute()
     if fcntl is None or path in _locks:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from vqvae2.errors import UserError
 
 KEY_BYTES = 8
 _GROWTH = 64 * 2**20  # bytes by which a full map grows
+LOCK_FILE = "lock.mdb"
 _MAX_READERS = 512
 _LOCK_BYTES = 64 * _MAX_READERS + 4096  # LMDB uses 64 bytes per reader, and a header
 
@@ -121,7 +122,7 @@ def open_writer(path: Path) -> lmdb.Environment:
 
 def _allocate_lock_file(path: Path) -> None:
     """Allocate the file of LMDB's locks. LMDB maps a sparse one, and writing to it on a full disk kills the process."""
-    with (path / "lock.mdb").open("ab") as file:
+    with (path / LOCK_FILE).open("ab") as file:
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), 0, _LOCK_BYTES)
 
