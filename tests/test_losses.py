@@ -180,6 +180,25 @@ def test_efficientnet_distance_trains_only_the_reconstruction() -> None:
     assert distance(images(), images()) == 0
 
 
+def test_images_are_shifted_at_random_in_training() -> None:
+    distance = PerceptualLoss("efficientnet-lite0")
+    first, second = images(seed=1), images()
+    shifts = set()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        down, right = torch.randint(2, (2,)).tolist()
+        shifts.add((down, right))
+        shifted = [
+            torch.from_numpy(
+                np.pad(batch.numpy(), ((0, 0), (0, 0), (down, 0), (right, 0)), mode="reflect")[:, :, :32, :32].copy()
+            )
+            for batch in (first, second)
+        ]
+        torch.manual_seed(seed)
+        torch.testing.assert_close(distance(first.clone().requires_grad_(), second).detach(), distance(*shifted))
+    assert len(shifts) == 4
+
+
 def test_images_are_resized_for_the_perceptual_network(distance: PerceptualLoss, backbone: Path) -> None:
     resized = PerceptualLoss("squeeze", backbone, size=48)
     first, second = images(), images(seed=1)

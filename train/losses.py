@@ -83,6 +83,9 @@ class EfficientNetDistance(nn.Module):
 
     As in LPIPS, features are normalized to length 1 over their channels, squared differences are averaged over
     positions, and the distances of the layers are added. Channels have equal weights instead of learned ones.
+
+    In training, images are shifted by 0 or 1 pixel in both directions at random. Otherwise the first layer, which has
+    stride 2, sees half of the positions only, and the decoder learns a dotted pattern.
     """
 
     def __init__(self, weights: Path | None = None) -> None:
@@ -94,6 +97,9 @@ class EfficientNetDistance(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the distance (B,) of images (B, 3, H, W) in [-1, 1]."""
+        if first.requires_grad:
+            down, right = torch.randint(2, (2,)).tolist()
+            first, second = (_shift(images, down, right) for images in (first, second))
         layers = zip(self._features(first), self._features(second), strict=True)
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in layers]).sum(0)
 
@@ -179,6 +185,12 @@ class CodebookUsageTracker:
                 )
             self._usages[name] = usage = CodebookUsage(self.sizes[name])
             usage.counts = torch.tensor(counts) * (get_rank() == 0)
+
+
+def _shift(images: Tensor, down: int, right: int) -> Tensor:
+    """Shift images (B, C, H, W), with reflection at the border."""
+    height, width = images.shape[2:]
+    return F.pad(images, (right, 0, down, 0), mode="reflect")[:, :, :height, :width]
 
 
 def _make_lpips(network: str, weights: Path | None) -> nn.Module:
