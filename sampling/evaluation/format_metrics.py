@@ -86,7 +86,7 @@ def _image_lines(metrics: dict[str, Any]) -> list[str]:
             ("fd", "FD", "fid"),
             ("rfd", "rFD", "rfid"),
             ("kd", "KD", "kid"),
-            ("precision_recall", "precision/recall", "precision_recall"),
+            ("precision_recall", "neighborhoods", "precision_recall"),
         ):
             lines.append(_metric(f"  {label}", values[name], labels[kind][1]))
     return lines
