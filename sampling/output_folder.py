@@ -117,7 +117,7 @@ def check_folder(folder: Path, manifest: Manifest) -> None:
 def check_new(folder: Path) -> None:
     """Raise UserError if a folder that is about to be created exists and is not empty."""
     children = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
-    if any(not child.name.startswith(".") for child in children):  # a killed command may leave a hidden partial file
+    if not all(files.is_leftover(child.name) for child in children):
         raise UserError(f"{folder}: exists and is not empty. Choose another folder with --out.")
 
 

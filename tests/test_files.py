@@ -78,3 +78,8 @@ def test_temporary_files_of_killed_but_not_of_running_processes_are_removed(tmp_
         partial.write_text("half")
         files.write_json(tmp_path / "other.json", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["living.json", "other.json"]
+
+
+def test_only_locks_and_temporary_files_are_leftovers() -> None:
+    assert all(files.is_leftover(name) for name in (".lock", ".config.yaml.host-1.123.partial"))
+    assert not any(files.is_leftover(name) for name in (".git", ".DS_Store", "lock", "config.yaml.host.1.partial"))

@@ -53,7 +53,7 @@ def test_level_dropout_affects_only_the_decoding_in_training() -> None:
     for level, other in zip(trained.levels, evaluated.levels, strict=True):
         assert torch.equal(level.codes, other.codes)
     codes = tuple(level.codes for level in evaluated.levels)
-    progressive = [model.decode(codes, levels) for levels in model.config.progressive]
+    progressive = [model.decode(codes, levels) for levels in model.config.progressive_levels]
     torch.testing.assert_close(progressive[-1], evaluated.images.clamp(-1, 1))
     decoded_from = [
         [number for number, decoded in enumerate(progressive) if torch.allclose(image, decoded[index], atol=1e-5)]
@@ -63,15 +63,19 @@ def test_level_dropout_affects_only_the_decoding_in_training() -> None:
 
 
 def test_progressive_levels() -> None:
-    assert with_dropout(0.0, 0.0).config.progressive == (("bottom", "top"),)
-    assert with_dropout(0.3, 0.0).config.progressive == (("top",), ("bottom", "top"))
-    assert with_dropout(0.3, 0.2, 0.0).config.progressive == (("top",), ("middle", "top"), ("bottom", "middle", "top"))
-    assert with_dropout(0.3, 0.0, 0.0).config.progressive == (("middle", "top"), ("bottom", "middle", "top"))
+    assert with_dropout(0.0, 0.0).config.progressive_levels == (("bottom", "top"),)
+    assert with_dropout(0.3, 0.0).config.progressive_levels == (("top",), ("bottom", "top"))
+    assert with_dropout(0.3, 0.2, 0.0).config.progressive_levels == (
+        ("top",),
+        ("middle", "top"),
+        ("bottom", "middle", "top"),
+    )
+    assert with_dropout(0.3, 0.0, 0.0).config.progressive_levels == (("middle", "top"), ("bottom", "middle", "top"))
     with pytest.raises(ValueError, match="coarsest level, the last in the list, cannot have dropout"):
         with_dropout(0.0, 0.1)
 
 
-def test_dropped_training_matches_a_masked_decoder_in_gradients() -> None:
+def test_dropped_level_gets_no_gradient() -> None:
     model = with_dropout(0.5, 0.0).train()
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     torch.manual_seed(next(seed for seed in range(100) if is_dropped(seed)))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_invalid_networks_and_weights_raise(
         with pytest.raises(UserError, match=r"none\.pth: no such file"):
             FeatureNetwork.parse(f"{name}={tmp_path / 'none.pth'}").load()
     for package, name in (("timm", "dinov2"), ("efficientnet_lite_pytorch", "efficientnet-lite2")):
-        monkeypatch.setitem(__import__("sys").modules, package, None)
+        monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(WeightsUnavailableError, match=r"needs the package .*pip install 'vqvae2\[features\]'"):
             FeatureNetwork.parse(name).load()
 
@@ -135,13 +136,13 @@ def test_distances_match_an_independent_computation(
     def load_few(self: FeatureNetwork, device: Any) -> Any:
         """Keep 3 features, so that the covariance of few images has full rank, and record them."""
         extractor = load(self, device)
-        inner, extractor.dims = extractor._features, 3
+        inner, extractor.dims = extractor.network.forward, 3
 
         def features(x: torch.Tensor) -> torch.Tensor:
             seen.append(inner(x)[:, :3].clone().numpy())
             return inner(x)[:, :3]
 
-        extractor._features = features
+        extractor.network.forward = features
         return extractor
 
     monkeypatch.setattr(FeatureNetwork, "load", load_few)
@@ -160,7 +161,7 @@ def test_evaluation_in_several_features(
     networks = ["inception", "efficientnet-lite0", "dinov2"]
     command = ["evaluate", str(run), "--inception-weights", str(inception_weights)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "timm", None)
+        patch.setitem(sys.modules, "timm", None)
         assert main([*command, "--features", *networks]) == 0
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert metrics["fid"]["value"] > 0
@@ -209,3 +210,18 @@ def test_reference_statistics_are_only_for_inception(finished_run: Path, tmp_pat
     )
     with pytest.raises(UserError, match=r"stats\.npz: statistics of Inception features\. Use a folder"):
         compare(images, FeatureNetwork.parse("efficientnet-lite0").load())
+
+
+def test_reference_statistics_do_not_prevent_the_metrics_of_inception(
+    finished_run: Path, tmp_path: Path, inception_weights: Path
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    config = EvaluationConfig(
+        features=("inception", "efficientnet-lite0"),
+        reference=str(tmp_path / "stats.npz"),
+        inception_weights=str(inception_weights),
+    )
+    metrics = evaluate_run(run, config, run / "samples")
+    assert metrics["fid"]["value"] > 0
+    assert "statistics of Inception features" in metrics["features"]["efficientnet-lite0"]["missing"]

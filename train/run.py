@@ -146,7 +146,7 @@ def _check_folder(config: RunConfig, folder: RunFolder, with_changes: bool) -> l
                 changes.append(change)
         if previous.data.path != config.data.path:
             open_run_datasets(config.data, folder, use_cache=False)
-    elif folder.path.is_dir() and any(not child.name.startswith(".") for child in folder.path.iterdir()):
+    elif folder.path.is_dir() and not all(files.is_leftover(child.name) for child in folder.path.iterdir()):
         raise UserError(f"{folder.path}: not empty, and not a run folder. Choose another folder with --run.")
     return changes
 

@@ -88,6 +88,11 @@ def _clean_up_partials(folder: Path) -> None:
             _remove(found)
 
 
+def is_leftover(name: str) -> bool:
+    """Return whether a file name is that of a lock or of a temporary file, which a killed command can leave."""
+    return name == _LOCK_NAME or _PARTIAL.fullmatch(name) is not None
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

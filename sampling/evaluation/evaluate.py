@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from sampling.evaluation import cas
 from sampling.evaluation.comparison import ComparedImages, Comparison, compare
 from sampling.evaluation.evaluation_config import EvaluationConfig
+from sampling.evaluation.features import is_statistics_file
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageFolder, open_image_set
 from sampling.evaluation.metrics import Metrics, attempt, read_metrics
@@ -114,11 +115,18 @@ def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict
 def _load_extractors(config: EvaluationConfig) -> tuple[list[FeatureExtractor], dict[str, dict[str, str]]]:
     """Load the networks whose features are compared. Returns them, and by name why others are missing."""
     device, extractors, missing = processes().device or "cpu", [], {}
+    only_inception = is_statistics_file(Path(config.reference))
     for network in config.features:
+        name = network.partition("=")[0]
+        if only_inception and name != INCEPTION:
+            missing[name] = {
+                "missing": f"{config.reference}: statistics of Inception features. Use a folder of images."
+            }
+            continue
         try:
             extractors.append(load_extractor(network, config.inception_path, device))
         except WeightsUnavailableError as error:
-            missing[network.partition("=")[0]] = {"missing": str(error)}
+            missing[name] = {"missing": str(error)}
     return extractors, missing
 
 

@@ -168,5 +168,5 @@ def main(options: TuneSamplingOptions) -> None:
     )
     print(
         f"{tuning.network} features, {tuning.count} samples, {tuning.held_out} held-out images\n"
-        f"The best are now the defaults of `vqvae2 sample {options.run}`, in {folder.config}."
+        f"The first combination is now the default of `vqvae2 sample {options.run}`, in {folder.config}."
     )

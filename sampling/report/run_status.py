@@ -42,7 +42,7 @@ class RunStatus:
     samples: Path
     data: DataConfig
     maps: dict[str, MapSpec]  # by level, finest first
-    progressive: tuple[tuple[str, ...], ...]  # see `AutoencoderConfig.progressive`
+    progressive_levels: tuple[tuple[str, ...], ...]  # see `AutoencoderConfig.progressive_levels`
     stages: dict[str, StageStatus]  # in the order of execution
     manifest: SampleManifest | None  # of the samples
     metrics: dict[str, Any] | None  # written by `vqvae2 evaluate`
@@ -96,7 +96,7 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
         samples,
         config.data,
         dict(zip(names, maps, strict=True)),
-        config.autoencoder.model.progressive,
+        config.autoencoder.model.progressive_levels,
         stages,
         manifest=manifest,
         metrics=read_metrics(folder.metrics),

@@ -92,7 +92,6 @@ class AutoencoderStage(TrainingStage):
         loss, shape, channels = self.config.loss, run.config.data.shape, run.config.data.channels
         perceptual = make_perceptual_loss(loss.perceptual, shape)  # first, because it may fail
         self.training_data, self.validation_data = open_run_datasets(run.config.data, run.folder)
-        *self._coarse_levels, _ = self.config.model.progressive
         torch.manual_seed(self.config.training.seed)
         self._network = self.config.model.build(shape, channels)
         self.pretrained = None
@@ -112,9 +111,10 @@ class AutoencoderStage(TrainingStage):
                 loss.adversarial.start,
             )
         self.objective = self._objective = AutoencoderObjective(self._network, loss, perceptual, self.adversarial)
+        *coarse_levels, _ = self.config.model.progressive_levels
         self.curves = {
             "reconstruction error": ["train/reconstruction", "validation/reconstruction"],
-            "PSNR in dB": ["validation/psnr", *(f"validation/psnr_{levels[0]}" for levels in self._coarse_levels)],
+            "PSNR in dB": ["validation/psnr", *(f"validation/psnr_{levels[0]}" for levels in coarse_levels)],
             "codes in use": [
                 f"{split}/usage_{name}" for name in run.config.levels for split in ("train", "validation")
             ],
@@ -174,7 +174,7 @@ class AutoencoderStage(TrainingStage):
         originals = torch.stack([self.validation_data[index].image for index in range(count)])
         device = next(self.network.parameters()).device
         codes = self.network.encode(to_float(originals.to(device)))
-        rows = [to_uint8(self.network.decode(codes, levels)).cpu() for levels in self.config.model.progressive]
+        rows = [to_uint8(self.network.decode(codes, levels)).cpu() for levels in self.config.model.progressive_levels]
         blocks, columns = interleave_rows(originals, *rows, columns=8)
         save_grid(path, blocks, columns)
 
@@ -198,7 +198,7 @@ def validate_autoencoder(
 
     With level dropout, `psnr_LEVEL` is the PSNR of reconstructions from this level and the coarser ones only.
     """
-    *coarse_levels, _ = network.config.progressive
+    *coarse_levels, _ = network.config.progressive_levels
     sampler = SequentialBatchSampler(len(images), batch_size, accelerator.process_index, accelerator.num_processes)
     errors = ReconstructionStatistics(accelerator.device)
     coarse_errors = {levels: ReconstructionStatistics(accelerator.device) for levels in coarse_levels}

@@ -5,7 +5,6 @@ EfficientNet-Lite (github.com/tensorflow/tpu/tree/master/models/official/efficie
 """
 
 import importlib
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,9 +65,7 @@ def load_efficientnet_lite(
         raise NotInstalledError(
             f"{start}{name} needs the package {error.name}; pip install 'vqvae2[{extra}]'."
         ) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network: nn.Module = package.EfficientNet.from_name(name)
+    network: nn.Module = package.EfficientNet.from_name(name)
     load_state_dict(network, read_state_dict(path, label, f"Give the weights file of {name}."), path)
     network.eval().requires_grad_(False)
     _fold_batch_norm(network)

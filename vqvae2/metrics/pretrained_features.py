@@ -1,11 +1,10 @@
 """Features of pretrained networks beside Inception: DINOv2, EfficientNet-Lite, and all image networks of timm.
 
-Inception has seen only ImageNet's classes and is blind to much of what people see. The Fréchet distance in the features
-of DINOv2 agrees best with people (Stein et al. 2023, arXiv 2306.04675). EfficientNet-Lite needs no download.
+In Stein et al. 2023 (arXiv 2306.04675), the Fréchet distance in the features of DINOv2 agrees best with people.
+EfficientNet-Lite needs no download.
 """
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -86,32 +85,25 @@ def load_extractor(
 
 
 class PretrainedFeatures(FeatureExtractor):
-    """A classification network without its classifier.
+    """A pretrained network from normalized images to features.
 
     Images are scaled to [0, 1], resized to `size` by bicubic interpolation with antialiasing, clamped, and normalized
-    to `mean` 0 and standard deviation `std` as in the training of the network.
+    to (x - `mean`) / `std` as in the training of the network.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self,
-        name: str,
-        features: Callable[[Tensor], Tensor],
-        network: nn.Module,
-        size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        self, name: str, network: nn.Module, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
     ) -> None:
         super().__init__()
         self.name, self.size = name, size
         self.network = network.eval().requires_grad_(False)
-        self._features = features
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         with torch.inference_mode():
-            self.dims = features(torch.zeros(1, 3, *size)).shape[1]
+            self.dims = network(torch.zeros(1, 3, *size)).shape[1]
 
     @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "n 3 h w"], logits: bool = False) -> FeatureOutput:
@@ -120,7 +112,18 @@ class PretrainedFeatures(FeatureExtractor):
             raise ValueError(f"{self.name} has no logits; only Inception has")
         x = images.to(self.device).float() / 255
         x = F.interpolate(x, size=self.size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-        return FeatureOutput(self._features((x - self.mean) / self.std).float())
+        return FeatureOutput(self.network((x - self.mean) / self.std).float())
+
+
+class _PooledFeatures(nn.Module):
+    """The last feature maps of an EfficientNet-Lite, averaged over positions."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network.extract_features(x).mean((2, 3))
 
 
 def _load_efficientnet(source: FeatureNetwork) -> PretrainedFeatures:
@@ -128,12 +131,9 @@ def _load_efficientnet(source: FeatureNetwork) -> PretrainedFeatures:
         loaded = efficientnet_lite.load_efficientnet_lite(source.name, source.weights, _OPTION)
     except efficientnet_lite.NotInstalledError as error:
         raise WeightsUnavailableError(str(error)) from None
-    network: Any = loaded.network
-    mean, std = (value / 255 for value in (efficientnet_lite.MEAN, efficientnet_lite.STD))
+    mean, std = ((value / 255,) * 3 for value in (efficientnet_lite.MEAN, efficientnet_lite.STD))
     size = (loaded.image_size, loaded.image_size)
-    extractor = PretrainedFeatures(
-        source.name, lambda x: network.extract_features(x).mean((2, 3)), network, size, (mean,) * 3, (std,) * 3
-    )
+    extractor = PretrainedFeatures(source.name, _PooledFeatures(loaded.network), size, mean, std)
     extractor.weights_digest, extractor.is_standard = loaded.weights_digest, loaded.is_standard
     return extractor
 
@@ -162,7 +162,7 @@ def _load_timm(source: FeatureNetwork) -> PretrainedFeatures:
     network.reset_classifier(0)
     config = timm.data.resolve_model_data_config(network)
     size = (_DINOV2_SIZE, _DINOV2_SIZE) if settings else config["input_size"][1:]
-    extractor = PretrainedFeatures(source.name, network, network, size, config["mean"], config["std"])
+    extractor = PretrainedFeatures(source.name, network, size, config["mean"], config["std"])
     extractor.weights_digest, extractor.is_standard = digest(path), source.weights is None
     return extractor
 

@@ -56,7 +56,7 @@ class AutoencoderConfig(Config):
         return self
 
     @property
-    def progressive(self) -> tuple[tuple[str, ...], ...]:
+    def progressive_levels(self) -> tuple[tuple[str, ...], ...]:
         """The names of the levels that decode to an image together: the coarsest alone first, all levels last.
 
         Without dropout, only all levels together do.

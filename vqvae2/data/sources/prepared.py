@@ -109,9 +109,9 @@ class PreparedWriter:
     """
 
     def __init__(self, path: Path, header: PreparedHeader) -> None:
-        # A killed command can leave the file of locks, or a hidden partial file.
-        names = {child.name for child in path.iterdir() if not child.name.startswith(".")} if path.is_dir() else set()
-        if names - {lmdb_environment.LOCK_FILE} and "data.mdb" not in names:
+        names = [child.name for child in path.iterdir()] if path.is_dir() else []
+        new = all(name == lmdb_environment.LOCK_FILE or files.is_leftover(name) for name in names)
+        if not new and not (path / "data.mdb").is_file():
             raise UserError(f"{path}: not empty and not prepared images. Choose another folder.")
         self.path, self.header, self.finished = path, header, False
         if lmdb_environment.exists(path):
