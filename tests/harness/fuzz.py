@@ -10,6 +10,7 @@ anything else happens.
 
 import argparse
 import collections
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -170,7 +171,8 @@ def trial(name: str, base: Path, work: Path, rng: random.Random, expected: Any) 
 def run_share(names: list[str], times: int, seed: int, share: int, num_shares: int) -> dict[str, dict[str, float]]:
     """Run every `num_shares`-th trial, and return the number of each outcome and the seconds by target."""
     results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    # A changed environment may make libraries write files to relative paths.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         # All trials use the same path, because artifacts record the path of their data.
         work, base = Path(folder, "work"), Path(folder, "base")
         work.mkdir()
