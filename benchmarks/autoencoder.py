@@ -77,7 +77,7 @@ def train_steps(pipe: Connection, plain: bool, options: argparse.Namespace) -> N
     objective = AutoencoderObjective(build(plain, options.size)).to(device)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-4, fused=not plain, foreach=False)
     images = torch.randint(0, 256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=device)
-    batch = ImageSample(images, torch.zeros(options.batch, dtype=torch.int64))
+    batch = ImageSample(images, -1)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):

@@ -33,6 +33,7 @@ class PlainConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
         side = kernel // 2
         self.padding = (side, side, kernel - 1, 0) if causal else (side, side, side, side)
+        self.taps: Tensor
         taps = torch.ones(kernel, kernel)
         if causal:
             taps[-1, side + (causal != "strict") :] = 0
@@ -58,7 +59,7 @@ class PlainResidual(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
         hidden = self.first(F.elu(x))
-        if self.extra is not None:
+        if self.extra is not None and extra is not None:
             hidden = hidden + self.extra(F.elu(extra))
         hidden = self.second(self.dropout(F.elu(hidden)))
         if self.condition is not None:
@@ -76,6 +77,7 @@ class PlainAttention(nn.Module):
         self.key_block, self.query_block = PlainResidual(wide, CHANNELS), PlainResidual(narrow, CHANNELS)
         self.key, self.value = PlainConv(wide, self.width), PlainConv(wide, self.width)
         self.query = PlainConv(narrow, self.width)
+        self.mask: Tensor
         self.register_buffer("mask", torch.tril(torch.ones(positions, positions)).bool())
 
     def forward(self, inputs: Tensor, features: Tensor, coordinates: Tensor) -> Tensor:
@@ -123,6 +125,7 @@ class PlainPixelSNAIL(nn.Module):
         x = self.first(_one_hot(codes, self.spec.codebook_size)) + self.coordinates(coordinates)
         for index, block in enumerate(self.blocks):
             before = x
+            assert isinstance(block, nn.ModuleList)
             for layer in block:
                 x = layer(x, condition)
             if self.attends:

@@ -19,7 +19,7 @@ from benchmarks.interleaved import time_calls
 from sampling.sample_level import LevelSamplingParams, Noise, sample_level
 from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.priors import PixelSNAIL, PixelSNAILConfig, PriorSpec, toom_cook
-from vqvae2.priors.layers import CausalConv2d, coordinate_map
+from vqvae2.priors.layers import CausalConv2d, PointwiseConv2d, coordinate_map
 
 TOP = MapSpec(codebook_size=512, height=32, width=32)
 BOTTOM = MapSpec(codebook_size=512, height=64, width=64)
@@ -74,9 +74,11 @@ def lower_bound_seconds(prior: PixelSNAIL) -> float:
     for module in prior.modules():
         if isinstance(module, CausalConv2d):
             outputs, inputs, _ = module.weight.shape
-            per_row += 4 * outputs * inputs * module.above
-            per_position += 4 * outputs * inputs * module.current
-        elif isinstance(module, Pointwise) and module not in (getattr(b, "condition", None) for b in prior.modules()):
+            per_row += 4 * outputs * inputs * module.taps_above
+            per_position += 4 * outputs * inputs * module.taps_current
+        elif isinstance(module, PointwiseConv2d) and module not in (
+            getattr(b, "condition", None) for b in prior.modules()
+        ):
             per_position += 4 * module.conv.weight.numel()
     source = torch.ones(64 * 2**20)
     target = torch.empty_like(source)
