@@ -71,14 +71,13 @@ def lower_bound_seconds(prior: PixelSNAIL) -> float:
     """Return the bytes of weights to read for one batch, divided by the memory bandwidth of a copy."""
     height, width = prior.spec.level.shape
     per_position = per_row = 0
+    conditions = [getattr(module, "condition", None) for module in prior.modules()]
     for module in prior.modules():
         if isinstance(module, CausalConv2d):
             outputs, inputs, _ = module.weight.shape
             per_row += 4 * outputs * inputs * module.taps_above
             per_position += 4 * outputs * inputs * module.taps_current
-        elif isinstance(module, PointwiseConv2d) and module not in (
-            getattr(b, "condition", None) for b in prior.modules()
-        ):
+        elif isinstance(module, PointwiseConv2d) and module not in conditions:
             per_position += 4 * module.conv.weight.numel()
     source = torch.ones(64 * 2**20)
     target = torch.empty_like(source)
