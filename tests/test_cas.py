@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sampling.evaluation.cas import AugmentedDataset, CasConfig, top_k_accuracy, train_classifier
-from sampling.evaluation.classifier import Classifier, ClassifierConfig, load_classifier
+from sampling.evaluation.classifier import Classifier, ClassifierConfig, LabeledSamples, load_classifier
 from sampling.evaluation.format_metrics import format_cas
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
@@ -116,9 +116,13 @@ def test_evaluate_command_reports_cas_and_reuses_classifiers(
     assert (found["model"], found["steps"], found["batch_size"], found["seed"]) == ("resnet18", 2, 4, 0)
     assert found["warning"] == "too few samples for a comparable score: 5 (0 per class)"
     assert found["warning"] in printed
-    assert [line for line in printed.splitlines() if line.startswith("CAS")] == format_cas(found)
-    assert len(format_cas(found)) == 2
+    assert [line for line in printed.splitlines() if line.startswith(("CAS", "recognized"))] == format_cas(found)
+    assert len(format_cas(found)) == 3
     classifier = load_classifier(str(run / "evaluation" / "classifier-real.safetensors"))
+    samples = LabeledSamples(run / "samples")
+    images = torch.stack([samples[index].image for index in range(len(samples))])
+    hits = classifier.log_probs(images).argmax(1) == torch.tensor(samples.labels)
+    assert found["real"]["recognized"] == pytest.approx(float(hits.double().mean()))
     assert classifier.class_indices(CLASSES) == list(range(10))
 
     def run_contents() -> dict[str, object]:

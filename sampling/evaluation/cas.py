@@ -141,7 +141,11 @@ class ClassificationAccuracyScore:
         return cls(labeled, training, held_out, folder.evaluation, config)
 
     def measure(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Return the score in the format of metrics.json; classifiers that are already trained are reused."""
+        """Return the score in the format of metrics.json; classifiers that are already trained are reused.
+
+        A classifier that is trained on real images is also tested on the samples: `recognized` is the share that it
+        assigns to the class they were sampled for.
+        """
         made_from = {"samples": files.digest(manifest_path(self.samples.folder))}
         result = self._score("classifier-samples", self.samples, made_from, device)
         per_class = len(self.samples) // len(self.samples.classes)
@@ -150,7 +154,10 @@ class ClassificationAccuracyScore:
         if self.config.real:
             subset = self._real_images()
             names = hashlib.sha256("\0".join(self.training.names[index] for index in subset.indices).encode())
-            result["real"] = self._score("classifier-real", subset, {"images": names.hexdigest()}, device)
+            real = self._score("classifier-real", subset, {"images": names.hexdigest()}, device)
+            classifier = load_classifier(str(self.folder / real["classifier"]), device)
+            real["recognized"] = top_k_accuracy(classifier, self.samples, self.config.batch_size)["top1"]
+            result["real"] = real
         return result
 
     def _real_images(self) -> Subset[ImageSample]:

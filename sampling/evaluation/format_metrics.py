@@ -33,6 +33,13 @@ def format_cas(result: dict[str, Any]) -> list[str]:
             warning = f"; {score['warning']}" if score.get("warning") else ""
             setup = f"{score['model']} trained on {score['trained_on']} {source}{warning}"
             lines.append(_line(label, f"{accuracies} on {score['tested_on']} held-out images ({setup})"))
+            if score.get("recognized") is not None:
+                lines.append(
+                    _line(
+                        "recognized",
+                        f"{score['recognized']:.1%} of the samples, by the classifier trained on real images",
+                    )
+                )
     return lines
 
 

@@ -101,6 +101,7 @@ class ClassificationAccuracy(Config):
     weight_decay: float
     seed: int
     warning: str | None = None
+    recognized: Measured | None = None  # share of the samples that a classifier of real images assigns to their class
     real: "ClassificationAccuracy | None" = None
 
 

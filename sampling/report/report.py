@@ -263,6 +263,9 @@ def _metric_rows(metrics: dict[str, Any]) -> list[Metric]:
     for name, score in (("Classification accuracy", cas), ("… trained on real images", cas.get("real"))):
         if score:
             rows += _missing(name, score) or [Metric(name, f"{score['top1']:.1%}", _classifier_note(score))]
+    if (recognized := (cas.get("real") or {}).get("recognized")) is not None:
+        note = "share of the samples that the classifier of real images assigns to their class"
+        rows.append(Metric("Recognized samples", f"{recognized:.1%}", note))
     return rows
 
 
