@@ -14,7 +14,7 @@ class CasConfig(Config):
 
     enabled: bool = Field(default=False, description="train a ResNet on the samples and test it on held-out images")
     real: bool = Field(
-        default=False, description="also train one on as many real images, and count the samples that it recognizes"
+        default=False, description="train another on real images, and count the samples that it recognizes"
     )
     model: Architecture | None = Field(default=None, description="resnet18 up to 64 px, else resnet50, if not given")
     steps: int = Field(default=2000, ge=1, le=2**40, description="optimizer steps")
