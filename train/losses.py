@@ -54,6 +54,7 @@ class PerceptualLoss:
     """
 
     def __init__(self, network: str, weights: Path | None = None, size: int | None = None) -> None:
+        self.active = True  # false before step `start`
         self._size = size
         self._network = (
             EfficientNetDistance(weights) if network == "efficientnet-lite0" else _make_lpips(network, weights)

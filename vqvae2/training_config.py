@@ -85,6 +85,7 @@ class PerceptualLossConfig(Config):
         description="file with the network's weights; if not given, torchvision's are downloaded, and those of "
         "efficientnet-lite0 are in its package",
     )
+    start: int = Field(default=0, ge=0, description="first step that uses the term; steps without it are faster")
     size: int | None = Field(
         default=None,
         ge=16,

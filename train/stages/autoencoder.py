@@ -71,7 +71,7 @@ class AutoencoderObjective(nn.Module):
         for name, level in zip(self.names, output.levels, strict=True):
             loss = loss + level.loss
             terms |= {f"{term}_{name}": value for term, value in level.loss_terms.items()}
-        if self.perceptual:
+        if self.perceptual and self.perceptual.active:
             terms["perceptual"] = self.perceptual(reconstruction, images)
             loss = loss + self.config.perceptual.weight * terms["perceptual"]
         if self.adversarial and self.adversarial.active:
@@ -132,6 +132,8 @@ class AutoencoderStage(TrainingStage):
         uninitialized = not all(getattr(each, "initialized", True) for each in self.network.quantizers)
         if step == first and uninitialized and processes().is_main_process:  # may take a minute with many codes
             tqdm.write("autoencoder: initializing the codebooks with k-means", sys.stderr)
+        if self._objective.perceptual:
+            self._objective.perceptual.active = step >= self.config.loss.perceptual.start
         if self.adversarial:
             self.adversarial.active = step >= self.adversarial.config.start
 
