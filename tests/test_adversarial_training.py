@@ -41,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     experiment["autoencoder"]["training"] |= {"validate_every": 6, "preview_every": 6, "checkpoint_every": 3}
     experiment["autoencoder"]["loss"] = {
         "pixel": "l1",
-        "perceptual": {"weight": 0.5, "start": START, "network": "squeeze", "weights": str(folder / "squeezenet.pth")},
+        "perceptual": {"weight": 0.5, "network": "squeeze", "weights": str(folder / "squeezenet.pth")},
         "adversarial": {"weight": 0.1, "start": START, "discriminator": {"channels": 8, "layers": 2}},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(experiment))
@@ -86,13 +86,13 @@ def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_every_loss_term_is_logged_separately(uninterrupted: tuple[Path, dict[str, Tensor]]) -> None:
     lines = (uninterrupted[0] / "autoencoder" / "metrics.jsonl").read_text().splitlines()
     logged = {entry["step"]: entry for entry in map(json.loads, lines) if "train/loss" in entry}
-    always = {"l1", "commitment_bottom", "commitment_top", "codebook_top", "loss", "learning_rate"}
+    always = {"l1", "perceptual", "commitment_bottom", "commitment_top", "codebook_top", "loss", "learning_rate"}
     always |= {f"{value}_{level}" for value in ("usage", "perplexity") for level in ("bottom", "top")}
-    late = {"perceptual", "adversarial", "discriminator", "score_real", "score_reconstructed"}
+    adversarial = {"adversarial", "discriminator", "score_real", "score_reconstructed"}
     names = {step: {key.removeprefix("train/") for key in entry} - {"step"} for step, entry in logged.items()}
-    assert names == {2: always, 4: always | late, 6: always | late}
+    assert names == {2: always, 4: always | adversarial, 6: always | adversarial}
     for entry in logged.values():
-        parts = entry["train/l1"] + 0.5 * entry.get("train/perceptual", 0) + 0.1 * entry.get("train/adversarial", 0)
+        parts = entry["train/l1"] + 0.5 * entry["train/perceptual"] + 0.1 * entry.get("train/adversarial", 0)
         parts += 0.25 * (entry["train/commitment_bottom"] + entry["train/commitment_top"]) + entry["train/codebook_top"]
         assert entry["train/loss"] == pytest.approx(parts, rel=1e-5)
     assert (uninterrupted[0] / "autoencoder" / "curves.png").is_file()
@@ -153,6 +153,13 @@ def test_bfloat16_trains_and_keeps_float32_weights(config: Path, tmp_path: Path)
     state = train_stage(config, tmp_path / "run", *settings, "--autoencoder.training.max-grad-norm", "1")
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert {tensor.dtype for tensor in state.values()} <= {torch.float32, torch.int64, torch.bool}
+
+
+def test_perceptual_loss_is_logged_from_its_start_step(config: Path, tmp_path: Path) -> None:
+    train_stage(config, tmp_path / "run", "--autoencoder.loss.perceptual.start", "4"
+    lines = (tmp_path / "run" / "autoencoder" / "metrics.jsonl").read_text().splitlines()
+    logged = {entry["step"]: entry for entry in map(json.loads, lines) if "train/loss" in entry}
+    assert {step: "train/perceptual" in entry for step, entry in logged.items()} == {2: False, 4: False, 6: True}
 
 
 def test_missing_perceptual_weights_fail_before_training(
