@@ -156,7 +156,7 @@ def test_bfloat16_trains_and_keeps_float32_weights(config: Path, tmp_path: Path)
 
 
 def test_perceptual_loss_is_logged_from_its_start_step(config: Path, tmp_path: Path) -> None:
-    train_stage(config, tmp_path / "run", "--autoencoder.loss.perceptual.start", "4"
+    train_stage(config, tmp_path / "run", "--autoencoder.loss.perceptual.start", "4")
     lines = (tmp_path / "run" / "autoencoder" / "metrics.jsonl").read_text().splitlines()
     logged = {entry["step"]: entry for entry in map(json.loads, lines) if "train/loss" in entry}
     assert {step: "train/perceptual" in entry for step, entry in logged.items()} == {2: False, 4: False, 6: True}
