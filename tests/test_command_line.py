@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,22 @@ def test_allocation_that_fails_gives_a_one_line_error(
 ) -> None:
     monkeypatch.setattr("vqvae2.__main__._dispatch", lambda _: torch.empty(2**50, dtype=torch.uint8))
     fails(capsys, ["report", "runs/demo"], "out of memory", "smaller batch size")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_reused() -> None:
+    script = """
+import resource, torch
+from vqvae2.__main__ import main
+main(["--version"])
+for step in range(30):
+    if step == 10:  # by then the heap has its size
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert int(printed.split()[-1]) < 100  # otherwise at least 32 for each of 20 tensors of 64 MiB
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
