@@ -46,6 +46,8 @@ class AutoencoderStageConfig(Config):
     def _check(self) -> "AutoencoderStageConfig":
         if not self.training.steps and self.pretrained is None:
             raise ValueError("training.steps: must be at least 1 without autoencoder.pretrained")
+        if not self.training.first_decoder_step and self.pretrained is None:
+            raise ValueError("training.decoder_steps: must be less than steps without autoencoder.pretrained")
         if self.loss.adversarial.weight and self.training.mixed_precision == "fp16":
             raise ValueError(
                 "training.mixed_precision: fp16 does not work with loss.adversarial, because two optimizers cannot "

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from sampling.processes import accelerate_errors
@@ -15,9 +16,15 @@ from vqvae2.errors import UserError
 
 
 def make_accelerator(
-    mixed_precision: str = "fp32", folder: Path | None = None, gradient_accumulation_steps: int = 1
+    mixed_precision: str = "fp32",
+    folder: Path | None = None,
+    gradient_accumulation_steps: int = 1,
+    find_unused_parameters: bool = False,
 ) -> Accelerator:
-    """Return an Accelerator that logs to TensorBoard in `folder`/logs, if a folder is given."""
+    """Return an Accelerator that logs to TensorBoard in `folder`/logs, if a folder is given.
+
+    With `find_unused_parameters`, DDP allows steps in which a part of the parameters has no gradients.
+    """
     _check_environment(mixed_precision, gradient_accumulation_steps)
     if folder and str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"{folder}: TensorBoard cannot log to a name that is not valid UTF-8. Choose another folder.")
@@ -31,6 +38,7 @@ def make_accelerator(
             gradient_accumulation_steps=gradient_accumulation_steps,
             log_with="tensorboard" if folder else None,
             project_dir=folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
     if folder:
         accelerator.init_trackers("logs")

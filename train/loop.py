@@ -63,6 +63,7 @@ class TrainingStage(ABC):
     objective: nn.Module  # wraps the network: batch on the device → (loss, other terms by name)
     auxiliary: AuxiliaryNetwork | None = None
     made_from: Mapping[str, str | None] = MappingProxyType({})  # digests of the artifacts that training reads
+    trains_parts = False  # whether some steps train only a part of the network
 
     @property
     @abstractmethod
@@ -124,7 +125,7 @@ def train(stage: TrainingStage, config: TrainingConfig, path: Path, num_workers:
         The summary: steps, seconds and the last validation.
     """
     folder = StageFolder(path)
-    accelerator = make_accelerator(config.mixed_precision, path, config.gradient_accumulation_steps)
+    accelerator = make_accelerator(config.mixed_precision, path, config.gradient_accumulation_steps, stage.trains_parts)
     units = _make_units(stage, config, accelerator)
     ema = ExponentialMovingAverage(stage.network, config.ema_decay)
     early_stopping = EarlyStopping(config.early_stopping_patience)

@@ -12,9 +12,11 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     >>> [round(learning_rate(config, step), 2) for step in (0, 9, 10, 55, 99)]
     [0.1, 1.0, 1.0, 0.5, 0.0]
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+    first, end = config.phase(step)
+    since_warmup = step - first - config.warmup_steps
+    if since_warmup < 0:
+        return config.learning_rate * (step - first + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    progress = since_warmup / max(1, end - first - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -39,6 +39,10 @@ class TrainingConfig(Config):
         description="stop after this many validations without improvement, and save the best weights",
     )
 
+    def phase(self, step: int) -> tuple[int, int]:
+        """Return the first step, and the step after the last, of the learning-rate schedule that a step belongs to."""
+        return 0, self.steps
+
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
         if self.warmup_steps >= self.steps > 0:
@@ -59,10 +63,38 @@ class AutoencoderTrainingConfig(TrainingConfig):
         "may collapse before the decoder has learned to use it",
     )
 
+    decoder_steps: int = Field(
+        default=0,
+        ge=0,
+        description="last steps, which train only the decoder, with a learning-rate schedule of their own; they are "
+        "faster, and no longer change the codes of an image",
+    )
+
     @property
     def first_quantized_step(self) -> int:
         """Index of the first step that quantizes, from 0."""
-        return min(self.unquantized_steps, self.steps // 10)
+        return min(self.unquantized_steps, self.first_decoder_step // 10)
+
+    @property
+    def first_decoder_step(self) -> int:
+        """Index of the first step that trains only the decoder, from 0."""
+        return self.steps - self.decoder_steps
+
+    def phase(self, step: int) -> tuple[int, int]:
+        first = self.first_decoder_step
+        return (0, first) if step < first else (first, self.steps)
+
+    @model_validator(mode="after")
+    def _check_decoder_steps(self) -> "AutoencoderTrainingConfig":
+        if self.decoder_steps > self.steps:
+            raise ValueError(f"decoder_steps ({self.decoder_steps}) must be at most steps ({self.steps})")
+        lengths = [length for length in (self.first_decoder_step, self.decoder_steps) if length]
+        if lengths and self.warmup_steps >= min(lengths):
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be less than decoder_steps ({self.decoder_steps}), and than "
+                f"the steps before them ({self.first_decoder_step})"
+            )
+        return self
 
 
 class PriorTrainingConfig(TrainingConfig):

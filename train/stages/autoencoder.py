@@ -59,11 +59,12 @@ class AutoencoderObjective(nn.Module):
             {name: level.codebook_size for name, level in zip(self.names, network.map_specs, strict=True)}
         )
         self.quantized = True
+        self.decoder_only = False
 
     def forward(self, batch: ImageSample) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its unweighted terms for uint8 images (B, C, H, W)."""
         images = to_float(batch.image)
-        output = self.network(images, self.quantized)
+        output = self.network(images, self.quantized, self.decoder_only)
         reconstruction = output.images.float()
         difference = reconstruction - images
         loss = difference.abs().mean() if self.config.pixel == "l1" else difference.square().mean()
@@ -89,6 +90,7 @@ class AutoencoderStage(TrainingStage):
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config.autoencoder
+        self.trains_parts = self.config.training.decoder_steps > 0
         loss, shape, channels = self.config.loss, run.config.data.shape, run.config.data.channels
         perceptual = make_perceptual_loss(loss.perceptual, shape)  # first, because it may fail
         self.training_data, self.validation_data = open_run_datasets(run.config.data, run.folder)
@@ -129,6 +131,9 @@ class AutoencoderStage(TrainingStage):
     def before_update(self, step: int) -> None:
         first = 0 if self.pretrained is not None else self.config.training.first_quantized_step
         self._objective.quantized = step >= first
+        self._objective.decoder_only = step >= self.config.training.first_decoder_step
+        if self._objective.decoder_only:
+            self.network.quantizers.eval()  # the codebooks no longer change
         uninitialized = not all(getattr(each, "initialized", True) for each in self.network.quantizers)
         if step == first and uninitialized and processes().is_main_process:  # may take a minute with many codes
             tqdm.write("autoencoder: initializing the codebooks with k-means", sys.stderr)

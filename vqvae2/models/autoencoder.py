@@ -147,12 +147,27 @@ class Autoencoder(nn.Module):
             specs.append(MapSpec(codebook_size=quantizer.codebook_size, height=height, width=width))
         return tuple(specs)
 
-    def forward(self, images: Float[Tensor, "b c h w"], quantize: bool = True) -> AutoencoderOutput:
+    def forward(
+        self, images: Float[Tensor, "b c h w"], quantize: bool = True, decoder_only: bool = False
+    ) -> AutoencoderOutput:
         """Reconstruct images. `levels` of the output has the codes and the quantization loss of each level.
 
-        With `quantize=False`, features pass through all levels unquantized.
+        With `quantize=False`, features pass through all levels unquantized. With `decoder_only=True`, gradients reach
+        only the layers that decode codes to images.
         """
         self._check_images(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not decoder_only):
+            levels, context = self._quantize_levels(images, quantize)
+        if self.training and any(level.dropout for level in self.config.levels):
+            images = self.decode_features(self._drop_levels([level.quantized for level in levels]))
+        elif decoder_only:
+            images = self.decode_features(tuple(level.quantized for level in levels))
+        else:
+            images = self.decoder(context)
+        return AutoencoderOutput(images, tuple(levels))
+
+    def _quantize_levels(self, images: Tensor, quantize: bool) -> tuple[list[QuantizerOutput], Tensor | None]:
+        """Return the output of each level's quantizer, finest first, and the context of the final decoder."""
         features = []
         for encoder in self.encoders:
             images = encoder(images)
@@ -167,11 +182,7 @@ class Autoencoder(nn.Module):
             quantizer, latents = quantizers[index], self.pre_quant_convs[index](inputs)
             levels.insert(0, quantizer(latents) if quantize else quantizer.pass_through(latents))
             context = self._extend_context(index, levels[0].quantized, context)
-        if self.training and any(level.dropout for level in self.config.levels):
-            images = self.decode_features(self._drop_levels([level.quantized for level in levels]))
-        else:
-            images = self.decoder(context)
-        return AutoencoderOutput(images, tuple(levels))
+        return levels, context
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> CodeMaps:

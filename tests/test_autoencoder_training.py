@@ -1,4 +1,4 @@
-"""Test the autoencoder stage with all losses: logging, checkpoints, resuming, accumulation, and two processes."""
+"""Test the autoencoder stage with all losses and phases: logs, checkpoints, resuming, accumulation, two processes."""
 
 import json
 import os
@@ -14,16 +14,19 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sampling.run_config import RunConfig
+from sampling.run_config import AutoencoderStageConfig, RunConfig
 from tests.conftest import TINY
 from tests.inception_fixture import two_processes
 from train.loop import train
+from train.lr_schedule import learning_rate
 from train.run import Run
 from train.stages.autoencoder import AutoencoderStage
 from vqvae2.__main__ import main
 from vqvae2.command_line import parse
 from vqvae2.errors import Stopped
+from vqvae2.models import AutoencoderConfig
 from vqvae2.run_folder import RunFolder
+from vqvae2.training_config import AutoencoderTrainingConfig
 
 START = 2
 
@@ -66,11 +69,11 @@ def train_stage(config: Path, folder: Path, *settings: str, stop_at: int | None 
     return {name: tensor.clone() for name, tensor in load_file(newest / "state.safetensors").items()}
 
 
-def train_as_launched(config: Path, folder: Path) -> dict[str, Tensor]:
+def train_as_launched(config: Path, folder: Path, *settings: str) -> dict[str, Tensor]:
     """Train on a member of a process group, with Accelerate configured as by its launcher."""
     PartialState._reset_state()
     with mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}):
-        state = train_stage(config, folder)
+        state = train_stage(config, folder, *settings)
         assert PartialState().num_processes == 2
     PartialState._reset_state()
     return state
@@ -141,6 +144,60 @@ def test_two_processes_match_one(config: Path, uninterrupted: tuple[Path, dict[s
     found, expected = ({k: v for k, v in json.loads(line).items() if "usage" in k} for line in logged)
     assert len(found) == 2
     assert found == pytest.approx(expected), "usage counts the codes of both processes"
+
+
+DECODER_STEPS = ["--autoencoder.training.decoder-steps", "2"]
+
+
+def test_last_steps_train_only_the_decoder(config: Path, tmp_path: Path) -> None:
+    before = train_stage(config, tmp_path / "before", "--autoencoder.training.steps", "4")
+    state = train_stage(config, tmp_path / "run", *DECODER_STEPS)
+    network = {name for name in before if name.startswith("objective/network.")}
+    changed = {name.split(".")[1] for name in network if not torch.equal(before[name], state[name])}
+    assert changed == {"decoder", "upsamplers"}
+    last = json.loads((tmp_path / "run" / "autoencoder" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["step"] == 6
+    assert last["train/perceptual"] > 0
+
+
+def test_decoder_steps_resume_exactly_and_match_in_two_processes(config: Path, tmp_path: Path) -> None:
+    expected = train_stage(config, tmp_path / "run", *DECODER_STEPS)
+    with pytest.raises(Stopped):
+        train_stage(config, tmp_path / "stopped", *DECODER_STEPS, stop_at=5)
+    resumed = train_stage(config, tmp_path / "stopped", *DECODER_STEPS)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+    for state in two_processes(train_as_launched, config, tmp_path / "pair", *DECODER_STEPS):
+        assert_close(state, expected)
+
+
+def test_learning_rate_restarts_for_the_decoder_steps() -> None:
+    config = AutoencoderTrainingConfig(
+        steps=100, decoder_steps=40, learning_rate=1.0, warmup_steps=10, schedule="cosine"
+    )
+    rates = [learning_rate(config, step) for step in (0, 9, 10, 35, 59, 60, 70, 85, 99)]
+    assert rates == pytest.approx([0.1, 1, 1, 0.5, 0.001, 0.1, 1, 0.5, 0.003], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decoder_steps": 11}, r"decoder_steps \(11\) must be at most steps \(10\)"),
+        (
+            {"decoder_steps": 8, "warmup_steps": 3},
+            r"warmup_steps \(3\) must be less than decoder_steps \(8\), and than",
+        ),
+    ],
+)
+def test_impossible_decoder_steps_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AutoencoderTrainingConfig(steps=10, **settings)
+
+
+def test_all_steps_can_train_the_decoder_of_pretrained_weights_only() -> None:
+    training = AutoencoderTrainingConfig(steps=10, decoder_steps=10)
+    with pytest.raises(ValueError, match="decoder_steps: must be less than steps without"):
+        AutoencoderStageConfig(training=training)
+    assert AutoencoderStageConfig(pretrained="runs/other", model=AutoencoderConfig(), training=training)
 
 
 def test_bfloat16_trains_and_keeps_float32_weights(config: Path, tmp_path: Path) -> None:
