@@ -34,6 +34,16 @@ class PipelineIndex(Config):
     format: Literal[1] = 1
     levels: tuple[str, ...]
     class_names: tuple[str, ...] = ()
+    sampling: SamplingParams = SamplingParams()  # defaults of `vqvae2 sample`
+
+    @classmethod
+    def read(cls, folder: Path) -> "PipelineIndex":
+        """Return the contents of model_index.json in a folder.
+
+        Raises:
+            UserError: If it is missing or damaged.
+        """
+        return cls.from_json(RunFolder(folder).model_index, "Save the pipeline again.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class VQVAE2Pipeline:
         autoencoder: The autoencoder, in evaluation mode.
         priors: The prior of each level, finest first, in evaluation mode.
         class_names: Names of the labels; empty for an unconditional model.
-        batch_size: ImageDataset sampled at once, if memory allows.
+        batch_size: Images sampled at once, if memory allows.
     """
 
     autoencoder: Autoencoder
@@ -80,14 +90,17 @@ class VQVAE2Pipeline:
             _check_prior(folder, name, index, priors[-1], autoencoder)
         return cls(autoencoder, tuple(priors), _class_names(folder, autoencoder, priors), batch_size)
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write the networks to a folder that `from_pretrained` reads: safetensors files and model_index.json."""
+    def save_pretrained(self, folder: Path | str, sampling: SamplingParams = _DEFAULTS) -> None:
+        """Write the networks to a folder that `from_pretrained` reads: safetensors files and model_index.json.
+
+        `sampling` are the defaults of `vqvae2 sample FOLDER`.
+        """
         target = RunFolder(Path(folder))
         self.autoencoder.save(target.autoencoder_weights, **self.autoencoder.made_from)
         digest = files.digest(target.autoencoder_weights)
         for name, prior in zip(self.levels, self.priors, strict=True):
             save_prior(target.prior_weights(name), prior, prior.config, **(prior.made_from | {"autoencoder": digest}))
-        index = PipelineIndex(levels=self.levels, class_names=self.class_names)
+        index = PipelineIndex(levels=self.levels, class_names=self.class_names, sampling=sampling.params)
         files.write_json(target.model_index, index.to_dict())
 
     @property
@@ -221,8 +234,7 @@ def _class_names(folder: RunFolder, autoencoder: Autoencoder, priors: Sequence[P
         UserError: If the code store is not the one that the priors were trained on.
     """
     if folder.model_index.is_file():
-        index = PipelineIndex.from_json(folder.model_index, "Save the pipeline again.")
-        names, source = index.class_names, folder.model_index
+        names, source = PipelineIndex.read(folder.path).class_names, folder.model_index
     else:
         source = folder.code_store("train")
         header = CodeStore.open(source).header

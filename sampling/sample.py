@@ -24,31 +24,40 @@ from sampling.output_folder import (
     write_grids,
 )
 from sampling.params import SamplingConfig
-from sampling.pipeline import VQVAE2Pipeline
+from sampling.pipeline import PipelineIndex, VQVAE2Pipeline
 from sampling.processes import processes
 from sampling.run_config import parse_with_run_defaults
 from vqvae2 import files
-from vqvae2.command_line import Options
+from vqvae2.command_line import Options, parse
 from vqvae2.data.images import to_uint8
+from vqvae2.hub import pipeline_folder
 from vqvae2.pictures import save_png
 from vqvae2.run_folder import RunFolder
 
 
 class SampleOptions(Options, SamplingConfig):
-    """Sample new images from a trained run. Defaults come from the `sampling` section of the run's config."""
+    """Sample new images from a trained run, or from a saved pipeline, with its defaults for the settings."""
 
-    run: Positional[Path] = Field(description="run folder")
+    run: Positional[Path] = Field(description="run folder, folder that save_pretrained wrote, or hub id OWNER/NAME")
     keep_fraction: float | None = Field(
         default=None, gt=0, le=1, description="rejection sampling: sample more images and keep this fraction"
     )
     classifier: str | None = Field(
         default=None, description="classifier for rejection sampling: a torchvision name such as resnet50, or a file"
     )
-    out: Path | None = Field(default=None, description="output folder; RUN/samples if not given")
+    out: Path | None = Field(
+        default=None, description="output folder; RUN/samples if not given, or NAME-samples for another model"
+    )
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        return parse_with_run_defaults(cls, "sampling", arguments, prog)
+        options = parse_with_run_defaults(cls, "sampling", arguments, prog)
+        if RunFolder(options.run).config.is_file():
+            return options
+        if options.run.is_dir() and not RunFolder(options.run).model_index.is_file():
+            RunFolder.existing(options.run)
+        params = PipelineIndex.read(pipeline_folder(options.run)).sampling
+        return parse(cls, arguments, prog, default=cls(run=options.run, **dict(params)))
 
     @property
     def config(self) -> SamplingConfig:
@@ -82,16 +91,18 @@ def sample_images(
 
 
 def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Path:
-    """Sample the images of a run into a folder, and return the folder. Complete images are kept.
+    """Sample the images of a run, or of a saved pipeline, into a folder. Return the folder; complete images are kept.
 
-    The folder is `out`, or `samples` in the run, or `samples-2`, … if that holds images made with other settings. It
-    contains images/, grid.png, classes.png if there are labels, manifest.json, and summary.json with the time.
+    The folder is `out`, or `samples` in the run, or `samples-2`, … if that holds images made with other settings. For
+    another model than a run, it is NAME-samples in the working directory. It contains images/, grid.png, classes.png if
+    there are labels, manifest.json, and summary.json with the time.
     """
     process = processes()
     pipeline = VQVAE2Pipeline.from_pretrained(run, torch.device(process.device or "cpu"))
     pipeline.check_params(config.params)
     manifest = _manifest(pipeline, config)
-    folder = out or next_free_folder(RunFolder(run).samples, manifest)
+    is_run = RunFolder(run).config.is_file()
+    folder = out or next_free_folder(RunFolder(run).samples if is_run else Path(f"{run.name}-samples"), manifest)
     check_folder(folder, manifest)
     if process.is_main_process and not manifest_path(folder).is_file():
         manifest.write(folder)
@@ -141,7 +152,6 @@ def _manifest(pipeline: VQVAE2Pipeline, config: SamplingConfig) -> SampleManifes
 
 def main(options: SampleOptions) -> None:
     """Run the command `vqvae2 sample`."""
-    RunFolder.existing(options.run)
     config = options.config
     rejection = ClassifierRejection.from_options(options.run, options.keep_fraction, options.classifier)
     if rejection:

@@ -245,7 +245,7 @@ def test_sigterm_outside_training_prints_how_to_resume(finished_run: Path, tmp_p
 
 def test_errors_name_the_missing_stage(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    fails(capsys, ["sample", str(run)], "not a run folder")
+    fails(capsys, ["sample", str(run)], "no such file or folder. Give a run folder")
     common = [str(tiny_config), "--run", str(run)]
     fails(capsys, ["extract-codes", *common], "no such weights file")
     fails(capsys, ["train-prior", *common, "--level", "top"], "no code store")

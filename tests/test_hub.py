@@ -1,5 +1,6 @@
 """Test loading pretrained models from files, folders and hub ids."""
 
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -7,9 +8,14 @@ import pytest
 import torch
 
 from sampling import VQVAE2Pipeline
+from sampling.params import SamplingParams
+from tests.test_commands import fails
 from vqvae2 import Autoencoder, files
+from vqvae2.__main__ import main
+from vqvae2.data.images import to_uint8
 from vqvae2.errors import UserError
 from vqvae2.hub import pipeline_folder, weights_file
+from vqvae2.pictures import read_png
 
 
 def test_autoencoder_loads_from_file_folder_and_hub(finished_run: Path, tmp_path: Path) -> None:
@@ -39,6 +45,25 @@ def test_pipeline_round_trip(finished_run: Path, tmp_path: Path) -> None:
     with mock.patch("huggingface_hub.snapshot_download", return_value=str(tmp_path / "saved")) as download:
         assert len(VQVAE2Pipeline.from_pretrained("someone/faces").priors) == 2
     assert download.call_args.args == ("someone/faces",)
+
+
+def test_sample_command_takes_saved_pipelines_and_their_defaults(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline, saved = VQVAE2Pipeline.from_pretrained(finished_run), tmp_path / "someone" / "faces"
+    pipeline.save_pretrained(saved, SamplingParams(temperature={"top": 0.5}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(saved), "--count", "2"]) == 0
+    manifest = json.loads((tmp_path / "faces-samples" / "manifest.json").read_text())
+    assert manifest["sampling_params"]["temperature"] == {"top": 0.5}
+    expected = to_uint8(pipeline(num_images=2, temperature={"top": 0.5}))
+    assert torch.equal(read_png(tmp_path / "faces-samples" / "images" / "000001.png"), expected[1])
+    with mock.patch("huggingface_hub.snapshot_download", return_value=str(saved)):
+        assert main(["sample", "someone/other", "--count", "2"]) == 0  # a hub id
+    made = [tmp_path / f"{name}-samples" / "manifest.json" for name in ("faces", "other")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    (tmp_path / "empty").mkdir()
+    fails(capsys, ["sample", "empty"], "empty: not a run folder")
 
 
 def test_prior_of_another_level_raises(finished_run: Path, tmp_path: Path) -> None:
