@@ -90,16 +90,21 @@ class VQVAE2Pipeline:
             _check_prior(folder, name, index, priors[-1], autoencoder)
         return cls(autoencoder, tuple(priors), _class_names(folder, autoencoder, priors), batch_size)
 
-    def save_pretrained(self, folder: Path | str, sampling: SamplingParams = _DEFAULTS) -> None:
+    def save_pretrained(
+        self, folder: Path | str, sampling: SamplingParams = _DEFAULTS, dtype: torch.dtype | None = None
+    ) -> None:
         """Write the networks to a folder that `from_pretrained` reads: safetensors files and model_index.json.
 
-        `sampling` are the defaults of `vqvae2 sample FOLDER`.
+        Args:
+            sampling: Defaults of `vqvae2 sample FOLDER`.
+            dtype: Stored type of the weights, such as `torch.bfloat16` for half the size; their own if not given.
         """
         target = RunFolder(Path(folder))
-        self.autoencoder.save(target.autoencoder_weights, **self.autoencoder.made_from)
+        self.autoencoder.save(target.autoencoder_weights, dtype, **self.autoencoder.made_from)
         digest = files.digest(target.autoencoder_weights)
         for name, prior in zip(self.levels, self.priors, strict=True):
-            save_prior(target.prior_weights(name), prior, prior.config, **(prior.made_from | {"autoencoder": digest}))
+            made_from = prior.made_from | {"autoencoder": digest}
+            save_prior(target.prior_weights(name), prior, prior.config, dtype, **made_from)
         index = PipelineIndex(levels=self.levels, class_names=self.class_names, sampling=sampling.params)
         files.write_json(target.model_index, index.to_dict())
 

@@ -38,7 +38,9 @@ from vqvae2.run_folder import RunFolder
 class SampleOptions(Options, SamplingConfig):
     """Sample new images from a trained run, or from a saved pipeline, with its defaults for the settings."""
 
-    run: Positional[Path] = Field(description="run folder, folder that save_pretrained wrote, or hub id OWNER/NAME")
+    run: Positional[Path] = Field(
+        description="run folder, folder that save_pretrained wrote, packaged model, or hub id"
+    )
     keep_fraction: float | None = Field(
         default=None, gt=0, le=1, description="rejection sampling: sample more images and keep this fraction"
     )

@@ -84,3 +84,28 @@ def test_missing_model_errors_name_the_source(tmp_path: Path) -> None:
         pytest.raises(UserError, match=r"someone/faces: .*failed: no network$"),
     ):
         weights_file("someone/faces")
+
+
+def test_bfloat16_weights_take_half_the_size_and_load_as_float32(finished_run: Path, tmp_path: Path) -> None:
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
+    pipeline.save_pretrained(tmp_path / "full")
+    pipeline.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    loaded = VQVAE2Pipeline.from_pretrained(tmp_path / "half")
+    for ours, other in zip((pipeline.autoencoder, *pipeline.priors), (loaded.autoencoder, *loaded.priors), strict=True):
+        state = other.state_dict()
+        for name, tensor in ours.state_dict().items():
+            rounded = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
+            assert torch.equal(state[name], rounded), name
+    sizes = [(tmp_path / kind / "autoencoder" / "model.safetensors").stat().st_size for kind in ("full", "half")]
+    assert sizes[1] < 0.7 * sizes[0]  # the header is the same
+
+
+def test_packaged_models_are_found_by_name(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
+    pipeline.save_pretrained(tmp_path / "pretrained" / "tiny")
+    monkeypatch.setattr("vqvae2.hub._PACKAGED", tmp_path / "pretrained")
+    monkeypatch.chdir(tmp_path)
+    assert VQVAE2Pipeline.from_pretrained("tiny").autoencoder.digest == pipeline.autoencoder.digest
+    assert Autoencoder.from_pretrained("tiny").digest == pipeline.autoencoder.digest
+    with pytest.raises(UserError, match=r"absent: no such .* wrote, a packaged model \(tiny\), or a hub id OWNER/NAME"):
+        VQVAE2Pipeline.from_pretrained("absent")

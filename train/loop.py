@@ -62,7 +62,7 @@ class TrainingStage(ABC):
     monitor: str  # value of `validate` that selects the best weights, lower is better
     objective: nn.Module  # wraps the network: batch on the device → (loss, other terms by name)
     auxiliary: AuxiliaryNetwork | None = None
-    made_from: Mapping[str, str | None] = MappingProxyType({})  # digests of the artifacts that training reads
+    made_from: Mapping[str, Any] = MappingProxyType({})  # digests of the artifacts that training reads
     trains_parts = False  # whether some steps train only a part of the network
 
     @property

@@ -42,10 +42,15 @@ _READ_ERRORS = (
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write tensors (on any device) and JSON-serializable `metadata` to a safetensors file, atomically."""
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write tensors (on any device) and JSON-serializable `metadata` to a safetensors file, atomically.
+
+    Floating-point tensors are converted to `dtype`, if given.
+    """
     # Clone, because safetensors rejects tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    if dtype is not None:
+        tensors = {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
     text = json.dumps({_CHECKSUM_KEY: _checksum(metadata, tensors), _FORMAT_KEY: _FORMAT} | metadata)
     with files.atomic_write(path) as partial:
         try:
@@ -120,13 +125,15 @@ def _check_state_dict(module: nn.Module, tensors: dict[str, Tensor], source: Pat
 
 
 def build_module(build: Callable[[], Module], tensors: dict[str, Tensor], source: Path) -> Module:
-    """Return the module that `build` constructs, on the CPU, with `tensors` as its weights.
+    """Return the float32 module that `build` constructs, on the CPU, with `tensors` as its weights.
 
     The module is constructed on the meta device, so no time is spent on random initialization.
 
     Raises:
         UserError: If the tensors do not match the module.
     """
+    half = (torch.bfloat16, torch.float16)
+    tensors = {name: each.float() if each.dtype in half else each for name, each in tensors.items()}
     with torch.device("meta"):
         module = build()
     _check_state_dict(module, tensors, source)  # before anything is allocated

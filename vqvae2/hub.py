@@ -7,9 +7,11 @@ from pathlib import Path
 from vqvae2.errors import UserError
 from vqvae2.run_folder import WEIGHTS, RunFolder
 
+_PACKAGED = Path(__file__).with_name("pretrained")  # one folder per model
+
 
 def weights_file(source: str | Path) -> Path:
-    """Return the safetensors file of the autoencoder that `source` names: a file, its folder, a run, or a hub id.
+    """Return the weights of the autoencoder that `source` names: a file, its folder, a run, a packaged model, a hub id.
 
     Raises:
         UserError: If there is none, or the repository cannot be reached.
@@ -20,12 +22,14 @@ def weights_file(source: str | Path) -> Path:
             return candidate
     if path.is_dir():
         raise UserError(f"{source}: neither {WEIGHTS} nor autoencoder/{WEIGHTS} is in this folder.")
-    _check_hub_id(source, "a .safetensors file, its folder, a run folder, or a hub id OWNER/NAME")
+    if packaged := _packaged_model(source):
+        return RunFolder(packaged).autoencoder_weights
+    _check_hub_id(source, "a .safetensors file, its folder, a run folder")
     return _fetch(source, lambda: _download_weights(str(source)))
 
 
 def pipeline_folder(source: str | Path) -> Path:
-    """Return the folder with the networks of a pipeline: a run folder, another local folder, or a hub id.
+    """Return the folder with the networks of a pipeline: a run, another folder, a packaged model, or a hub id.
 
     Raises:
         UserError: If there is none, or the repository cannot be reached.
@@ -33,7 +37,9 @@ def pipeline_folder(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
-    _check_hub_id(source, "a run folder, a folder that save_pretrained wrote, or a hub id OWNER/NAME")
+    if packaged := _packaged_model(source):
+        return packaged
+    _check_hub_id(source, "a run folder, a folder that save_pretrained wrote")
     from huggingface_hub import snapshot_download  # imported here because it is slow
 
     patterns = ["model_index.json", "*/model.safetensors"]
@@ -62,9 +68,20 @@ def _download_weights(hub_id: str) -> str:
         return hf_hub_download(hub_id, f"autoencoder/{WEIGHTS}")
 
 
+def packaged_models() -> tuple[str, ...]:
+    """Return the names of the models that are part of the package."""
+    return tuple(sorted(path.name for path in _PACKAGED.iterdir())) if _PACKAGED.is_dir() else ()
+
+
+def _packaged_model(source: str | Path) -> Path | None:
+    return _PACKAGED / source if str(source) in packaged_models() else None
+
+
 def _check_hub_id(source: str | Path, expected: str) -> None:
     if Path(source).suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise UserError(f"{source}: no such file or folder. Give {expected}.")
+        names = ", ".join(packaged_models())
+        packaged = f", a packaged model ({names})" if names else ""
+        raise UserError(f"{source}: no such file or folder. Give {expected}{packaged}, or a hub id OWNER/NAME.")
 
 
 def _fetch(source: str | Path, download: Callable[[], str]) -> Path:

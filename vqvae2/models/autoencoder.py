@@ -236,12 +236,15 @@ class Autoencoder(nn.Module):
         for quantizer in self._quantizers():
             quantizer.update()
 
-    def save(self, path: Path, **made_from: Any) -> None:
-        """Write weights, config and provenance (`made_from`, JSON-serializable) to one safetensors file."""
+    def save(self, path: Path, dtype: torch.dtype | None = None, **made_from: Any) -> None:
+        """Write weights, config and provenance (`made_from`, JSON-serializable) to one safetensors file.
+
+        Weights are converted to `dtype`, if given. They are float32 again once they are loaded.
+        """
         stored = _StoredAutoencoder(
             config=self.config, size=self.size, image_channels=self.image_channels, made_from=made_from
         )
-        checkpoint.save(path, self.state_dict(), stored.to_dict())
+        checkpoint.save(path, self.state_dict(), stored.to_dict(), dtype)
 
     @classmethod
     def from_pretrained(cls, source: Path | str, device: torch.device | str = "cpu") -> "Autoencoder":

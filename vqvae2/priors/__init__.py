@@ -25,10 +25,15 @@ class _StoredPrior(Config):
     made_from: dict[str, Any] = Field(default_factory=dict)
 
 
-def save_prior(path: Path, prior: Prior, config: PriorConfig, **made_from: Any) -> None:
-    """Write weights, config, spec and provenance (`made_from`, JSON-serializable) to one safetensors file."""
+def save_prior(
+    path: Path, prior: Prior, config: PriorConfig, dtype: torch.dtype | None = None, **made_from: Any
+) -> None:
+    """Write weights, config, spec and provenance (`made_from`, JSON-serializable) to one safetensors file.
+
+    Weights are converted to `dtype`, if given. They are float32 again once they are loaded.
+    """
     stored = _StoredPrior(config=config, spec=prior.spec, made_from=made_from)
-    checkpoint.save(path, prior.state_dict(), stored.to_dict())
+    checkpoint.save(path, prior.state_dict(), stored.to_dict(), dtype)
 
 
 def load_prior(path: Path, device: torch.device | str = "cpu") -> Prior:
