@@ -1,9 +1,11 @@
 """Output folders of sampled images. A manifest records how the images were made, and protects them from overwriting."""
 
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 
@@ -138,6 +140,23 @@ def is_complete_png(path: Path, size: tuple[int, int] | None = None, channels: i
         height, width = size
         header += width.to_bytes(4, "big") + height.to_bytes(4, "big") + _PNG_MODES[channels]
     return data.startswith(header) and data.endswith(_PNG_END)
+
+
+def write_npz(folder: Path, count: int) -> Path:
+    """Write all images of a folder to samples.npz, unless it exists: `arr_0`, uint8 (N, H, W, C). Return its path."""
+    path = folder / "samples.npz"
+    if path.is_file():
+        return path
+    shape = (count, *read_png(image_path(folder, 0)).movedim(0, 2).shape)
+    with (
+        files.atomic_write(path) as partial,
+        zipfile.ZipFile(partial, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for number in range(count):
+            file.write(read_png(image_path(folder, number)).movedim(0, 2).contiguous().numpy())
+    return path
 
 
 def write_grids(folder: Path, count: int, labels: Sequence[int] | None, class_names: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Sampling parameters of one level and of all levels: temperature, top-k, top-p and guidance scale."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -152,6 +152,10 @@ class SamplingConfig(SamplingParams):
     classes: ClassLabels = Field(default=(), description="labels to cycle through; all classes if not given")
     batch_size: int = Field(
         default=16, ge=1, le=2**16, description="images sampled at once, per process, if memory allows"
+    )
+    format: Literal["png", "npz"] = Field(
+        default="png",
+        description="npz also writes samples.npz for other evaluators: all images as `arr_0`, uint8 (N, H, W, C)",
     )
     memory: float | None = Field(
         default=None, gt=0, description="memory in GiB that sampling may use; half of the free memory if not given"

@@ -22,6 +22,7 @@ from sampling.output_folder import (
     manifest_path,
     next_free_folder,
     write_grids,
+    write_npz,
 )
 from sampling.params import SamplingConfig
 from sampling.pipeline import PipelineIndex, VQVAE2Pipeline
@@ -97,7 +98,7 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
 
     The folder is `out`, or `samples` in the run, or `samples-2`, … if that holds images made with other settings. For
     another model than a run, it is NAME-samples in the working directory. It contains images/, grid.png, classes.png if
-    there are labels, manifest.json, and summary.json with the time.
+    there are labels, samples.npz if the format is npz, manifest.json, and summary.json with the time.
     """
     process = processes()
     pipeline = VQVAE2Pipeline.from_pretrained(run, torch.device(process.device or "cpu"))
@@ -124,6 +125,8 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
         grids = ["grid.png", *(["classes.png"] if manifest.labels else [])]
         if missing or not all(is_complete_png(folder / name) for name in grids):
             write_grids(folder, config.count, manifest.labels, pipeline.class_names)
+        if config.format == "npz":
+            write_npz(folder, config.count)
     process.wait_for_everyone()
     return folder
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sampling.evaluation.image_sets import open_image_set
 from sampling.output_folder import image_path, write_grids
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
@@ -67,6 +68,20 @@ def test_sample_reports_throughput_and_makes_grids_again(
     summary = json.loads((run / "samples-2" / "summary.json").read_text())
     assert summary["images"] == 3
     assert summary["images_per_second"] > 0
+
+
+def test_npz_holds_all_images_and_is_added_to_existing_samples(finished_run: Path, tmp_path: Path) -> None:
+    command = ["sample", str(finished_run), "--count", "5", "--out", str(tmp_path / "samples")]
+    assert main(command) == 0
+    assert not (tmp_path / "samples" / "samples.npz").exists()
+    assert main([*command, "--format", "npz"]) == 0
+    with np.load(tmp_path / "samples" / "samples.npz") as archive:
+        assert list(archive) == ["arr_0"]
+        found = archive["arr_0"]
+    expected = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "samples" / "images").iterdir())]
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.stack(expected))
+    assert len(open_image_set(tmp_path / "samples" / "samples.npz")) == 5
 
 
 def test_foreign_folder_is_refused_and_damaged_images_are_sampled_again(
