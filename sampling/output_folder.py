@@ -155,7 +155,7 @@ def write_npz(folder: Path, count: int) -> Path:
     ):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for number in range(count):
-            file.write(read_png(image_path(folder, number)).movedim(0, 2).contiguous().numpy())
+            file.write(read_png(image_path(folder, number)).movedim(0, 2).contiguous().numpy().tobytes())
     return path
 
 
