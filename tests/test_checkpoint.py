@@ -111,3 +111,9 @@ def test_metadata_of_another_shape_is_refused(tmp_path: Path, text: str) -> None
     save_file({"a": torch.zeros(1)}, path, {"vqvae2": text})
     with pytest.raises(UserError, match=r"model\.safetensors: .*(corrupted|not valid JSON|of format)"):
         checkpoint.load(path)
+
+
+def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    checkpoint.save(tmp_path / "weights.safetensors", {"x": torch.zeros(1)}, {})
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode

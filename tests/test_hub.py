@@ -12,10 +12,11 @@ from sampling.params import SamplingParams
 from tests.test_commands import fails
 from vqvae2 import Autoencoder, files
 from vqvae2.__main__ import main
-from vqvae2.data.images import to_uint8
+from vqvae2.data.images import to_float, to_uint8
+from vqvae2.data.scenes import CLASSES, render
 from vqvae2.errors import UserError
 from vqvae2.hub import pipeline_folder, weights_file
-from vqvae2.pictures import read_png
+from vqvae2.pictures import hwc_to_chw, read_png
 
 
 def test_autoencoder_loads_from_file_folder_and_hub(finished_run: Path, tmp_path: Path) -> None:
@@ -109,3 +110,13 @@ def test_packaged_models_are_found_by_name(finished_run: Path, tmp_path: Path, m
     assert Autoencoder.from_pretrained("tiny").digest == pipeline.autoencoder.digest
     with pytest.raises(UserError, match=r"absent: no such .* wrote, a packaged model \(tiny\), or a hub id OWNER/NAME"):
         VQVAE2Pipeline.from_pretrained("absent")
+
+
+def test_scenes64_is_part_of_the_package() -> None:
+    pipeline = VQVAE2Pipeline.from_pretrained("scenes64")
+    assert pipeline.class_names == CLASSES
+    scenes = to_float(torch.stack([hwc_to_chw(render(5000 + index, 64, 64)) for index in range(10)]))
+    error = (pipeline.autoencoder.reconstruct(scenes) - scenes).square().mean() / 4
+    assert -10 * error.log10() > 24
+    folder = pipeline_folder("scenes64")
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6e6

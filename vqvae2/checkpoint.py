@@ -53,10 +53,13 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], dtype
         tensors = {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
     text = json.dumps({_CHECKSUM_KEY: _checksum(metadata, tensors), _FORMAT_KEY: _FORMAT} | metadata)
     with files.atomic_write(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         try:
             safetensors.torch.save_file(tensors, partial, metadata={_METADATA_KEY: text})
         except SafetensorError as error:  # for example a full disk
             raise OSError(None, str(error), str(path)) from None
+        partial.chmod(mode)  # safetensors makes it readable by its owner only
 
 
 def load(path: Path, network: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
