@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from sampling.editing import sample_variants
 from sampling.masks import HALVES, keep_coarsest, keep_masked, read_mask
-from sampling.output_folder import Manifest, check_folder, check_new, next_free_folder, read_manifest
+from sampling.output_folder import Manifest, check_folder, check_new, default_folder, next_free_folder, read_manifest
 from sampling.params import ClassLabels, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
@@ -25,7 +25,6 @@ from vqvae2.config import Config
 from vqvae2.data.image_io import MAX_PIXELS
 from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.pictures import hwc_to_chw, save_grid, save_png
-from vqvae2.run_folder import RunFolder
 
 _MASKED_GRAY = 127  # of the pixels outside a mask in the grid
 
@@ -33,7 +32,9 @@ _MASKED_GRAY = 127  # of the pixels outside a mask in the grid
 class EditOptions(Options, SamplingParams):
     """Options of both commands."""
 
-    run: Positional[Path] = Field(description="run folder")
+    run: Positional[Path] = Field(
+        description="run folder, folder that save_pretrained wrote, packaged model, or hub id"
+    )
     images: Positional[tuple[Path, ...]] = Field(min_length=1, description="image files")
     variants: int = Field(default=4, ge=1, le=2**16, description="new images per image")
     seed: int = Field(
@@ -47,7 +48,10 @@ class EditOptions(Options, SamplingParams):
         le=2**31,
         description="images with more pixels are unreadable, because of their memory",
     )
-    out: Path | None = Field(default=None, description="output folder; a new one in the run folder if not given")
+    out: Path | None = Field(
+        default=None,
+        description="output folder; a new one in the run folder, or for another model in the working directory",
+    )
 
 
 class InpaintOptions(EditOptions):
@@ -90,10 +94,10 @@ class Edit:
     keep: str | int | dict[str, str]  # for the manifest
     options: EditOptions
 
-    def write(self, pipeline: VQVAE2Pipeline, run: RunFolder) -> Path:
+    def write(self, pipeline: VQVAE2Pipeline) -> Path:
         """Sample, and write grid.png, images/ and manifest.json to the output folder, which is complete or absent."""
         manifest, options = self._manifest(pipeline), self.options
-        folder = options.out or next_free_folder(run.edits(self.kind), manifest)
+        folder = options.out or next_free_folder(default_folder(options.run, self.kind), manifest)
         check_folder(folder, manifest)
         if read_manifest(folder, EditManifest) == manifest:
             return folder
@@ -163,7 +167,7 @@ def _load(options: EditOptions) -> tuple[VQVAE2Pipeline, UInt8[Tensor, "b c h w"
 
 
 def _write(pipeline: VQVAE2Pipeline, edit: Edit, columns: str) -> None:
-    folder = edit.write(pipeline, RunFolder(edit.options.run))
+    folder = edit.write(pipeline)
     kept = (
         f"{name} {int(partial.keep[0].sum()):,} of {partial.keep[0].numel():,}"
         for name, partial in zip(pipeline.levels, edit.partial, strict=True)

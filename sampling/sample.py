@@ -17,6 +17,7 @@ from sampling.evaluation.rejection import ClassifierRejection
 from sampling.output_folder import (
     SampleManifest,
     check_folder,
+    default_folder,
     image_path,
     is_complete_png,
     manifest_path,
@@ -104,8 +105,7 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     pipeline = VQVAE2Pipeline.from_pretrained(run, torch.device(process.device or "cpu"))
     pipeline.check_params(config.params)
     manifest = _manifest(pipeline, config)
-    is_run = RunFolder(run).config.is_file()
-    folder = out or next_free_folder(RunFolder(run).samples if is_run else Path(f"{run.name}-samples"), manifest)
+    folder = out or next_free_folder(default_folder(run, "samples"), manifest)
     check_folder(folder, manifest)
     if process.is_main_process and not manifest_path(folder).is_file():
         manifest.write(folder)

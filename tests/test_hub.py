@@ -63,6 +63,9 @@ def test_sample_command_takes_saved_pipelines_and_their_defaults(
         assert main(["sample", "someone/other", "--count", "2"]) == 0  # a hub id
     made = [tmp_path / f"{name}-samples" / "manifest.json" for name in ("faces", "other")]
     assert made[0].read_bytes() == made[1].read_bytes()
+    picture = str(tmp_path / "faces-samples" / "images" / "000000.png")
+    assert main(["variations", "someone/faces", picture, "--variants", "1", "--classes", "0"]) == 0
+    assert (tmp_path / "faces-variations" / "grid.png").is_file()
     (tmp_path / "empty").mkdir()
     fails(capsys, ["sample", "empty"], "empty: not a run folder")
 

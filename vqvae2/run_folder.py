@@ -128,9 +128,6 @@ class RunFolder:
     def samples(self) -> Path:
         return self.path / "samples"
 
-    def edits(self, kind: str) -> Path:
-        return self.path / kind
-
     @property
     def reconstructions(self) -> Path:
         return self.path / "reconstructions.png"
