@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from sampling.editing import sample_variants
 from sampling.masks import HALVES, keep_coarsest, keep_masked, read_mask
-from sampling.output_folder import Manifest, check_folder, check_new, default_folder, next_free_folder, read_manifest
+from sampling.output_folder import Manifest, check_folder, check_new, default_output, next_free_folder, read_manifest
 from sampling.params import ClassLabels, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
@@ -97,7 +97,7 @@ class Edit:
     def write(self, pipeline: VQVAE2Pipeline) -> Path:
         """Sample, and write grid.png, images/ and manifest.json to the output folder, which is complete or absent."""
         manifest, options = self._manifest(pipeline), self.options
-        folder = options.out or next_free_folder(default_folder(options.run, self.kind), manifest)
+        folder = options.out or next_free_folder(default_output(options.run, self.kind), manifest)
         check_folder(folder, manifest)
         if read_manifest(folder, EditManifest) == manifest:
             return folder

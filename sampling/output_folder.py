@@ -107,7 +107,7 @@ def next_free_folder(first: Path, manifest: Manifest) -> Path:
     return next_free(first, lambda folder: read_manifest(folder, type(manifest)) in (None, manifest))
 
 
-def default_folder(model: Path, kind: str) -> Path:
+def default_output(model: Path, kind: str) -> Path:
     """Return where a command writes by default: RUN/KIND for a run, NAME-KIND in the working directory otherwise."""
     return model / kind if RunFolder(model).config.is_file() else Path(f"{model.name}-{kind}")
 

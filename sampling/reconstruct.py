@@ -8,18 +8,21 @@ from pydantic import Field
 from torch import Tensor
 from tyro.conf import Positional
 
+from sampling.output_folder import default_output
 from vqvae2.command_line import Options
 from vqvae2.data.image_io import MAX_PIXELS
 from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.models import Autoencoder
 from vqvae2.pictures import hwc_to_chw, save_grid
-from vqvae2.run_folder import RunFolder, level_names
+from vqvae2.run_folder import level_names
 
 
 class ReconstructOptions(Options):
     """Encode and decode images, and write the originals beside their reconstructions."""
 
-    run: Positional[Path] = Field(description="run folder")
+    run: Positional[Path] = Field(
+        description="run folder, folder that save_pretrained wrote, packaged model, or hub id"
+    )
     images: Positional[tuple[Path, ...]] = Field(min_length=1, description="image files")
     levels: bool = Field(
         default=False, description="also show reconstructions without the finer levels: top, then top and middle, …"
@@ -30,7 +33,9 @@ class ReconstructOptions(Options):
         le=2**31,
         description="images with more pixels are unreadable, because of their memory",
     )
-    out: Path | None = Field(default=None, description="PNG to write; RUN/reconstructions.png if not given")
+    out: Path | None = Field(
+        default=None, description="PNG to write; reconstructions.png in the run folder if not given"
+    )
 
 
 def reconstruct(
@@ -55,10 +60,9 @@ def _progressive_levels(autoencoder: Autoencoder) -> list[tuple[str, ...]]:
 
 def main(options: ReconstructOptions) -> None:
     """Run the command `vqvae2 reconstruct`."""
-    folder = RunFolder.existing(options.run)
-    autoencoder = Autoencoder.load(folder.autoencoder_weights)
+    autoencoder = Autoencoder.from_pretrained(options.run)
     rows = reconstruct(autoencoder, options.images, options.levels, options.max_pixels)
-    out = options.out or folder.reconstructions
+    out = options.out or default_output(options.run, "reconstructions.png")
     save_grid(out, rows.flatten(0, 1), columns=rows.shape[1])
     columns = ["original", "reconstruction"]
     if options.levels:

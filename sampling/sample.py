@@ -17,7 +17,7 @@ from sampling.evaluation.rejection import ClassifierRejection
 from sampling.output_folder import (
     SampleManifest,
     check_folder,
-    default_folder,
+    default_output,
     image_path,
     is_complete_png,
     manifest_path,
@@ -105,7 +105,7 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     pipeline = VQVAE2Pipeline.from_pretrained(run, torch.device(process.device or "cpu"))
     pipeline.check_params(config.params)
     manifest = _manifest(pipeline, config)
-    folder = out or next_free_folder(default_folder(run, "samples"), manifest)
+    folder = out or next_free_folder(default_output(run, "samples"), manifest)
     check_folder(folder, manifest)
     if process.is_main_process and not manifest_path(folder).is_file():
         manifest.write(folder)

@@ -66,6 +66,8 @@ def test_sample_command_takes_saved_pipelines_and_their_defaults(
     picture = str(tmp_path / "faces-samples" / "images" / "000000.png")
     assert main(["variations", "someone/faces", picture, "--variants", "1", "--classes", "0"]) == 0
     assert (tmp_path / "faces-variations" / "grid.png").is_file()
+    assert main(["reconstruct", "scenes64", picture]) == 0
+    assert (tmp_path / "scenes64-reconstructions.png").is_file()
     (tmp_path / "empty").mkdir()
     fails(capsys, ["sample", "empty"], "empty: not a run folder")
 

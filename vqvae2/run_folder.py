@@ -129,10 +129,6 @@ class RunFolder:
         return self.path / "samples"
 
     @property
-    def reconstructions(self) -> Path:
-        return self.path / "reconstructions.png"
-
-    @property
     def diagnosis(self) -> Path:
         return self.path / "diagnosis"
 
