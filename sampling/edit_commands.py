@@ -24,6 +24,7 @@ from vqvae2.command_line import Options
 from vqvae2.config import Config
 from vqvae2.data.image_io import MAX_PIXELS
 from vqvae2.data.images import read_image, to_float, to_uint8
+from vqvae2.hub import SOURCE_HELP
 from vqvae2.pictures import hwc_to_chw, save_grid, save_png
 
 _MASKED_GRAY = 127  # of the pixels outside a mask in the grid
@@ -32,9 +33,7 @@ _MASKED_GRAY = 127  # of the pixels outside a mask in the grid
 class EditOptions(Options, SamplingParams):
     """Options of both commands."""
 
-    run: Positional[Path] = Field(
-        description="run folder, folder that save_pretrained wrote, packaged model, or hub id"
-    )
+    run: Positional[Path] = Field(description=SOURCE_HELP)
     images: Positional[tuple[Path, ...]] = Field(min_length=1, description="image files")
     variants: int = Field(default=4, ge=1, le=2**16, description="new images per image")
     seed: int = Field(

@@ -12,6 +12,7 @@ from sampling.output_folder import default_output
 from vqvae2.command_line import Options
 from vqvae2.data.image_io import MAX_PIXELS
 from vqvae2.data.images import read_image, to_float, to_uint8
+from vqvae2.hub import SOURCE_HELP
 from vqvae2.models import Autoencoder
 from vqvae2.pictures import hwc_to_chw, save_grid
 from vqvae2.run_folder import level_names
@@ -20,9 +21,7 @@ from vqvae2.run_folder import level_names
 class ReconstructOptions(Options):
     """Encode and decode images, and write the originals beside their reconstructions."""
 
-    run: Positional[Path] = Field(
-        description="run folder, folder that save_pretrained wrote, packaged model, or hub id"
-    )
+    run: Positional[Path] = Field(description=SOURCE_HELP)
     images: Positional[tuple[Path, ...]] = Field(min_length=1, description="image files")
     levels: bool = Field(
         default=False, description="also show reconstructions without the finer levels: top, then top and middle, …"

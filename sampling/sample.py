@@ -32,7 +32,7 @@ from sampling.run_config import parse_with_run_defaults
 from vqvae2 import files
 from vqvae2.command_line import Options, parse
 from vqvae2.data.images import to_uint8
-from vqvae2.hub import pipeline_folder
+from vqvae2.hub import SOURCE_HELP, pipeline_folder
 from vqvae2.pictures import save_png
 from vqvae2.run_folder import RunFolder
 
@@ -40,9 +40,7 @@ from vqvae2.run_folder import RunFolder
 class SampleOptions(Options, SamplingConfig):
     """Sample new images from a trained run, or from a saved pipeline, with its defaults for the settings."""
 
-    run: Positional[Path] = Field(
-        description="run folder, folder that save_pretrained wrote, packaged model, or hub id"
-    )
+    run: Positional[Path] = Field(description=SOURCE_HELP)
     keep_fraction: float | None = Field(
         default=None, gt=0, le=1, description="rejection sampling: sample more images and keep this fraction"
     )

@@ -63,7 +63,7 @@ class TrainingStage(ABC):
     objective: nn.Module  # wraps the network: batch on the device → (loss, other terms by name)
     auxiliary: AuxiliaryNetwork | None = None
     made_from: Mapping[str, Any] = MappingProxyType({})  # digests of the artifacts that training reads
-    trains_parts = False  # whether some steps train only a part of the network
+    find_unused_parameters = False  # of DDP: whether some steps train only a part of the network
 
     @property
     @abstractmethod
@@ -125,7 +125,9 @@ def train(stage: TrainingStage, config: TrainingConfig, path: Path, num_workers:
         The summary: steps, seconds and the last validation.
     """
     folder = StageFolder(path)
-    accelerator = make_accelerator(config.mixed_precision, path, config.gradient_accumulation_steps, stage.trains_parts)
+    accelerator = make_accelerator(
+        config.mixed_precision, path, config.gradient_accumulation_steps, stage.find_unused_parameters
+    )
     units = _make_units(stage, config, accelerator)
     ema = ExponentialMovingAverage(stage.network, config.ema_decay)
     early_stopping = EarlyStopping(config.early_stopping_patience)

@@ -7,6 +7,7 @@ from pathlib import Path
 from vqvae2.errors import UserError
 from vqvae2.run_folder import WEIGHTS, RunFolder
 
+SOURCE_HELP = "run folder, folder that save_pretrained wrote, packaged model, or hub id"
 _PACKAGED = Path(__file__).with_name("pretrained")  # one folder per model
 
 

@@ -37,7 +37,7 @@ def format_cas(result: dict[str, Any]) -> list[str]:
                 lines.append(
                     _line(
                         "recognized",
-                        f"{score['recognized']:.1%} of the samples, by the second classifier",
+                        f"{score['recognized']:.1%} of the samples, by the classifier of real images",
                     )
                 )
     return lines

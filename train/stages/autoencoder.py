@@ -90,7 +90,7 @@ class AutoencoderStage(TrainingStage):
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config.autoencoder
-        self.trains_parts = self.config.training.decoder_steps > 0
+        self.find_unused_parameters = self.config.training.decoder_steps > 0
         loss, shape, channels = self.config.loss, run.config.data.shape, run.config.data.channels
         perceptual = make_perceptual_loss(loss.perceptual, shape)  # first, because it may fail
         self.training_data, self.validation_data = open_run_datasets(run.config.data, run.folder)
