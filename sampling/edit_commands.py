@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from sampling.editing import sample_variants
+from sampling.labels import class_numbers
 from sampling.masks import HALVES, keep_coarsest, keep_masked, read_mask
 from sampling.output_folder import Manifest, check_folder, check_new, default_output, next_free_folder, read_manifest
 from sampling.params import ClassLabels, SamplingParams
@@ -25,7 +26,7 @@ from vqvae2.config import Config
 from vqvae2.data.image_io import MAX_PIXELS
 from vqvae2.data.images import read_image, to_float, to_uint8
 from vqvae2.hub import SOURCE_HELP
-from vqvae2.pictures import hwc_to_chw, save_grid, save_png
+from vqvae2.pictures import hwc_to_chw, save_grid, save_image
 
 _MASKED_GRAY = 127  # of the pixels outside a mask in the grid
 
@@ -39,7 +40,9 @@ class EditOptions(Options, SamplingParams):
     seed: int = Field(
         default=0, ge=0, le=2**63 - 1, description="variant v of image k depends on the seed, k and v only"
     )
-    classes: ClassLabels = Field(default=(), description="labels of the images, to cycle through")
+    classes: ClassLabels = Field(
+        default=(), description="names or numbers of the classes of the images, to cycle through"
+    )
     batch_size: int = Field(default=16, ge=1, le=2**16, description="images sampled at once")
     max_pixels: int = Field(
         default=MAX_PIXELS,
@@ -112,7 +115,7 @@ class Edit:
         with files.atomic_write(folder) as partial:
             for image, row in enumerate(sampled):
                 for variant, picture in enumerate(row):
-                    save_png(partial / "images" / f"{image:06d}-{variant:02d}.png", picture)
+                    save_image(partial / "images" / f"{image:06d}-{variant:02d}.png", picture)
             save_grid(partial / "grid.png", rows.flatten(0, 1), columns=rows.shape[1])
             manifest.write(partial)
         return folder
@@ -125,7 +128,7 @@ class Edit:
             keep=self.keep,
             variants=options.variants,
             seed=options.seed,
-            labels=options.classes,
+            labels=class_numbers(options.classes, pipeline.class_names),
             sampling_params=options.params.recorded(pipeline.levels),
             autoencoder=str(pipeline.autoencoder.digest),
             priors=tuple(str(prior.digest) for prior in pipeline.priors),

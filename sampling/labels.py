@@ -1,5 +1,6 @@
-"""Class labels of sampled images: validated, and repeated in turn."""
+"""Class labels of sampled images: given as numbers or names, validated, and repeated in turn."""
 
+import difflib
 from collections.abc import Sequence
 
 import torch
@@ -9,17 +10,49 @@ from torch import Tensor
 from vqvae2.errors import UserError
 
 
-def require_labels(labels: Sequence[int] | None, class_names: Sequence[str]) -> None:
+def require_labels(labels: Sequence[int | str] | None, class_names: Sequence[str]) -> None:
     """Raise UserError if the model is class-conditional and no labels are given."""
     if class_names and not labels:
         raise UserError(
-            f"classes: this model is class-conditional. Give the labels of the images, 0 to {len(class_names) - 1}, "
-            "with --classes."
+            f"classes: this model is class-conditional. Give the classes of the images with --classes: names, or "
+            f"numbers from 0 to {len(class_names) - 1}."
         )
 
 
+def class_numbers(labels: Sequence[int | str], class_names: Sequence[str]) -> tuple[int, ...]:
+    """Return the numbers of classes that are given by number or by name, in any case.
+
+    Raises:
+        UserError: If a class does not exist, several have the name, or the model is unconditional.
+
+    >>> class_numbers([0, "dog"], ["Cat", "Dog"])
+    (0, 1)
+    """
+    if labels and not class_names:
+        raise UserError("classes: this model has no class labels (it was trained with `data.labels: none`)")
+    return tuple(_class_number(label, class_names) for label in labels)
+
+
+def _class_number(label: int | str, class_names: Sequence[str]) -> int:
+    if isinstance(label, int):
+        if not 0 <= label < len(class_names):
+            raise UserError(f"classes: there is no class {label}. The classes are 0 to {len(class_names) - 1}.")
+        return label
+    exact = [number for number, name in enumerate(class_names) if name == label]
+    found = exact or [number for number, name in enumerate(class_names) if name.casefold() == label.casefold()]
+    if len(found) > 1:
+        numbers = ", ".join(map(str, found))
+        raise UserError(f"classes: {label!r} is the name of the classes {numbers}. Give the number.")
+    if not found:
+        close = difflib.get_close_matches(label, class_names, 1, cutoff=0.5)
+        some = ", ".join(map(repr, class_names[:5])) + (", …" if len(class_names) > 5 else "")
+        hint = f"Did you mean {close[0]!r}?" if close else f"The classes are {some} (0 to {len(class_names) - 1})."
+        raise UserError(f"classes: there is no class {label!r}. {hint}")
+    return found[0]
+
+
 def labels_of(
-    images: Sequence[int], labels: Sequence[int] | None, class_names: Sequence[str], device: torch.device
+    images: Sequence[int], labels: Sequence[int | str] | None, class_names: Sequence[str], device: torch.device
 ) -> Int[Tensor, " b"] | None:
     """Return the label of each image number, cycling through `labels`, or through all classes if none are given.
 
@@ -31,12 +64,7 @@ def labels_of(
     >>> labels_of(range(5), [7, 2], [str(name) for name in range(10)], torch.device("cpu"))
     tensor([7, 2, 7, 2, 7])
     """
+    cycle = class_numbers(labels or (), class_names) or tuple(range(len(class_names)))
     if not class_names:
-        if labels:
-            raise UserError("classes: this model has no class labels (it was trained with `data.labels: none`)")
         return None
-    cycle = list(labels or range(len(class_names)))
-    for label in cycle:
-        if not 0 <= label < len(class_names):
-            raise UserError(f"classes: there is no class {label}. The classes are 0 to {len(class_names) - 1}.")
     return torch.tensor([cycle[image % len(cycle)] for image in images], device=device)

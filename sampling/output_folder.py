@@ -1,5 +1,6 @@
 """Output folders of sampled images. A manifest records how the images were made, and protects them from overwriting."""
 
+import io
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field, model_validator
 
 from sampling.params import SamplingParams
@@ -14,9 +16,10 @@ from vqvae2 import files
 from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
 from vqvae2.errors import UserError
-from vqvae2.pictures import read_png, save_grid, save_rows
+from vqvae2.pictures import IMAGE_ERRORS, load_image, save_grid, save_rows
 from vqvae2.run_folder import RunFolder, level_names
 
+ImageFormat = Literal["png", "webp"]  # both lossless
 _GRID_IMAGES = 64
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _PNG_MODES = {1: b"\x08\x00", 3: b"\x08\x02", 4: b"\x08\x06"}  # bit depth and color type, by number of channels
@@ -46,7 +49,7 @@ class SampleManifest(Manifest):
     labels: tuple[Annotated[int, Field(ge=0)], ...] | None  # of each image; None without classes
     class_names: tuple[str, ...]
     image_size: tuple[PositiveInt, PositiveInt]  # (height, width)
-    format: Literal["png"] = "png"
+    format: ImageFormat = "png"
     rejection: dict[str, str | float] | None = None  # settings of the classifier-based rejection
 
     @model_validator(mode="after")
@@ -128,23 +131,35 @@ def check_new(folder: Path) -> None:
         raise UserError(f"{folder}: exists and is not empty. Choose another folder with --out.")
 
 
-def image_path(folder: Path, number: int) -> Path:
+def image_path(folder: Path, number: int, image_format: ImageFormat = "png") -> Path:
     """Return the path of image `number`."""
-    return folder / "images" / f"{number:06d}.png"
+    return folder / "images" / f"{number:06d}.{image_format}"
 
 
-def is_complete_png(path: Path, size: tuple[int, int] | None = None, channels: int = 3) -> bool:
-    """Return whether a PNG is written completely, without decoding it.
+def is_complete_image(path: Path, size: tuple[int, int] | None = None, channels: int = 3) -> bool:
+    """Return whether a PNG or WebP is written completely, without decoding it.
 
-    If a (height, width) is given, its size and number of channels must be right too.
+    If a (height, width) is given, its size and, for a PNG, its number of channels must be right too.
     """
     if not path.is_file():
         return False
     data, header = path.read_bytes(), _PNG_START
+    if path.suffix == ".webp":
+        return _is_complete_webp(data, size)
     if size:
         height, width = size
         header += width.to_bytes(4, "big") + height.to_bytes(4, "big") + _PNG_MODES[channels]
     return data.startswith(header) and data.endswith(_PNG_END)
+
+
+def _is_complete_webp(data: bytes, size: tuple[int, int] | None) -> bool:
+    if data[:4] != b"RIFF" or int.from_bytes(data[4:8], "little") + 8 != len(data):
+        return False
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return size is None or image.size == size[::-1]
+    except IMAGE_ERRORS:
+        return False
 
 
 def write_npz(folder: Path, count: int) -> Path:
@@ -152,7 +167,7 @@ def write_npz(folder: Path, count: int) -> Path:
     path = folder / "samples.npz"
     if path.is_file():
         return path
-    shape = (count, *read_png(image_path(folder, 0)).movedim(0, 2).shape)
+    shape = (count, *load_image(image_path(folder, 0)).movedim(0, 2).shape)
     with (
         files.atomic_write(path) as partial,
         zipfile.ZipFile(partial, "w") as archive,
@@ -160,14 +175,20 @@ def write_npz(folder: Path, count: int) -> Path:
     ):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for number in range(count):
-            file.write(read_png(image_path(folder, number)).movedim(0, 2).contiguous().numpy().tobytes())
+            file.write(load_image(image_path(folder, number)).movedim(0, 2).contiguous().numpy().tobytes())
     return path
 
 
-def write_grids(folder: Path, count: int, labels: Sequence[int] | None, class_names: Sequence[str]) -> None:
+def write_grids(
+    folder: Path,
+    count: int,
+    labels: Sequence[int] | None,
+    class_names: Sequence[str],
+    image_format: ImageFormat = "png",
+) -> None:
     """Write grid.png of the first images in a folder and, if they have labels, classes.png with one row per class."""
     shown = min(count, _GRID_IMAGES)
-    pictures = [read_png(image_path(folder, number)) for number in range(shown)]
+    pictures = [load_image(image_path(folder, number, image_format)) for number in range(shown)]
     save_grid(folder / "grid.png", torch.stack(pictures), columns=max(1, round(shown**0.5)))
     if labels is None:
         return
@@ -176,5 +197,5 @@ def write_grids(folder: Path, count: int, labels: Sequence[int] | None, class_na
         numbers = [number for number, found in enumerate(labels) if found == label][:_CLASS_ROW_IMAGES]
         unique = class_names.count(class_names[label]) == 1
         name = class_names[label] if unique else f"{class_names[label]} ({label})"
-        rows[name] = torch.stack([read_png(image_path(folder, number)) for number in numbers])
+        rows[name] = torch.stack([load_image(image_path(folder, number, image_format)) for number in numbers])
     save_rows(folder / "classes.png", rows)

@@ -1,5 +1,6 @@
 """Sampling parameters of one level and of all levels: temperature, top-k, top-p and guidance scale."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -60,23 +61,21 @@ FloatPerLevel = Annotated[float | dict[str, float], *_PER_LEVEL]
 IntPerLevel = Annotated[int | dict[str, int], *_PER_LEVEL]
 
 
-def _parse_integers(value: Any) -> Any:
-    """Parse `207,250`; return anything but a string unchanged."""
+def _parse_classes(value: Any) -> Any:
+    """Parse `207,goldfish`; return anything but a string unchanged. Integers are class numbers."""
     if not isinstance(value, str):
         return value
-    try:
-        return tuple(int(part) for part in value.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(f"expected integers separated by commas such as 207,250, not {value!r}") from None
+    parts = [part.strip() for part in value.split(",")]
+    return tuple(int(part) if re.fullmatch("-?[0-9]+", part) else part for part in parts if part)
 
 
 ClassLabels = Annotated[
-    tuple[int, ...],
-    BeforeValidator(_parse_integers),
+    tuple[int | str, ...],
+    BeforeValidator(_parse_classes),
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT,...",
-        instance_from_str=lambda arguments: _parse_integers(arguments[0]),
+        metavar="CLASS,...",
+        instance_from_str=lambda arguments: _parse_classes(arguments[0]),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [",".join(map(str, value))],
     ),
@@ -149,13 +148,16 @@ class SamplingConfig(SamplingParams):
 
     count: int = Field(default=64, ge=1, le=10**7, description="number of images")
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="image k depends on the seed and k only")
-    classes: ClassLabels = Field(default=(), description="labels to cycle through; all classes if not given")
+    classes: ClassLabels = Field(
+        default=(), description="names or numbers of the classes to cycle through; all classes if not given"
+    )
     batch_size: int = Field(
         default=16, ge=1, le=2**16, description="images sampled at once, per process, if memory allows"
     )
-    format: Literal["png", "npz"] = Field(
+    format: Literal["png", "webp", "npz"] = Field(
         default="png",
-        description="npz also writes samples.npz for other evaluators: all images as `arr_0`, uint8 (N, H, W, C)",
+        description="file format of the images, both lossless; npz writes PNGs and, for other evaluators, samples.npz: "
+        "all images as `arr_0`, uint8 (N, H, W, C)",
     )
     memory: float | None = Field(
         default=None, gt=0, description="memory in GiB that sampling may use; half of the free memory if not given"

@@ -127,7 +127,7 @@ class VQVAE2Pipeline:
         self,
         num_images: int = 1,
         seed: int = 0,
-        class_labels: Sequence[int] | None = None,
+        class_labels: Sequence[int | str] | None = None,
         temperature: float | Mapping[str, float] = 1.0,
         top_k: int | Mapping[str, int] = 0,
         top_p: float | Mapping[str, float] = 1.0,
@@ -136,7 +136,7 @@ class VQVAE2Pipeline:
         """Sample images in [-1, 1]. Image k depends on the seed and k only.
 
         Args:
-            class_labels: Labels to cycle through; all classes if not given.
+            class_labels: Names or numbers of the classes to cycle through; all classes if not given.
             temperature, top_k, top_p, guidance_scale: One value, or values per level: `{"top": 1.0, "bottom": 0.9}`.
 
         Raises:
@@ -214,7 +214,7 @@ class VQVAE2Pipeline:
                     "has no unconditional distribution. Train it with label_dropout, or use guidance_scale 1."
                 )
 
-    def labels_of(self, images: Sequence[int], class_labels: Sequence[int] | None) -> Int[Tensor, " b"] | None:
+    def labels_of(self, images: Sequence[int], class_labels: Sequence[int | str] | None) -> Int[Tensor, " b"] | None:
         """Return the label of each image number; see `sampling.labels.labels_of`."""
         return labels_of(images, class_labels, self.class_names, self.device)
 

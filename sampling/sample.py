@@ -1,4 +1,4 @@
-"""The command `vqvae2 sample`: sample images coarse to fine into a folder of PNGs with a grid and a manifest."""
+"""The command `vqvae2 sample`: sample images coarse to fine into a folder with a grid and a manifest."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ from sampling.output_folder import (
     check_folder,
     default_output,
     image_path,
-    is_complete_png,
+    is_complete_image,
     manifest_path,
     next_free_folder,
     write_grids,
@@ -33,7 +33,7 @@ from vqvae2 import files
 from vqvae2.command_line import Options, parse
 from vqvae2.data.images import to_uint8
 from vqvae2.hub import SOURCE_HELP, pipeline_folder
-from vqvae2.pictures import save_png
+from vqvae2.pictures import save_image
 from vqvae2.run_folder import RunFolder
 
 
@@ -108,21 +108,20 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     if process.is_main_process and not manifest_path(folder).is_file():
         manifest.write(folder)
     size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
-    missing = [
-        number for number in range(config.count) if not is_complete_png(image_path(folder, number), size, channels)
-    ]
+    paths = [image_path(folder, number, manifest.format) for number in range(config.count)]
+    missing = [number for number, path in enumerate(paths) if not is_complete_image(path, size, channels)]
     process.wait_for_everyone()  # so that every process finds the same images missing
     started = time.monotonic()
     share = missing[process.process_index :: process.num_processes]
     for sample in sample_images(pipeline, config, share, process.is_main_process):
-        save_png(image_path(folder, sample.number), sample.image)
+        save_image(paths[sample.number], sample.image)
     process.wait_for_everyone()
     if process.is_main_process:
         if missing:
             _write_summary(folder / "summary.json", len(missing), time.monotonic() - started)
         grids = ["grid.png", *(["classes.png"] if manifest.labels else [])]
-        if missing or not all(is_complete_png(folder / name) for name in grids):
-            write_grids(folder, config.count, manifest.labels, pipeline.class_names)
+        if missing or not all(is_complete_image(folder / name) for name in grids):
+            write_grids(folder, config.count, manifest.labels, pipeline.class_names, manifest.format)
         if config.format == "npz":
             write_npz(folder, config.count)
     process.wait_for_everyone()
@@ -148,7 +147,7 @@ def _manifest(pipeline: VQVAE2Pipeline, config: SamplingConfig) -> SampleManifes
         autoencoder=str(pipeline.autoencoder.digest),
         priors=tuple(str(prior.digest) for prior in pipeline.priors),
         image_size=pipeline.autoencoder.size,
-        format="png",
+        format="webp" if config.format == "webp" else "png",
         torch=torch.__version__,
     )
 

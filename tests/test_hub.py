@@ -16,7 +16,7 @@ from vqvae2.data.images import to_float, to_uint8
 from vqvae2.data.scenes import CLASSES, render
 from vqvae2.errors import UserError
 from vqvae2.hub import pipeline_folder, weights_file
-from vqvae2.pictures import hwc_to_chw, read_png
+from vqvae2.pictures import hwc_to_chw, load_image
 
 
 def test_autoencoder_loads_from_file_folder_and_hub(finished_run: Path, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_sample_command_takes_saved_pipelines_and_their_defaults(
     manifest = json.loads((tmp_path / "faces-samples" / "manifest.json").read_text())
     assert manifest["sampling_params"]["temperature"] == {"top": 0.5}
     expected = to_uint8(pipeline(num_images=2, temperature={"top": 0.5}))
-    assert torch.equal(read_png(tmp_path / "faces-samples" / "images" / "000001.png"), expected[1])
+    assert torch.equal(load_image(tmp_path / "faces-samples" / "images" / "000001.png"), expected[1])
     with mock.patch("huggingface_hub.snapshot_download", return_value=str(saved)):
         assert main(["sample", "someone/other", "--count", "2"]) == 0  # a hub id
     made = [tmp_path / f"{name}-samples" / "manifest.json" for name in ("faces", "other")]

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from sampling.evaluation.image_sets import open_image_set
-from sampling.output_folder import image_path, write_grids
+from sampling.output_folder import SampleManifest, image_path, read_manifest, write_grids
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
-from vqvae2.pictures import save_png, save_rows
+from vqvae2.pictures import load_image, save_image, save_rows
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -40,7 +40,7 @@ def test_save_rows_draws_captions_and_rows_of_different_lengths(tmp_path: Path, 
 def test_class_grid_has_one_row_per_class(tmp_path: Path) -> None:
     labels = [2, 0, 2, 1, 2]
     for number, label in enumerate(labels):
-        save_png(image_path(tmp_path, number), torch.full((3, 96, 96), 40 + 50 * label, dtype=torch.uint8))
+        save_image(image_path(tmp_path, number), torch.full((3, 96, 96), 40 + 50 * label, dtype=torch.uint8))
     write_grids(tmp_path, 5, labels, ("same", "other", "same"))
     with Image.open(tmp_path / "classes.png") as picture:
         pixels = np.array(picture).astype(int)[:, -(3 * 98 + 2) :]
@@ -99,7 +99,7 @@ def test_foreign_folder_is_refused_and_damaged_images_are_sampled_again(
     files = {path: path.read_bytes() for path in (out / "images").iterdir()}
     (out / "images" / "000000.png").write_bytes(b"")
     (out / "images" / "000001.png").write_bytes(files[out / "images" / "000001.png"][:-7])
-    save_png(out / "images" / "000002.png", torch.zeros(1, 32, 32, dtype=torch.uint8))  # gray
+    save_image(out / "images" / "000002.png", torch.zeros(1, 32, 32, dtype=torch.uint8))  # gray
     assert main([*command, str(out)]) == 0
     assert {path: path.read_bytes() for path in (out / "images").iterdir()} == files
 
@@ -113,3 +113,27 @@ def test_folder_with_an_invalid_manifest_is_refused_and_unchanged(
     before = contents(out)
     fails(capsys, ["sample", str(finished_run), "--out", str(out)], "manifest.json", "choose another folder")
     assert contents(out) == before
+
+
+def test_webp_samples_are_lossless_and_resume(finished_run: Path, tmp_path: Path) -> None:
+    command = ["sample", str(finished_run), "--count", "3", "--out", str(tmp_path / "out"), "--format", "webp"]
+    assert main(command) == 0
+    images = [tmp_path / "out" / "images" / f"{number:06d}.webp" for number in range(3)]
+    for number, path in enumerate(images):
+        assert torch.equal(load_image(path), load_image(image_path(finished_run / "samples", number)))
+    before = [path.read_bytes() for path in images]
+    images[0].unlink()
+    images[1].write_bytes(before[1][:-9])
+    Image.new("RGB", (16, 16)).save(images[2], lossless=True)
+    assert main(command) == 0
+    assert [path.read_bytes() for path in images] == before
+    manifest = read_manifest(tmp_path / "out", SampleManifest)
+    assert manifest is not None
+    assert manifest.format == "webp"
+
+
+def test_webp_keeps_colors_of_transparent_pixels(tmp_path: Path) -> None:
+    image = torch.randint(0, 256, (4, 9, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image[3] %= 2
+    save_image(tmp_path / "a.webp", image)
+    assert torch.equal(load_image(tmp_path / "a.webp"), image)

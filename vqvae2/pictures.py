@@ -30,10 +30,13 @@ def to_pil(image: UInt8[Tensor, "c h w"]) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def save_png(path: Path, image: UInt8[Tensor, "c h w"]) -> None:
-    """Write one image as a PNG, atomically."""
+def save_image(path: Path, image: UInt8[Tensor, "c h w"]) -> None:
+    """Write one image as a PNG, or as a lossless WebP if that is the suffix of `path`, atomically."""
     with files.atomic_write(path) as partial:
-        to_pil(image).save(partial, format="PNG")
+        if path.suffix == ".webp":
+            to_pil(image).save(partial, format="WEBP", lossless=True, exact=True)  # exact: colors of transparent pixels
+        else:
+            to_pil(image).save(partial, format="PNG")
 
 
 def hwc_to_chw(pixels: UInt8[np.ndarray, "*n h w c"]) -> UInt8[Tensor, "*n c h w"]:
@@ -41,8 +44,8 @@ def hwc_to_chw(pixels: UInt8[np.ndarray, "*n h w c"]) -> UInt8[Tensor, "*n c h w
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
 
 
-def read_png(path: Path) -> UInt8[Tensor, "c h w"]:
-    """Return an image that `save_png` wrote.
+def load_image(path: Path) -> UInt8[Tensor, "c h w"]:
+    """Return an image that `save_image` wrote. A grayscale WebP has three channels.
 
     Raises:
         UserError: If it is not a readable image.
@@ -57,7 +60,7 @@ def read_png(path: Path) -> UInt8[Tensor, "c h w"]:
 
 def save_grid(path: Path, images: UInt8[Tensor, "b c h w"], columns: int, enlarge_to: int = 96) -> None:
     """Write a PNG of images in rows. Small images are enlarged by pixel repetition to about `enlarge_to` pixels."""
-    save_png(path, make_grid(_enlarge(images, enlarge_to), nrow=columns, padding=_BORDER, pad_value=255))
+    save_image(path, make_grid(_enlarge(images, enlarge_to), nrow=columns, padding=_BORDER, pad_value=255))
 
 
 def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_to: int = 96) -> None:

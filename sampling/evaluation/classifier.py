@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sampling.output_folder import SampleManifest, read_manifest
+from sampling.output_folder import SampleManifest, image_path, read_manifest
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config
 from vqvae2.data.images import ImageSample, read_image, to_float
@@ -176,5 +176,5 @@ class LabeledSamples(Dataset[ImageSample]):
         return ImageSample(hwc_to_chw(pixels), self.labels[index])
 
     def path(self, index: int) -> Path:
-        """Return the path of an image's PNG."""
-        return self.folder / "images" / f"{index:06d}.png"
+        """Return the path of an image."""
+        return image_path(self.folder, index, self.manifest.format)

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from sampling.evaluation.classifier import Classifier, LabeledSamples, load_classifier
-from sampling.output_folder import manifest_path, next_free, write_grids
+from sampling.output_folder import image_path, manifest_path, next_free, write_grids
 from sampling.processes import processes
 from vqvae2 import distributed, files
 from vqvae2.config import Config, Measured
@@ -114,7 +114,7 @@ class ClassifierRejection:
         classifier.class_indices(classes)
         return cls(fraction, classifier, classes)
 
-    def candidate_settings(self, count: int, classes: tuple[int, ...]) -> dict[str, Any]:
+    def candidate_settings(self, count: int, classes: tuple[int | str, ...]) -> dict[str, Any]:
         """Return the sampling settings, `count` and `classes`, of the candidates for `count` images.
 
         The candidates have the labels that `count` images would have: if there are fewer images than classes, only
@@ -187,8 +187,8 @@ def _write(
     with files.atomic_write(folder) as partial:
         (partial / "images").mkdir(parents=True)
         for image, candidate in enumerate(selected):
-            shutil.copyfile(samples.path(candidate), partial / "images" / f"{image:06d}.png")
-        write_grids(partial, len(selected), labels, samples.classes)
+            shutil.copyfile(samples.path(candidate), image_path(partial, image, samples.manifest.format))
+        write_grids(partial, len(selected), labels, samples.classes, samples.manifest.format)
         changes = {"count": len(selected), "labels": tuple(labels), "rejection": made_from}
         samples.manifest.model_copy(update=changes).write(partial)
         files.write_json(partial / _RECORD, record.to_dict())

@@ -139,7 +139,7 @@ def _sampling(samples: Path, manifest: SampleManifest | None) -> StageStatus:
         return StageStatus("not started")
     summary = read_summary(samples / "summary.json")
     seconds = summary.seconds if summary else None
-    existing, count = len(list((samples / "images").glob("*.png"))), manifest.count
+    existing, count = len(list((samples / "images").glob(f"*.{manifest.format}"))), manifest.count
     if existing < count:
         return StageStatus("in progress", f"{existing:,} of {count:,} images", seconds)
     return StageStatus("finished", f"{count:,} images", seconds)
