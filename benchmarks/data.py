@@ -27,10 +27,11 @@ from benchmarks.interleaved import time_calls
 from vqvae2.code_maps import MapSpec
 from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeHeader, CodeStore, CodeWriter
-from vqvae2.data.images import DataConfig, open_datasets
+from vqvae2.data.images import DataConfig
 from vqvae2.data.index import ImageIndex
 from vqvae2.data.samplers import MapDataset
 from vqvae2.data.sources import open_source
+from vqvae2.data.splits import open_datasets
 
 _BATCH = 128
 

@@ -10,7 +10,8 @@ import torch
 
 from sampling import VQVAE2Pipeline
 from sampling.run_config import RunConfig
-from vqvae2.data.images import open_datasets, to_float, to_uint8
+from vqvae2.data.images import to_float, to_uint8
+from vqvae2.data.splits import open_datasets
 from vqvae2.pictures import save_rows
 from vqvae2.run_folder import RunFolder
 

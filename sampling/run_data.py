@@ -7,7 +7,8 @@ import torch
 from sampling.run_config import RunConfig
 from vqvae2 import files
 from vqvae2.config import Config
-from vqvae2.data.images import DataConfig, ImageDataset, open_datasets
+from vqvae2.data.images import DataConfig, ImageDataset
+from vqvae2.data.splits import open_datasets
 from vqvae2.distributed import get_rank
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from vqvae2.data.image_io import UnreadableImageError
-from vqvae2.data.images import DataConfig, ImageDataset, open_datasets
+from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.sources import FolderSource, TarSource, ZipSource, open_source, tar
 from vqvae2.data.sources.archive import RangeReader
 from vqvae2.data.sources.base import Source
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
 
 Members = dict[str, bytes]
@@ -104,12 +105,12 @@ def test_a_folder_of_splits_is_not_taken_for_classes(
 def test_other_and_hidden_files_are_left_out_and_reported(
     write: Writer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    other = dict.fromkeys(("cat/a.gif", "cat/b.gif", "c.avif", "d.heic", "e.jfif", "cat/._0.png"), b"x")
-    path = write(numbered("cat") | other | {".git/x.png": b"x", "cat/.cache/y.gif": b"x"}, tmp_path / "images")
+    other = dict.fromkeys(("cat/a.psd", "cat/b.psd", "c.svg", "d.mp4", "e.txt", "cat/._0.png"), b"x")
+    path = write(numbered("cat") | other | {".git/x.png": b"x", "cat/.cache/y.psd": b"x"}, tmp_path / "images")
     assert len(source(path).index) == 12
     (message,) = caplog.messages
-    assert f"{path}: 6 other files skipped: .gif (2), " in message
-    assert all(f"{kind} (1)" in message for kind in ("hidden", ".avif", ".heic", ".jfif"))
+    assert f"{path}: 6 other files skipped: .psd (2), " in message
+    assert all(f"{kind} (1)" in message for kind in ("hidden", ".svg", ".mp4", ".txt"))
 
 
 def test_zip_names_of_other_programs(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_boolean_forms() -> None:
         (["--data.pathh", "x"], "--data.pathh: unknown option. Did you mean --data.path?"),
         (["--autoencodr.training.steps", "5"], "Did you mean --autoencoder.training.steps?"),
         (["--data.size"], "--data.size: the value is missing"),
-        (["--data.labels", "x"], "--data.labels: must be one of none, folder, not 'x'"),
+        (["--data.labels", "x"], "--data.labels: must be none, folder, or a .csv"),
         (["--autoencoder.training.steps", "-1"], "--autoencoder.training.steps: Input should be greater than or equal"),
         (["--autoencoder.training.steps", "0"], "--autoencoder.training.steps: must be at least 1 without"),
         (["--autoencoder.training.steps", "many"], "--autoencoder.training.steps: "),

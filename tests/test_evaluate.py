@@ -19,7 +19,7 @@ from sampling.evaluation.metrics import read_metrics
 from sampling.run_config import RunConfig
 from tests.inception_fixture import extractor, fill, two_processes
 from vqvae2 import checkpoint, files
-from vqvae2.data.images import open_datasets
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import GaussianStatistics
 from vqvae2.metrics.inception import WeightsUnavailableError

@@ -16,7 +16,8 @@ from train.stages.extract_codes import extract_codes
 from vqvae2.config import read_yaml
 from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeStore
-from vqvae2.data.images import open_datasets, to_float
+from vqvae2.data.images import to_float
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder, AutoencoderConfig
 from vqvae2.run_folder import RunFolder

@@ -1,16 +1,18 @@
 """Test decoding: conversion of every image mode to 8-bit channels, orientation, cropping, and unreadable files."""
 
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
 from vqvae2.data.image_io import UnreadableImageError, read_image
+from vqvae2.data.sources.base import is_image
 
 RAMP = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
 
@@ -163,3 +165,26 @@ def test_png_with_large_metadata_is_readable(tmp_path: Path) -> None:
     metadata.add_text("XML:com.adobe.xmp", "x" * 2**21, zip=True)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "xmp.png", pnginfo=metadata)
     assert (read_image(tmp_path / "xmp.png", (8, 8)) == (1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".gif", ".heic", ".jfif"])
+def test_formats_of_phones_and_the_web(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    color = (200, 30, 60)
+    path = tmp_path / f"image{suffix}"
+    assert is_image(path.name)
+    image = Image.new("RGB", (40, 40), color)
+    if suffix == ".heic":
+        heif = pytest.importorskip("pillow_heif")
+        heif.from_pillow(image).save(path, quality=95)
+    elif suffix == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    else:
+        image.save(path, format={".jfif": "JPEG"}.get(suffix))
+    for file in (path, path.read_bytes()):
+        difference = read_image(file, (8, 8)).astype(int) - color
+        assert abs(difference).max() <= 4
+    if suffix == ".heic":
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+        with pytest.raises(UnreadableImageError, match=r"pip install 'vqvae2\[heic\]'"):
+            read_image(path, (8, 8))

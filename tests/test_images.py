@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vqvae2.data.images import DataConfig, open_datasets, read_image, to_float, to_uint8
+from vqvae2.data.images import DataConfig, read_image, to_float, to_uint8
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
 
 
@@ -23,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     root = tmp_path / "images"
     for number in range(60):
         write_image(root / ("cat", "dog", "eel")[number % 3] / "deep" / f"{number}.png", seed=number)
-    (root / "notes.txt").write_text("not an image")
+    (root / "notes.md").write_text("not an image")
     (root / ".hidden.png").write_text("not an image")
     return root
 
@@ -147,7 +148,7 @@ def test_unusable_folder_errors_name_the_folder(tmp_path: Path, folder: Path) ->
     write_image(folder / "loose.png")
     for path, labels, message in (
         (tmp_path / "missing", "none", "no such folder: .*missing. Give a folder"),
-        (folder / "notes.txt", "none", r"not a folder or archive: .*notes\.txt. Give a folder"),
+        (folder / "notes.md", "none", r"not a folder or archive: .*notes\.md. Give a folder"),
         (empty, "none", "no images in .*empty"),
         (single, "none", "only one image"),
         (folder, "folder", r"loose\.png is not in a class folder"),

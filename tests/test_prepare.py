@@ -22,9 +22,10 @@ from tests.test_lmdb_environment import rewrite
 from train.stages.prepare import main as prepare_main
 from vqvae2.command_line import run_command
 from vqvae2.data import lmdb_environment
-from vqvae2.data.images import DataConfig, open_datasets
+from vqvae2.data.images import DataConfig
 from vqvae2.data.index import ImageIndex, StringTable
 from vqvae2.data.sources.prepared import read_header
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
 
 

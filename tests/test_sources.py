@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 import types
+import warnings
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -20,10 +21,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from tests.test_commands import images
-from vqvae2.data.images import DataConfig, ImageDataset, open_datasets
+from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.index import ImageIndex, StringTable
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.data.sources import FolderSource, TarSource, open_source
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
 
 COUNT = 24
@@ -354,6 +356,24 @@ def test_hugging_face_dataset_by_name(monkeypatch: pytest.MonkeyPatch, folder: P
         open_splits("huggingface:nobody/nothing")
 
 
+def test_hugging_face_dataset_saved_by_the_library(folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the library's own dependencies
+        table = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "c"))
+        table.save_to_disk(str(tmp_path / "saved"))
+    training, held_out = open_splits(f"huggingface:{tmp_path / 'saved'}")
+    assert training.classes == ("cat", "dog")
+    assert len(training) + len(held_out) == COUNT
+    by_folder = open_splits(folder)
+    pairs = [pair for part in by_folder for pair in zip(*load_all(part), strict=True)]
+    expected = {image.numpy().tobytes(): int(label) for image, label in pairs}
+    for part in (training, held_out):
+        for image, label in zip(*load_all(part, num_workers=1), strict=True):
+            assert expected.pop(image.numpy().tobytes()) == label
+    assert not expected
+
+
 def scanned(folder: Path) -> list[str]:
     return list(FolderSource.scan(str(folder)).names)
 
@@ -368,10 +388,10 @@ def test_folder_scan_visits_each_folder_once_and_skips_hidden_and_output_folders
     (photos / "again").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     images(photos / ".ipynb_checkpoints", 2)
     shutil.copytree(finished_run, photos / "runs" / "x")
-    for name in ("a.txt", "b.txt", "animation.gif"):
+    for name in ("a.txt", "b.txt", "animation.psd"):
         (photos / name).write_text("not an image")
     assert scanned(photos) == ["0.png", "1.png", "2.png", "again/0.png", "again/1.png"]
-    assert "3 other files skipped: .txt (2), .gif (1)" in caplog.text
+    assert "3 other files skipped: .txt (2), .psd (1)" in caplog.text
 
 
 def test_pipes_and_dangling_links_count_as_unreadable(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqvae2.data.images import DataConfig, ImageDataset, open_datasets
+from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.samplers import ResumableBatchSampler, SequentialBatchSampler, load_batches
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
 
 BAD = (4, 5, 17)

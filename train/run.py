@@ -16,7 +16,6 @@ from sampling.run_data import open_run_datasets
 from vqvae2 import files
 from vqvae2.command_line import Options, parse
 from vqvae2.config import differences, is_resolved
-from vqvae2.data.sources import absolute_source
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder, StageFolder
@@ -24,6 +23,7 @@ from vqvae2.run_folder import RunFolder, StageFolder
 # Settings that may change when a run is resumed, because the trained artifacts do not depend on them.
 _CHANGEABLE = (
     "data.path",
+    "data.val_path",
     "data.num_workers",
     "data.max_unreadable_fraction",
     "data.max_pixels",
@@ -76,7 +76,7 @@ class RunOptions(Options, RunConfig):
         if is_resolved(path):  # the config of a run, which may have been moved
             default = default.model_copy(update={"run": str(path.parent)})
         options = parse(cls, overrides, prog, default)
-        data = options.data.model_copy(update={"path": absolute_source(options.data.path)})
+        data = options.data.with_absolute_paths()
         autoencoder = options.autoencoder
         if autoencoder.pretrained is not None and (source := Path(autoencoder.pretrained).expanduser()).exists():
             autoencoder = autoencoder.model_copy(update={"pretrained": str(source.absolute())})

@@ -15,10 +15,11 @@ from tyro.conf import Positional
 
 from vqvae2.command_line import Options
 from vqvae2.data.image_io import MAX_PIXELS, UnreadableImageError
-from vqvae2.data.images import DataConfig, ImageDataset, check_class_folders
+from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedWriter, encode_image
+from vqvae2.data.splits import check_class_folders
 from vqvae2.errors import UserError
 
 _PER_TRANSACTION = 64  # images; a killed process loses only the batches in progress

@@ -125,7 +125,7 @@ def decode_image(
                 return _convert(file, channels)
             if Image.MAX_IMAGE_PIXELS is not None:
                 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            with _open(file) as image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError
                 wanted = int(_MIN_JPEG_SCALE * max(size))
@@ -140,6 +140,30 @@ def decode_image(
         elif isinstance(error, Image.DecompressionBombError):
             reason = f"more than data.max_pixels = {max_pixels:,} pixels, a possible decompression bomb"
         raise UnreadableImageError(name, reason) from None
+
+
+def _open(file: Path | bytes) -> Image.Image:
+    """Open an image file with Pillow, and an HEIC file with the plugin that Pillow needs for it."""
+    try:
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    except UnidentifiedImageError:
+        if not _is_heic(file):
+            raise
+    try:
+        import pillow_heif  # an optional dependency  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("HEIC images need the package `pillow-heif`: pip install 'vqvae2[heic]'") from None
+    pillow_heif.register_heif_opener()
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+
+
+def _is_heic(file: Path | bytes) -> bool:
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            start = opened.read(12)
+    else:
+        start = file[:12]
+    return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Image data sets: images of any source, split by a hash of their names, resized and cropped.
+"""Image data sets: images of any source, resized and cropped.
 
 Samples are uint8 (C, H, W), a quarter of the memory of float32. `to_float` converts a batch to [-1, 1] on the device.
 """
@@ -19,16 +19,15 @@ from vqvae2.code_maps import PositiveInt
 from vqvae2.config import Config
 from vqvae2.data.image_io import MAX_PIXELS, UnreadableImageError, read_image
 from vqvae2.data.index import IntArray, StringTable
+from vqvae2.data.label_file import LabelFile
 from vqvae2.data.samplers import shared_memory_error
-from vqvae2.data.sources import FolderSource, open_source
+from vqvae2.data.sources import absolute_source
 from vqvae2.data.sources.base import Source
-from vqvae2.distributed import get_rank
 from vqvae2.errors import UserError, printable
 from vqvae2.pictures import hwc_to_chw
 
-__all__ = ["DataConfig", "ImageDataset", "ImageSample", "open_datasets", "read_image", "to_float", "to_rgb", "to_uint8"]
+__all__ = ["DataConfig", "ImageDataset", "ImageSample", "read_image", "to_float", "to_rgb", "to_uint8"]
 
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _MAX_LISTED = 20  # unreadable images listed in an error message
 _log = logging.getLogger(__name__)
 _warned: dict[tuple[str, int, int], Tensor] = {}
@@ -39,17 +38,23 @@ class DataConfig(Config):
 
     path: str = Field(
         default="scenes",
-        description="a folder of images, a .zip or .tar archive, shards such as `a{000..123}.tar`, a folder written by "
-        "`vqvae2 prepare`, torchvision:NAME, huggingface:NAME, or `scenes`, the built-in data set",
+        description="a folder of images, a .txt file that lists images, a .zip or .tar archive, shards such as "
+        "`a{000..123}.tar`, a folder written by `vqvae2 prepare`, torchvision:NAME, huggingface:NAME, or `scenes`, the "
+        "built-in data set",
+    )
+    val_path: str | None = Field(
+        default=None,
+        description="images for validation, in the same forms as `path`; a `val_fraction` of `path` if not given",
     )
     size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         default=256, description="image size in pixels: side, or height and width"
     )
     channels: Literal[1, 3, 4] = Field(default=3, description="1 for grayscale, 3 for RGB, 4 for RGBA")
-    labels: Literal["none", "folder"] = Field(
+    labels: str = Field(
         default="none",
-        description="`folder`: the first folder of an image's path that does not contain all images, or the label of "
-        "the data set",
+        description="`none`; `folder`: the first folder of an image's path that does not contain all images, or the "
+        "label of the data set; or a .csv, .tsv or .parquet file with the columns file_name and label, FILE:COLUMN for "
+        "another column of labels",
     )
     val_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction of images held out for validation")
     max_unreadable_fraction: float = Field(
@@ -68,17 +73,37 @@ class DataConfig(Config):
         default=2, ge=0, le=1024, description="worker processes that decode images; 0 decodes in the main process"
     )
 
-    @field_validator("path")
+    @field_validator("path", "val_path")
     @classmethod
-    def _check_path(cls, path: str) -> str:
-        if printable(path) != path:  # could not be written to config.yaml, or not be read in messages
+    def _check_path(cls, path: str | None) -> str | None:
+        if (
+            path is not None and printable(path) != path
+        ):  # could not be written to config.yaml, or not be read in messages
             raise ValueError("has control characters or is not UTF-8. Rename the folder or file.")
         return path
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, labels: str) -> str:
+        if labels not in ("none", "folder") and LabelFile.parse(labels) is None:
+            raise ValueError(f"must be none, folder, or a .csv, .tsv or .parquet file, not {labels!r}")
+        return labels
 
     @property
     def source(self) -> str:
         """The path in the form that `open_source` expects, with the number of built-in scenes."""
         return f"scenes:{self.num_scenes}" if self.path == "scenes" else self.path
+
+    def with_absolute_paths(self) -> "DataConfig":
+        """Return the settings with absolute local paths, which do not depend on the working directory."""
+        file = LabelFile.parse(self.labels)
+        return self.model_copy(
+            update={
+                "path": absolute_source(self.path),
+                "val_path": absolute_source(self.val_path) if self.val_path is not None else None,
+                "labels": file.absolute() if file else self.labels,
+            }
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,7 +133,7 @@ class ImageDataset(Dataset[ImageSample]):
 
     def __init__(self, config: DataConfig, source: Source, indices: IntArray) -> None:
         self.config, self.source, self.indices = config, source, indices
-        self.classes: tuple[str, ...] = source.index.classes if config.labels == "folder" else ()
+        self.classes: tuple[str, ...] = source.index.classes if config.labels != "none" else ()
         self._unreadable = _new_flags(config, len(indices))
         # A command opens the images once per stage, but should warn only once about each.
         split_id = config.path, len(indices), zlib.crc32(source.index.hashes[indices].tobytes())
@@ -189,48 +214,6 @@ class ImageDataset(Dataset[ImageSample]):
             return 0.5, 0.5
         horizontal, vertical = np.random.default_rng(seed).random(2)
         return float(horizontal), float(vertical)
-
-
-def open_datasets(config: DataConfig, cache: Path | None = None) -> tuple[ImageDataset, ImageDataset]:
-    """Open the training and the validation split of a data set.
-
-    `cache` is an optional file for the index of a large source. It is reused until the source changes.
-
-    Raises:
-        UserError: If the source cannot be read, has fewer than two images, or lacks the requested labels.
-    """
-    source = open_source(config.source, cache)
-    index = source.index
-    if len(index) < 2:
-        raise UserError(f"data.path: only one image in {config.path}. Training and validation need at least one each.")
-    if config.labels == "folder" and (unlabeled := np.flatnonzero(index.labels < 0)).size:
-        name = source.describe(int(unlabeled[0]))
-        raise UserError(f"data.labels: {name} is not in a class folder. Move it into one, or use `none`.")
-    check_class_folders(config, source)
-    training, held_out = index.split(config.val_fraction)
-    return ImageDataset(config, source, training), ImageDataset(config, source, held_out)
-
-
-def check_class_folders(config: DataConfig, source: Source) -> None:
-    """Check that the class folders of a data set are not its splits, as in the root folder of ImageNet.
-
-    Raises:
-        UserError: If they are, and `data.labels` asks for classes. Otherwise a warning is logged.
-    """
-    classes = source.index.classes
-    if not classes or not all(name.lower() in _SPLITS for name in classes):
-        return
-    folders = source.index.names[0].split("/")[:-1]
-    one_split = "/".join(folders[: folders.index(classes[0]) + 1]) if classes[0] in folders else classes[0]
-    place = f"{config.path}/{one_split}" if isinstance(source, FolderSource) else f"the folder {one_split}, unpacked"
-    problem = (
-        f"{config.path} contains the splits {', '.join(classes)} instead of classes. Give one split as data.path: "
-        f"{place}. A part of it, data.val_fraction, is held out for validation."
-    )
-    if config.labels == "folder":
-        raise UserError(f"data.labels: {problem}")
-    if get_rank() == 0:
-        _log.warning("vqvae2: warning: data.path: all images of all splits are used: %s", problem)
 
 
 def _new_flags(config: DataConfig, count: int) -> Tensor:

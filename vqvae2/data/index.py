@@ -6,8 +6,8 @@ that is memory-mapped, so opening it is fast and worker processes share it.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -118,6 +118,12 @@ class ImageIndex:
             {name: column[indices] for name, column in self.columns.items()} if columns is None else columns,
         )
 
+    def with_labels(self, class_names: Sequence[str | None], classes: tuple[str, ...]) -> "ImageIndex":
+        """Return the index with other labels: the class of each image, None without one, and all classes in order."""
+        label_of: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
+        labels = np.fromiter((label_of.get(name, -1) for name in class_names), np.int32, len(self))
+        return replace(self, labels=labels, classes=tuple(map(printable, classes)))
+
     def split(self, val_fraction: float) -> tuple[IntArray, IntArray]:
         """Return the indices of training and validation images, `val_fraction` of them for validation.
 
@@ -207,6 +213,15 @@ def class_folders(names: Sequence[str]) -> list[str | None]:
             break
         start = end + 1
     return [name[start:].split("/", 1)[0] if "/" in name[start:] else None for name in names]
+
+
+def sorted_classes(names: Collection[str]) -> tuple[str, ...]:
+    """Return class names in order: numerically if all are numbers.
+
+    >>> sorted_classes({"10", "9"}), sorted_classes({"10", "a"})
+    (('9', '10'), ('10', 'a'))
+    """
+    return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
 
 
 def _digest(header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:

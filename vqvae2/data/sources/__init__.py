@@ -5,6 +5,7 @@ from pathlib import Path
 from vqvae2 import distributed
 from vqvae2.data.index import ImageIndex
 from vqvae2.data.sources.base import Source
+from vqvae2.data.sources.file_list import ListSource
 from vqvae2.data.sources.folder import FolderSource
 from vqvae2.data.sources.huggingface import HuggingFaceSource
 from vqvae2.data.sources.prepared import PreparedSource
@@ -21,6 +22,7 @@ SOURCES: tuple[type[Source], ...] = (
     PreparedSource,
     ZipSource,
     TarSource,
+    ListSource,
     FolderSource,
 )
 

@@ -15,7 +15,9 @@ from vqvae2.errors import UserError, printable
 
 _log = logging.getLogger(__name__)
 _LISTED_SUFFIXES = 5
-EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_BITMAPS = (".bmp", ".gif", ".pgm", ".png", ".ppm", ".tif", ".tiff")
+_COMPRESSED = (".avif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".webp")
+EXTENSIONS = frozenset({*_BITMAPS, *_COMPRESSED})
 
 
 def is_image(name: str) -> bool:

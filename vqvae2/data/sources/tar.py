@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from vqvae2.data.image_io import UnreadableImageError
-from vqvae2.data.index import ImageIndex, class_folders
+from vqvae2.data.index import ImageIndex, class_folders, sorted_classes
 from vqvae2.data.sources.archive import RangeReader, archive_stamp, open_archive
 from vqvae2.data.sources.base import Source, is_hidden, is_image, member_name, require_images, warn_skipped
 from vqvae2.errors import UserError
@@ -166,5 +166,4 @@ def _sorted_classes(classes: list[str | None], labels: dict[str, str]) -> tuple[
     words = [f"{key}.cls is {label!r}" for key, label in labels.items() if not label.isdecimal()]
     if words and len(words) < len(labels):
         raise UserError(f"data.path: {words[0]}, but other .cls files hold numbers. Use only one of them.")
-    found = {name for name in classes if name is not None}
-    return tuple(sorted(found, key=int if all(name.isdecimal() for name in found) else None))
+    return sorted_classes({name for name in classes if name is not None})
