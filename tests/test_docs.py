@@ -56,7 +56,7 @@ def test_the_file_tree_names_every_python_file() -> None:
 def test_architecture_fits_in_one_sitting() -> None:
     before, tree, after = ARCHITECTURE.split("```")
     assert len((before + after).splitlines()) < 80
-    assert max(map(len, tree.splitlines())) < 110
+    assert max(map(len, tree.splitlines())) <= 120
 
 
 def functions() -> list[str]:

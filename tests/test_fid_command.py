@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +199,7 @@ def test_interrupted_pass_writes_no_cache_file(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        summarize_features_cached(Interrupted(folder.folder), extractor(64), tmp_path / "cache")
+        summarize_features_cached(Interrupted(folder.path), extractor(64), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -214,14 +215,12 @@ def test_folders_with_too_few_images_raise_with_a_hint(sets: tuple[Path, Path], 
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("")
     assert "empty: no images found (bmp, " in error_of(sets[0], tmp_path / "empty")
-    fill(tmp_path / "nested" / "class0", 2)
-    assert "Subfolders are not searched, but class0/ contains images" in error_of(sets[0], tmp_path / "nested")
     fill(tmp_path / "capitals", 1)
     (tmp_path / "capitals" / "000.png").rename(tmp_path / "capitals" / "000.PNG")
     assert "Upper-case extensions are ignored" in error_of(sets[0], tmp_path / "capitals")
     assert "found one image, but FID needs at least two" in error_of(sets[0], fill(tmp_path / "one", 1))
     assert "no such folder" in error_of(sets[0], tmp_path / "none")
-    assert "not a folder or .npz file" in error_of(sets[0], sets[0] / "000.png")
+    assert "not a folder, archive or .npz file" in error_of(sets[0], sets[0] / "000.png")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -286,3 +285,37 @@ def test_invalid_options_raise(sets: tuple[Path, Path], tmp_path: Path) -> None:
     assert "--batch-size" in error_of("--batch-size", 0, *sets)
     assert "--device nonsense: not a torch device" in error_of("--device", "nonsense", *sets)
     assert "none.pth: no such file" in error_of("--inception-weights", tmp_path / "none.pth", *sets)
+
+
+def test_subfolders_and_archives_have_the_images_of_a_flat_folder(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    nested = tmp_path / "nested"
+    for index, file in enumerate(sorted(sets[0].iterdir())):
+        target = nested / f"class{index * 2 // N}" / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    (nested / ".cache").mkdir()
+    shutil.copy(file, nested / ".cache" / "x.png")
+    (nested / "class0" / "loop").symlink_to(nested)
+    archives = [Path(shutil.make_archive(str(tmp_path / "images"), kind, nested / "class0")) for kind in ("zip", "tar")]
+    part = shutil.copytree(nested / "class0", tmp_path / "part", ignore=shutil.ignore_patterns("loop"))
+    expected = torch.cat([batch.images for batch in ImageFolder(sets[0]).batches(4)])
+    found = open_image_set(nested)
+    assert torch.equal(torch.cat([batch.images for batch in found.batches(4, num_workers=1)]), expected)
+    assert found.formats == {"png": N}
+    for path in (*archives, part):
+        images = open_image_set(path)
+        assert torch.equal(torch.cat([batch.images for batch in images.batches(2)]), expected[: len(images)])
+        assert len(images) == len(list(part.iterdir()))
+    assert found.digest() != open_image_set(part).digest()
+    assert number(command("--dims", 64, nested, sets[0])) == pytest.approx(0, abs=1e-9)
+
+
+def test_sample_folders_and_damaged_archives_raise(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    samples = tmp_path / "samples"
+    shutil.copytree(sets[0], samples / "images")
+    (samples / "manifest.json").write_text("{}")
+    shutil.copy(samples / "images" / "000.png", samples / "grid.png")
+    assert error_of(samples, sets[0]).endswith(f"Give its images: {samples / 'images'}")
+    (tmp_path / "a.zip").write_bytes(b"damaged")
+    assert f"{tmp_path / 'a.zip'} is not a readable .zip archive" in error_of(sets[0], tmp_path / "a.zip")
+    assert "no such archive: " in error_of(sets[0], tmp_path / "gone.tar")

@@ -158,10 +158,17 @@ def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> di
         "samples": files.digest(manifest_path(samples)),
         "autoencoder": files.digest(folder.autoencoder_weights),
         "reference": config.reference,
-        "reference_digest": open_image_set(reference).digest() if reference.is_dir() else None,
+        "reference_digest": _reference_digest(reference),
         "inception_weights": config.inception_weights,
         "features": list(config.features),
     }
+
+
+def _reference_digest(reference: Path) -> str | None:
+    """Return a digest of reference images or statistics, None for the run's held-out images."""
+    if str(reference) == "validation":
+        return None
+    return files.digest(reference) if is_statistics_file(reference) else open_image_set(reference).digest()
 
 
 def _training_metrics(folder: RunFolder, autoencoder: Autoencoder) -> dict[str, Any]:

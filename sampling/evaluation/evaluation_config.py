@@ -35,7 +35,8 @@ class EvaluationConfig(Config):
     """What samples are compared with, and by which network."""
 
     reference: str = Field(
-        default="validation", description="`validation` for the run's held-out images, a folder of images, or an .npz"
+        default="validation",
+        description="`validation` for the run's held-out images, a folder or archive of images, or an .npz",
     )
     features: tuple[NetworkSetting, ...] = Field(
         default=(INCEPTION,), min_length=1, description=f"networks whose features are compared: {NETWORKS_HELP}"

@@ -21,7 +21,7 @@ from jaxtyping import Float32
 from torch import Tensor
 from tqdm import tqdm
 
-from sampling.evaluation.image_sets import ImageBatch, ImageFolder, ImageSet
+from sampling.evaluation.image_sets import ImageBatch, ImageSet
 from vqvae2 import distributed
 from vqvae2.errors import UserError
 from vqvae2.metrics.feature_extractor import FeatureExtractor
@@ -171,8 +171,9 @@ def summarize_features_cached(
     hits = distributed.all_reduce_sum(torch.tensor(int(cached is not None), device=extractor.device))
     if cached is not None and int(hits) == distributed.get_world_size():
         return cached
-    source = images.folder if isinstance(images, ImageFolder) else images.path
-    summary = summarize_features(images.batches(batch_size, num_workers), len(images), extractor, keep, source.name)
+    summary = summarize_features(
+        images.batches(batch_size, num_workers), len(images), extractor, keep, images.path.name
+    )
     if distributed.get_rank() == 0 and len(images) > 1:  # one image has no covariance to store
         summary.save(path)
     return summary

@@ -29,7 +29,7 @@ class FidOptions(Options):
     """
 
     paths: Positional[tuple[Path, Path]] = Field(
-        description="folders of images, or .npz files of statistics (mu, sigma) or images (arr_0)"
+        description="folders or archives of images, or .npz files of statistics (mu, sigma) or images (arr_0)"
     )
     batch_size: int = Field(default=50, ge=1, description="images per pass of the network")
     num_workers: int | None = Field(

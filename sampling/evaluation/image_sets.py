@@ -1,9 +1,11 @@
-"""Image sets for evaluation: a folder, or an .npz with `arr_0`, read as uint8 batches and sharded over processes."""
+"""Image sets for evaluation: folders, archives and .npz files, read as uint8 batches and sharded over processes."""
 
 import hashlib
+import io
 import math
 import struct
 import zipfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +21,16 @@ from torch.utils.data import Dataset
 
 from vqvae2 import distributed, files
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
+from vqvae2.data.sources import open_source
 from vqvae2.data.sources.base import warn_skipped
+from vqvae2.data.sources.folder import walk_folders
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import NPZ_ERRORS, read_array_header
 from vqvae2.pictures import hwc_to_chw
 
-# Like pytorch-fid, search only the folder itself and match lower-case extensions, so that the results agree.
+ARCHIVES = (".zip", ".tar")
+# Like pytorch-fid, match lower-case extensions, and search only the folder itself if it has images, so that the results
+# agree.
 EXTENSIONS = ("bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 
 
@@ -39,30 +45,33 @@ Shape = tuple[int, int, int, int]
 IndexedImage = tuple[int, Tensor]  # (index in the set, uint8 (3, H, W))
 
 
-class ImageFolder(Dataset[IndexedImage]):
-    """The images directly in a folder, sorted by name and converted to RGB as in pytorch-fid.
+class ImageFiles(Dataset[IndexedImage], ABC):
+    """Base class of sets of image files, converted to RGB as in pytorch-fid.
 
     Raises:
-        UserError: If the folder is missing or holds no images. On reading, if an image is unreadable or
-            has more than 8 bits per channel.
+        UserError: On reading, if an image is unreadable or has more than 8 bits per channel.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            problem = "not a folder or .npz file" if folder.exists() else "no such folder or .npz file"
-            raise UserError(f"{folder}: {problem}. Check the path.")
-        self.folder = folder
-        self.files = sorted(file for file in folder.iterdir() if _is_image(file))
-        self._skipped = [file.name for file in folder.iterdir() if file.is_file() and not _is_image(file)]
-        if not self.files:
-            hint = _nested_images(folder) or self._case_hint() or "."
-            raise UserError(f"{folder}: no images found ({', '.join(EXTENSIONS)}){hint}")
+    path: Path
+    names: Sequence[str]  # of the images, in order, relative to `path`
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> IndexedImage:
-        return index, _read(self.files[index])
+        return index, _read(self._open(index), f"{self.path / self.names[index]}")
+
+    @abstractmethod
+    def _open(self, index: int) -> Path | bytes:
+        """Return the path or the contents of an image file."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return a cache key, in hexadecimal: the SHA-256 of the names, sizes and modification times of the files.
+
+        Hashing the contents would cost as much as decoding the images, so the key relies on modification times, like
+        make and rsync.
+        """
 
     def __getitems__(self, indices: Sequence[int]) -> list[IndexedImage]:
         """Return several images.
@@ -81,7 +90,6 @@ class ImageFolder(Dataset[IndexedImage]):
         Raises:
             UserError: If two images differ in size, or an image is unreadable.
         """
-        warn_skipped(self._skipped, self.folder, self._case_hint())
         order = SequentialBatchSampler(len(self), batch_size, distributed.get_rank(), distributed.get_world_size())
         first: ImageBatch | None = None
         for indices, images in load_batches(self, order, num_workers):
@@ -92,18 +100,50 @@ class ImageFolder(Dataset[IndexedImage]):
     @property
     def formats(self) -> dict[str, int]:
         """Number of files by extension."""
-        return dict(sorted(Counter(file.suffix[1:] for file in self.files).items()))
+        return dict(sorted(Counter(name.rpartition(".")[2] for name in self.names).items()))
+
+    def _check_size(self, a: IndexedImage, b: IndexedImage) -> None:
+        if a[1].shape != b[1].shape:
+            sizes = [f"{self.names[index]} has {image.shape[2]}×{image.shape[1]} pixels" for index, image in (a, b)]
+            raise UserError(f"{self.path}: image sizes differ: {', '.join(sizes)}. Resize all images to one size.")
+
+
+class ImageFolder(ImageFiles):
+    """The images directly in a folder or, if there are none, in its subfolders, sorted by path.
+
+    Raises:
+        UserError: If the folder is missing or holds no images.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            problem = (
+                "not a folder, archive or .npz file" if folder.exists() else "no such folder, archive or .npz file"
+            )
+            raise UserError(f"{folder}: {problem}. Check the path.")
+        self.path = folder
+        found = [file for file in folder.iterdir() if file.is_file()]
+        self.names = sorted(file.name for file in found if _is_image(file.name))
+        self._skipped = [file.name for file in found if not _is_image(file.name)]
+        if (folder / "manifest.json").is_file() and (folder / "images").is_dir():
+            raise UserError(f"{folder}: a folder of `vqvae2 sample`. Give its images: {folder / 'images'}")
+        if not self.names:
+            self.names = _nested_images(folder)
+        if not self.names:
+            raise UserError(f"{folder}: no images found ({', '.join(EXTENSIONS)}){self._case_hint() or '.'}")
+
+    def _open(self, index: int) -> Path:
+        return self.path / self.names[index]
+
+    def batches(self, batch_size: int = 50, num_workers: int = 0) -> Iterator[ImageBatch]:
+        warn_skipped(self._skipped, self.path, self._case_hint())
+        return super().batches(batch_size, num_workers)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the names, sizes and modification times of the files, in hexadecimal.
-
-        This is a cache key. Hashing the contents would cost as much as decoding the images, so the key relies on
-        modification times, like make and rsync.
-        """
         sha = hashlib.sha256()
-        for file in self.files:
-            status = file.stat()
-            sha.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        for name in self.names:
+            status = (self.path / name).stat()
+            sha.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return sha.hexdigest()
 
     def _case_hint(self) -> str:
@@ -112,12 +152,30 @@ class ImageFolder(Dataset[IndexedImage]):
             return ". Upper-case extensions are ignored, as in pytorch-fid: rename the files."
         return ""
 
-    def _check_size(self, a: IndexedImage, b: IndexedImage) -> None:
-        if a[1].shape != b[1].shape:
-            sizes = [
-                f"{self.files[index].name} has {image.shape[2]}×{image.shape[1]} pixels" for index, image in (a, b)
-            ]
-            raise UserError(f"{self.folder}: image sizes differ: {', '.join(sizes)}. Resize all images to one size.")
+
+class ImageArchive(ImageFiles):
+    """The images in a .zip or .tar archive, sorted by path.
+
+    Raises:
+        UserError: If the archive is missing or unreadable, or holds no images.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._source = open_source(str(path))
+        except UserError as error:
+            raise UserError(str(error).removeprefix("data.path: ")) from None
+        self.names = self._source.index.names
+
+    def _open(self, index: int) -> Path | bytes:
+        file = self._source.open(index, (0, 0))
+        assert isinstance(file, Path | bytes)
+        return file
+
+    def digest(self) -> str:
+        status = self.path.stat()
+        return hashlib.sha256(f"{self.path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
 
 
 class ImageArray:
@@ -188,42 +246,47 @@ def _open_array(path: Path) -> Iterator[tuple[IO[bytes], Shape]]:
         raise UserError(f"{path}: not a readable .npz ({error}). Create the file again.") from None
 
 
-ImageSet = ImageFolder | ImageArray
+ImageSet = ImageFolder | ImageArchive | ImageArray
 
 
 def open_image_set(path: Path) -> ImageSet:
-    """Return the images of a folder, or of an .npz with `arr_0`.
+    """Return the images of a folder, of a .zip or .tar archive, or of an .npz with `arr_0`.
 
     Raises:
-        UserError: If `path` is neither, or holds fewer than two images.
+        UserError: If `path` is neither, or holds no images.
     """
-    return ImageArray(path) if path.suffix == ".npz" else ImageFolder(path)
+    if path.suffix == ".npz":
+        return ImageArray(path)
+    return ImageArchive(path) if path.suffix.lower() in ARCHIVES else ImageFolder(path)
 
 
-def _read(path: Path) -> UInt8[Tensor, "3 h w"]:
+def _read(file: Path | bytes, name: str) -> UInt8[Tensor, "3 h w"]:
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             # Pillow clips 16-bit gray to 255 when it converts to RGB, which would silently falsify the metric.
             if image.mode.startswith("I") or image.mode == "F":
                 raise UserError(
-                    f"{path}: more than 8 bits per channel (mode {image.mode}). Convert the image to 8 bits."
+                    f"{name}: more than 8 bits per channel (mode {image.mode}). Convert the image to 8 bits."
                 )
             pixels = np.array(image.convert("RGB"))
     except UserError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error}). Replace or remove it.") from None
+        raise UserError(f"{name}: not a readable image ({error}). Replace or remove it.") from None
     return hwc_to_chw(pixels)
 
 
-def _is_image(file: Path) -> bool:
+def _is_image(name: str) -> bool:
     # Hidden files, such as the `._1.png` that macOS writes, are not images.
-    return file.suffix[1:] in EXTENSIONS and not file.name.startswith(".") and file.is_file()
+    return name.rpartition(".")[2] in EXTENSIONS and not name.startswith(".")
 
 
-def _nested_images(folder: Path) -> str:
-    """Return a hint for the error message if images are in subfolders."""
-    for inner in sorted(child for child in folder.iterdir() if child.is_dir()):
-        if any(_is_image(file) for file in inner.rglob("*")):
-            return f". Subfolders are not searched, but {inner.name}/ contains images: pass that folder instead."
-    return ""
+def _nested_images(folder: Path) -> list[str]:
+    """Return the paths of the images in all subfolders that are not hidden, sorted."""
+    names = [
+        (found.path / name).relative_to(folder).as_posix()
+        for found in walk_folders(folder)
+        for name in found.files
+        if _is_image(name)
+    ]
+    return sorted(names)

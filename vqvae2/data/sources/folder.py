@@ -2,8 +2,9 @@
 
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vqvae2.config import is_resolved
 from vqvae2.data.image_io import UnreadableImageError
@@ -42,22 +43,14 @@ class FolderSource(Source):
         names: list[str] = []
         folders: dict[str, int] = {}
         started = time.time_ns()
-        seen: set[tuple[int, int]] = set()
         skipped: list[str] = []
-        for folder, subfolders, found in os.walk(path, followlinks=True, onerror=_raise_unreadable):
-            status = Path(folder).stat()
-            if (status.st_dev, status.st_ino) in seen or _is_output(Path(folder)):
-                subfolders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            relative = os.path.relpath(folder, path).replace(os.sep, "/")
-            changed = status.st_mtime_ns
+        for folder in walk_folders(root, _is_output):
+            relative = os.path.relpath(folder.path, path).replace(os.sep, "/")
             # −1 equals no modification time, so that the next command scans again.
-            folders[relative] = changed if changed < started - _TIME_RESOLUTION_NS else -1
+            folders[relative] = folder.changed if folder.changed < started - _TIME_RESOLUTION_NS else -1
             prefix = "" if relative == "." else relative + "/"
-            names += [prefix + name for name in found if is_image(name)]
-            skipped += [name for name in found if not is_image(name)]
+            names += [prefix + name for name in folder.files if is_image(name)]
+            skipped += [name for name in folder.files if not is_image(name)]
         require_images(names, path)
         warn_skipped(skipped, path)
         return ImageIndex.build(names, stamp={"root": str(root.resolve()), "folders": folders})
@@ -77,6 +70,32 @@ class FolderSource(Source):
         if not path.is_file():  # a dangling link, or a pipe, which would block
             raise UnreadableImageError(path, "not a regular file")
         return path
+
+
+class FolderContents(NamedTuple):
+    """A folder that `walk_folders` visited."""
+
+    path: Path
+    changed: int  # modification time in nanoseconds
+    files: list[str]  # names
+
+
+def walk_folders(root: Path, skip: Callable[[Path], bool] = lambda folder: False) -> Iterator[FolderContents]:
+    """Yield a folder and its subfolders, sorted, each once. Links are followed, hidden folders are skipped.
+
+    Raises:
+        UserError: If a folder cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, found in os.walk(root, followlinks=True, onerror=_raise_unreadable):
+        path = Path(folder)
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in seen or skip(path):
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield FolderContents(path, status.st_mtime_ns, found)
 
 
 def _raise_unreadable(error: OSError) -> None:
