@@ -19,6 +19,7 @@ from vqvae2.training_config import (
     AutoencoderTrainingConfig,
     PriorLossConfig,
     PriorTrainingConfig,
+    Tracker,
 )
 
 
@@ -79,6 +80,10 @@ class RunConfig(Config):
     autoencoder: AutoencoderStageConfig
     extract_codes: ExtractCodesConfig = ExtractCodesConfig()
     priors: dict[str, PriorStageConfig] = Field(description="priors by level name: `bottom` and `top`, or `top` alone")
+    tracker: Tracker = Field(
+        default="tensorboard",
+        description="where metrics and previews are logged, besides the run folder; wandb, mlflow: if installed",
+    )
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 

@@ -167,7 +167,7 @@ def test_invalid_variables_of_accelerate_give_one_line_errors(name: str, monkeyp
 
 def test_run_folder_that_is_not_utf8_gives_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="TensorBoard cannot log to a name that is not valid UTF-8"):
-        make_accelerator(folder=tmp_path / "caf\udce9")
+        make_accelerator(folder=tmp_path / "caf\udce9", tracker="tensorboard")
 
 
 def test_unknown_matplotlib_backend_gives_one_line_error() -> None:

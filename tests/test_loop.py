@@ -18,6 +18,7 @@ from train.loop import TrainingStage, train
 from train.lr_schedule import learning_rate
 from vqvae2 import checkpoint
 from vqvae2.errors import Stopped, UserError
+from vqvae2.pictures import save_image
 from vqvae2.training_config import TrainingConfig
 
 
@@ -71,7 +72,7 @@ class LineStage(TrainingStage):
 
     def preview(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
-        path.write_text("preview")
+        save_image(path, torch.zeros(3, 4, 4, dtype=torch.uint8))
 
     def save(self, path: Path) -> None:
         torch.save(self.objective.state_dict(), path)

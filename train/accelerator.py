@@ -1,5 +1,6 @@
-"""Accelerate's handle on devices and processes, and moving batches to the device."""
+"""Accelerate's handle on devices, processes and experiment trackers, and moving batches to the device."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from sampling.processes import accelerate_errors
 from vqvae2.errors import UserError
+from vqvae2.pictures import load_image, to_pil
+from vqvae2.training_config import Tracker
 
 
 def make_accelerator(
@@ -20,13 +24,19 @@ def make_accelerator(
     folder: Path | None = None,
     gradient_accumulation_steps: int = 1,
     find_unused_parameters: bool = False,
+    tracker: Tracker = "none",
 ) -> Accelerator:
-    """Return an Accelerator that logs to TensorBoard in `folder`/logs, if a folder is given.
+    """Return an Accelerator that logs the training in a stage's `folder` to a tracker.
 
     With `find_unused_parameters`, DDP allows steps in which a part of the parameters has no gradients.
+
+    Raises:
+        UserError: If the package of the tracker is missing, or the environment contradicts the arguments.
     """
     _check_environment(mixed_precision, gradient_accumulation_steps)
-    if folder and str(folder) != str(folder).encode(errors="replace").decode():
+    if tracker in ("wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"tracker: the package {tracker} is not installed. Install it: pip install {tracker}")
+    if tracker == "tensorboard" and str(folder) != str(folder).encode(errors="replace").decode():
         raise UserError(f"{folder}: TensorBoard cannot log to a name that is not valid UTF-8. Choose another folder.")
     # Accelerate keeps one precision per process, but each stage of a run may have its own.
     AcceleratorState._reset_state()
@@ -36,13 +46,33 @@ def make_accelerator(
             cpu=not torch.accelerator.is_available(),  # required for processes without GPUs to find each other
             mixed_precision="no" if mixed_precision == "fp32" else mixed_precision,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            log_with="tensorboard" if folder else None,
+            log_with=None if tracker == "none" else tracker,
             project_dir=folder,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
-    if folder:
-        accelerator.init_trackers("logs")
+    if folder and tracker == "tensorboard":
+        accelerator.init_trackers("logs")  # the name of the folder in `folder`
+    elif folder and tracker != "none":
+        run, name = folder.parent.name, f"{folder.parent.name}/{folder.name}"
+        options = {"wandb": {"group": run, "name": name, "dir": str(folder)}, "mlflow": {"run_name": name}}
+        try:
+            accelerator.init_trackers("vqvae2", init_kwargs={tracker: options[tracker]})
+        except Exception as error:  # each tracker has its own
+            reason = " ".join(str(error).split())
+            raise UserError(f"tracker: {tracker} cannot start ({reason}). Fix it, or use another tracker.") from error
     return accelerator
+
+
+def log_preview(accelerator: Accelerator, path: Path, step: int) -> None:
+    """Log a picture to the tracker."""
+    for tracker in accelerator.trackers:
+        if isinstance(tracker, TensorBoardTracker):
+            picture = load_image(path).movedim(0, -1)[None].numpy()
+            tracker.log_images({"preview": picture}, step, dataformats="NHWC")
+        elif isinstance(tracker, WandBTracker):
+            tracker.log_images({"preview": [to_pil(load_image(path))]}, step)
+        elif isinstance(tracker, MLflowTracker):
+            tracker.log_artifact(str(path), "previews")
 
 
 def _check_environment(mixed_precision: str, gradient_accumulation_steps: int) -> None:

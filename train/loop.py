@@ -24,7 +24,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train.accelerator import make_accelerator, seed_step, to_device
+from train.accelerator import log_preview, make_accelerator, seed_step, to_device
 from train.checkpoints import Checkpoints, Optimized, TrainingState
 from train.early_stopping import EarlyStopping
 from train.ema import ExponentialMovingAverage
@@ -35,7 +35,7 @@ from vqvae2 import files
 from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, load_batches
 from vqvae2.errors import Stopped, UserError
 from vqvae2.run_folder import StageFolder
-from vqvae2.training_config import TrainingConfig
+from vqvae2.training_config import Tracker, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ class TrainableUnit:
     start: int
 
 
-def train(stage: TrainingStage, config: TrainingConfig, path: Path, num_workers: int) -> dict[str, Any]:
+def train(
+    stage: TrainingStage, config: TrainingConfig, path: Path, num_workers: int, tracker: Tracker = "tensorboard"
+) -> dict[str, Any]:
     """Train up to `config.steps`, or resume from the most recent checkpoint in `path`.
 
     Returns:
@@ -126,7 +128,7 @@ def train(stage: TrainingStage, config: TrainingConfig, path: Path, num_workers:
     """
     folder = StageFolder(path)
     accelerator = make_accelerator(
-        config.mixed_precision, path, config.gradient_accumulation_steps, stage.find_unused_parameters
+        config.mixed_precision, path, config.gradient_accumulation_steps, stage.find_unused_parameters, tracker
     )
     units = _make_units(stage, config, accelerator)
     ema = ExponentialMovingAverage(stage.network, config.ema_decay)
@@ -162,6 +164,7 @@ def train(stage: TrainingStage, config: TrainingConfig, path: Path, num_workers:
             if accelerator.is_main_process and (done % config.preview_every == 0 or finished):
                 with ema.applied():
                     stage.preview(folder.preview(done))
+                log_preview(accelerator, folder.preview(done), done)
                 log.plot(folder.curves, stage.curves, stage.name)
             stop = signals.received(accelerator)
             if done % config.checkpoint_every == 0 or improved or finished or stop:

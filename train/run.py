@@ -28,6 +28,7 @@ _CHANGEABLE = (
     "data.max_unreadable_fraction",
     "data.max_pixels",
     "extract_codes.batch_size",
+    "tracker",
     "sampling",
     "evaluation",
     *(f"training.{name}" for name in ("log_every", "validate_every", "preview_every", "checkpoint_every")),

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from vqvae2.config import Config
 from vqvae2.models.discriminator import DiscriminatorConfig
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "none"]
+
 
 class TrainingConfig(Config):
     """How one network is trained. All intervals count optimizer steps."""

@@ -242,7 +242,7 @@ def train_autoencoder(run: Run) -> None:
         return
     stage = AutoencoderStage(run)
     if stage.config.training.steps:
-        train(stage, stage.config.training, folder.path, run.config.data.num_workers)
+        train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
     else:
         _copy_pretrained(stage, folder)
 

@@ -158,7 +158,7 @@ def train_prior(run: Run, level: str) -> None:
         print_main(f"prior-{level}: already complete, {folder.weights}")
         return
     stage = PriorStage(run, level)
-    train(stage, stage.config.training, folder.path, run.config.data.num_workers)
+    train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
 
 
 def _open_store(run: Run, split: str) -> CodeStore:
