@@ -112,7 +112,8 @@ def next_free_folder(first: Path, manifest: Manifest) -> Path:
 
 def default_output(model: Path, kind: str) -> Path:
     """Return where a command writes by default: RUN/KIND for a run, NAME-KIND in the working directory otherwise."""
-    return model / kind if RunFolder(model).config.is_file() else Path(f"{model.name}-{kind}")
+    name = model.name if model.is_dir() else model.name.partition("@")[0]  # without the revision of a hub id
+    return model / kind if RunFolder(model).config.is_file() else Path(f"{name}-{kind}")
 
 
 def check_folder(folder: Path, manifest: Manifest) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sampling.labels import labels_of
 from sampling.memory import batch_that_fits
+from sampling.model_card import write_model_card
 from sampling.params import SamplingParams
 from sampling.sample_level import Noise, PartialCodes, sample_level
 from vqvae2 import files
@@ -19,7 +20,7 @@ from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.data.code_store import CodeStore
 from vqvae2.errors import UserError
-from vqvae2.hub import pipeline_folder
+from vqvae2.hub import HubOptions, PushOptions, pipeline_folder, push
 from vqvae2.models import Autoencoder
 from vqvae2.priors import Prior, load_prior, save_prior
 from vqvae2.run_folder import RunFolder, level_names
@@ -28,22 +29,23 @@ _DEFAULTS = SamplingParams()
 _DECODE_BATCH = 8
 
 
-class PipelineIndex(Config):
-    """Contents of model_index.json in a folder that `save_pretrained` wrote."""
+class PipelineConfig(Config):
+    """Contents of config.json in a folder that `save_pretrained` wrote."""
 
+    kind: Literal["pipeline"] = "pipeline"
     format: Literal[1] = 1
     levels: tuple[str, ...]
     class_names: tuple[str, ...] = ()
     sampling: SamplingParams = SamplingParams()  # defaults of `vqvae2 sample`
 
     @classmethod
-    def read(cls, folder: Path) -> "PipelineIndex":
-        """Return the contents of model_index.json in a folder.
+    def read(cls, folder: Path) -> "PipelineConfig":
+        """Return the contents of config.json in a folder.
 
         Raises:
             UserError: If it is missing or damaged.
         """
-        return cls.from_json(RunFolder(folder).model_index, "Save the pipeline again.")
+        return cls.from_json(RunFolder(folder).pipeline_config, "Save the pipeline again.")
 
 
 @dataclass(frozen=True)
@@ -66,34 +68,41 @@ class VQVAE2Pipeline:
         priors: The prior of each level, finest first, in evaluation mode.
         class_names: Names of the labels; empty for an unconditional model.
         batch_size: Images sampled at once, if memory allows.
+        source: Folder that the networks were loaded from, for the model card.
     """
 
     autoencoder: Autoencoder
     priors: tuple[Prior, ...]
     class_names: tuple[str, ...] = ()
     batch_size: int = 16
+    source: Path | None = None
 
     @classmethod
     def from_pretrained(
-        cls, source: Path | str, device: torch.device | str = "cpu", batch_size: int = 16
+        cls, source: Path | str, device: torch.device | str = "cpu", batch_size: int = 16, **hub: Unpack[HubOptions]
     ) -> "VQVAE2Pipeline":
         """Load the networks of a run folder, of a folder that `save_pretrained` wrote, or of a hub repository.
+
+        Args:
+            source: Path, name of a packaged model, or hub id `OWNER/NAME` or `OWNER/NAME@REVISION`.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`, as in `huggingface_hub`.
 
         Raises:
             UserError: If a network is missing, damaged, or does not belong to the others.
         """
-        folder = RunFolder(pipeline_folder(source))
+        folder = RunFolder(pipeline_folder(source, **hub))
         autoencoder = Autoencoder.load(folder.autoencoder_weights, device)
         priors: list[Prior] = []
         for index, name in enumerate(level_names(len(autoencoder.map_specs))):
             priors.append(load_prior(folder.prior_weights(name), device))
             _check_prior(folder, name, index, priors[-1], autoencoder)
-        return cls(autoencoder, tuple(priors), _class_names(folder, autoencoder, priors), batch_size)
+        return cls(autoencoder, tuple(priors), _class_names(folder, autoencoder, priors), batch_size, folder.path)
 
     def save_pretrained(
         self, folder: Path | str, sampling: SamplingParams = _DEFAULTS, dtype: torch.dtype | None = None
     ) -> None:
-        """Write the networks to a folder that `from_pretrained` reads: safetensors files and model_index.json.
+        """Write the networks to a folder that `from_pretrained` reads: safetensors files, config.json
+        and README.md, a model card.
 
         Args:
             sampling: Defaults of `vqvae2 sample FOLDER`.
@@ -105,8 +114,23 @@ class VQVAE2Pipeline:
         for name, prior in zip(self.levels, self.priors, strict=True):
             made_from = prior.made_from | {"autoencoder": digest}
             save_prior(target.prior_weights(name), prior, prior.config, dtype, **made_from)
-        index = PipelineIndex(levels=self.levels, class_names=self.class_names, sampling=sampling.params)
-        files.write_json(target.model_index, index.to_dict())
+        index = PipelineConfig(levels=self.levels, class_names=self.class_names, sampling=sampling.params)
+        files.write_json(target.pipeline_config, index.to_dict())
+        write_model_card(target, self, sampling.params)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        sampling: SamplingParams = _DEFAULTS,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[PushOptions],
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository on the Hugging Face hub; see `vqvae2.hub.push`.
+
+        >>> pipeline = VQVAE2Pipeline.from_pretrained("runs/mine")  # doctest: +SKIP
+        >>> pipeline.push_to_hub("someone/mine", private=True)  # doctest: +SKIP
+        """
+        return push(lambda folder: self.save_pretrained(folder, sampling, dtype), repo_id, **options)
 
     @property
     def num_codes(self) -> int:
@@ -238,8 +262,8 @@ def _class_names(folder: RunFolder, autoencoder: Autoencoder, priors: Sequence[P
     Raises:
         UserError: If the code store is not the one that the priors were trained on.
     """
-    if folder.model_index.is_file():
-        names, source = PipelineIndex.read(folder.path).class_names, folder.model_index
+    if folder.pipeline_config.is_file():
+        names, source = PipelineConfig.read(folder.path).class_names, folder.pipeline_config
     else:
         source = folder.code_store("train")
         header = CodeStore.open(source).header

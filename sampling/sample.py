@@ -26,7 +26,7 @@ from sampling.output_folder import (
     write_npz,
 )
 from sampling.params import SamplingConfig
-from sampling.pipeline import PipelineIndex, VQVAE2Pipeline
+from sampling.pipeline import PipelineConfig, VQVAE2Pipeline
 from sampling.processes import processes
 from sampling.run_config import parse_with_run_defaults
 from vqvae2 import files
@@ -56,9 +56,9 @@ class SampleOptions(Options, SamplingConfig):
         options = parse_with_run_defaults(cls, "sampling", arguments, prog)
         if RunFolder(options.run).config.is_file():
             return options
-        if options.run.is_dir() and not RunFolder(options.run).model_index.is_file():
+        if options.run.is_dir() and not RunFolder(options.run).pipeline_config.is_file():
             RunFolder.existing(options.run)
-        params = PipelineIndex.read(pipeline_folder(options.run)).sampling
+        params = PipelineConfig.read(pipeline_folder(options.run)).sampling
         return parse(cls, arguments, prog, default=cls(run=options.run, **dict(params)))
 
     @property

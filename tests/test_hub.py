@@ -1,14 +1,19 @@
 """Test loading pretrained models from files, folders and hub ids."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import yaml
 
 from sampling import VQVAE2Pipeline
 from sampling.params import SamplingParams
+from tests.fake_hub import TOKEN, fake_hub
 from tests.test_commands import fails
 from vqvae2 import Autoencoder, files
 from vqvae2.__main__ import main
@@ -28,7 +33,7 @@ def test_autoencoder_loads_from_file_folder_and_hub(finished_run: Path, tmp_path
     assert torch.equal(Autoencoder.from_pretrained(folder / "model.safetensors").reconstruct(images), expected)
     with mock.patch("huggingface_hub.hf_hub_download", return_value=str(folder / "model.safetensors")) as download:
         assert torch.equal(Autoencoder.from_pretrained("someone/faces").reconstruct(images), expected)
-    download.assert_called_once_with("someone/faces", "model.safetensors")
+    download.assert_called_once_with(filename="model.safetensors", repo_id="someone/faces")
     model.save_pretrained(tmp_path)
     assert files.digest(tmp_path / "model.safetensors") == model.digest
 
@@ -45,7 +50,7 @@ def test_pipeline_round_trip(finished_run: Path, tmp_path: Path) -> None:
     assert torch.equal(loaded(num_images=3, seed=1), pipeline(num_images=3, seed=1))
     with mock.patch("huggingface_hub.snapshot_download", return_value=str(tmp_path / "saved")) as download:
         assert len(VQVAE2Pipeline.from_pretrained("someone/faces").priors) == 2
-    assert download.call_args.args == ("someone/faces",)
+    assert download.call_args.kwargs["repo_id"] == "someone/faces"
 
 
 def test_sample_command_takes_saved_pipelines_and_their_defaults(
@@ -125,3 +130,123 @@ def test_scenes64_is_part_of_the_package() -> None:
     assert -10 * error.log10() > 24
     folder = pipeline_folder("scenes64")
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6e6
+
+
+ROUND_TRIP = """
+import contextlib, io, json, os, shutil, sys
+import torch
+from huggingface_hub import constants
+from sampling import VQVAE2Pipeline
+from vqvae2 import Autoencoder, UserError
+from vqvae2.__main__ import main
+
+run, saved = sys.argv[1:]
+results = {}
+
+def digests(pipeline):
+    return [pipeline.autoencoder.digest, *(prior.digest for prior in pipeline.priors)]
+
+def error_of(*arguments):
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        status = main(list(arguments))
+    return [status, stderr.getvalue()]
+
+pipeline = VQVAE2Pipeline.from_pretrained(run)
+results["commit"] = pipeline.push_to_hub("someone/faces", private=True)
+pipeline.push_to_hub("someone/faces", dtype=torch.bfloat16, revision="half", commit_message="Half the size")
+pipeline.autoencoder.push_to_hub("someone/codec")
+shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+loaded = VQVAE2Pipeline.from_pretrained("someone/faces")
+results["digests"] = [digests(pipeline), digests(loaded)]
+results["equal samples"] = torch.equal(loaded(num_images=2, seed=3), pipeline(num_images=2, seed=3))
+results["classes"] = loaded.class_names == pipeline.class_names
+results["autoencoders"] = [
+    Autoencoder.from_pretrained(name).digest for name in (run, "someone/faces", "someone/codec")
+]
+half = VQVAE2Pipeline.from_pretrained("someone/faces@half", cache_dir=saved + "/cache")
+results["half"] = digests(half) == digests(VQVAE2Pipeline.from_pretrained("someone/faces", revision="half"))
+results["bfloat16"] = digests(half) != digests(pipeline)
+half.save_pretrained(saved + "/copy")
+os.chdir(saved)
+results["sample"] = error_of("sample", "someone/faces@half", "--count", "1")
+results["errors"] = {
+    "wrong id": error_of("sample", "someone/nothing"),
+    "revision": error_of("sample", "someone/faces@v9"),
+    "autoencoder only": error_of("sample", "someone/codec"),
+    "no autoencoder": error_of("reconstruct", "someone/empty", "x.png"),
+}
+try:
+    VQVAE2Pipeline.from_pretrained("someone/faces", token="wrong", cache_dir=saved + "/other")
+except UserError as error:
+    results["errors"]["token"] = [2, str(error)]
+constants.HF_HUB_OFFLINE = True
+results["offline"] = digests(VQVAE2Pipeline.from_pretrained("someone/faces")) == digests(pipeline)
+results["errors"]["offline"] = error_of("sample", "someone/unseen")
+print(json.dumps(results))
+"""
+
+
+def test_push_and_pull_through_the_real_client(finished_run: Path, tmp_path: Path) -> None:
+    with fake_hub() as hub:
+        hub.repos["someone/empty"] = {"main": {"README.md": b"nothing else"}}
+        environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        saved = tmp_path / "saved"
+        saved.mkdir()
+        finished = subprocess.run(
+            [sys.executable, "-c", ROUND_TRIP, str(finished_run), str(saved)],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+        results = json.loads(finished.stdout.splitlines()[-1])
+        assert results["commit"].startswith(f"{hub.address}/someone/faces/commit/")
+        assert "someone/faces" in hub.private
+        assert results["digests"][0] == results["digests"][1]
+        assert len(set(results["autoencoders"])) == 1
+        for name in ("equal samples", "classes", "half", "bfloat16", "offline"):
+            assert results[name] is True, name
+        assert results["sample"][0] == 0, results["sample"]
+        assert (saved / "faces-samples" / "grid.png").is_file()
+        for name, words in {
+            "wrong id": ("someone/nothing: ", "downloading from the hub failed"),
+            "revision": ("someone/faces@v9: ", "downloading from the hub failed"),
+            "autoencoder only": ("someone/codec: no pipeline of vqvae2 in this repository",),
+            "no autoencoder": ("someone/empty: ", "downloading from the hub failed"),
+            "token": ("someone/faces: ", "downloading from the hub failed: 401"),
+            "offline": ("someone/unseen: ", "downloading from the hub failed"),
+        }.items():
+            status, text = results["errors"][name]
+            assert status == 2, name
+            assert len(text.splitlines()) == 1, text
+            assert all(word in text for word in words), text
+        card = hub.repos["someone/faces"]["main"]["README.md"].decode()
+        assert (saved / "copy" / "README.md").read_text() == hub.repos["someone/faces"]["half"]["README.md"].decode()
+        assert hub.repos["someone/faces"]["main"]["samples.png"] == (finished_run / "samples" / "grid.png").read_bytes()
+        assert results["digests"][0][0] in card
+        assert json.loads(hub.repos["someone/codec"]["main"]["config.json"])["size"] == [32, 32]
+
+
+def test_model_card_has_metadata_settings_and_measurements(finished_run: Path, tmp_path: Path) -> None:
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
+    pipeline.save_pretrained(tmp_path / "faces", SamplingParams(top_p=0.9))
+    card = (tmp_path / "faces" / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["library_name"] == "vqvae2"
+    assert "class-conditional" in metadata["tags"]
+    summary = json.loads((finished_run / "prior-top" / "summary.json").read_text())["validation"]
+    for expected in (
+        "# faces\n",
+        "Data set `scenes` (0.1 of it held out), labels: folder.",
+        f"| prior-top nll | {summary['nll']:.4g} |",
+        "| bottom | 8×8 | 16 | pixelcnn,",
+        "Default sampling parameters: top_p 0.9.",
+        "![Samples](samples.png)",
+        f"| autoencoder/model.safetensors | `{pipeline.autoencoder.digest}` |",
+    ):
+        assert expected in text
+    assert str(finished_run) not in card
+    assert (tmp_path / "faces" / "samples.png").is_file()

@@ -151,10 +151,11 @@ def test_steps_are_required_without_pretrained_weights(tmp_path: Path, capsys: p
 def test_autoencoder_of_a_hub_repository_of_a_pipeline(finished_run: Path) -> None:
     """A repository of a pipeline has the weights in a subfolder."""
 
-    def download(_: str, name: str) -> str:
-        if name == "model.safetensors":
+    def download(repo_id: str, filename: str) -> str:
+        del repo_id
+        if filename == "model.safetensors":
             raise EntryNotFoundError("404")
-        return str(finished_run / name)
+        return str(finished_run / filename)
 
     with mock.patch("huggingface_hub.hf_hub_download", download):
         digest = Autoencoder.from_pretrained("someone/faces").digest

@@ -1,17 +1,32 @@
-"""Local paths of pretrained models: a file, a folder, or a repository on the Hugging Face hub."""
+"""Pretrained models: a file, a folder, a packaged model, or a repository on the Hugging Face hub; uploading to the hub.
+
+The environment variables of `huggingface_hub` apply: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT.
+"""
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from vqvae2.errors import UserError
 from vqvae2.run_folder import WEIGHTS, RunFolder
 
-SOURCE_HELP = "run folder, folder that save_pretrained wrote, packaged model, or hub id"
+SOURCE_HELP = "run folder, folder that save_pretrained wrote, packaged model, or hub id OWNER/NAME[@REVISION]"
 _PACKAGED = Path(__file__).with_name("pretrained")  # one folder per model
+_Result = TypeVar("_Result")
 
 
-def weights_file(source: str | Path) -> Path:
+class HubOptions(TypedDict, total=False):
+    """How a repository on the hub is accessed, in the words of `huggingface_hub`."""
+
+    revision: str | None  # branch, tag or commit
+    token: str | None  # of the account; the one that `hf auth login` stored, if not given
+    cache_dir: Path | str | None
+    local_files_only: bool  # whether only the cache is used
+
+
+def weights_file(source: str | Path, **options: Unpack[HubOptions]) -> Path:
     """Return the weights of the autoencoder that `source` names: a file, its folder, a run, a packaged model, a hub id.
 
     Raises:
@@ -25,26 +40,30 @@ def weights_file(source: str | Path) -> Path:
         raise UserError(f"{source}: neither {WEIGHTS} nor autoencoder/{WEIGHTS} is in this folder.")
     if packaged := _packaged_model(source):
         return RunFolder(packaged).autoencoder_weights
-    _check_hub_id(source, "a .safetensors file, its folder, a run folder")
-    return _fetch(source, lambda: _download_weights(str(source)))
+    repo = _parse_hub_id(source, "a .safetensors file, its folder, a run folder", options)
+    return Path(_hub_errors(source, lambda: _download_weights(**repo)))
 
 
-def pipeline_folder(source: str | Path) -> Path:
+def pipeline_folder(source: str | Path, **options: Unpack[HubOptions]) -> Path:
     """Return the folder with the networks of a pipeline: a run, another folder, a packaged model, or a hub id.
 
     Raises:
-        UserError: If there is none, or the repository cannot be reached.
+        UserError: If there is none, or the repository cannot be reached or holds no pipeline.
     """
     path = Path(source)
     if path.is_dir():
         return path
     if packaged := _packaged_model(source):
         return packaged
-    _check_hub_id(source, "a run folder, a folder that save_pretrained wrote")
+    repo = _parse_hub_id(source, "a run folder, a folder that save_pretrained wrote", options)
     from huggingface_hub import snapshot_download  # imported here because it is slow
 
-    patterns = ["model_index.json", "*/model.safetensors"]
-    return _fetch(source, lambda: snapshot_download(str(source), allow_patterns=patterns))
+    names = (RunFolder(path).pipeline_config.name, RunFolder(path).card.name)
+    patterns = [*names, f"*/{WEIGHTS}"]
+    folder = RunFolder(Path(_hub_errors(source, lambda: snapshot_download(allow_patterns=patterns, **repo))))
+    if not (folder.pipeline_config.is_file() and folder.autoencoder_weights.is_file()):
+        raise UserError(f"{source}: no pipeline of vqvae2 in this repository (no autoencoder/{WEIGHTS}). Check the id.")
+    return folder.path
 
 
 def download_file(hub_id: str, name: str) -> Path:
@@ -55,18 +74,44 @@ def download_file(hub_id: str, name: str) -> Path:
     """
     from huggingface_hub import hf_hub_download  # imported here because it is slow
 
-    return _fetch(hub_id, lambda: hf_hub_download(hub_id, name))
+    return Path(_hub_errors(hub_id, lambda: hf_hub_download(hub_id, name)))
 
 
-def _download_weights(hub_id: str) -> str:
-    """Download the weights of a repository of an autoencoder, or of a pipeline."""
-    from huggingface_hub import hf_hub_download  # imported here because it is slow
-    from huggingface_hub.errors import EntryNotFoundError
+class PushOptions(TypedDict, total=False):
+    """How a model is uploaded to the hub, in the words of `huggingface_hub`."""
 
-    try:
-        return hf_hub_download(hub_id, WEIGHTS)
-    except EntryNotFoundError:
-        return hf_hub_download(hub_id, f"autoencoder/{WEIGHTS}")
+    revision: str | None  # branch, created if it does not exist
+    token: str | None
+    private: bool | None  # whether a new repository is private; the default of the account if not given
+    commit_message: str
+
+
+def push(write: Callable[[Path], None], repo_id: str, **options: Unpack[PushOptions]) -> str:
+    """Upload the folder that `write` fills to a repository on the hub, which is created if it does not exist.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: If the hub cannot be reached, or refuses the token or the id.
+    """
+    from huggingface_hub import HfApi  # imported here because it is slow
+
+    api, revision = HfApi(token=options.get("token")), options.get("revision")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, repo_id.rpartition("/")[2] or "model")  # the name is the title of the model card
+        write(folder)
+
+        def upload() -> str:
+            api.create_repo(repo_id, private=options.get("private"), exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            message = options.get("commit_message", "Upload a model of vqvae2")
+            return str(
+                api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+            )
+
+        return _hub_errors(repo_id, upload, "uploading to")
 
 
 def packaged_models() -> tuple[str, ...]:
@@ -78,18 +123,40 @@ def _packaged_model(source: str | Path) -> Path | None:
     return _PACKAGED / source if str(source) in packaged_models() else None
 
 
-def _check_hub_id(source: str | Path, expected: str) -> None:
-    if Path(source).suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+def _download_weights(**repo: Any) -> str:
+    """Download the weights of a repository of an autoencoder, or of a pipeline."""
+    from huggingface_hub import hf_hub_download  # imported here because it is slow
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(filename=WEIGHTS, **repo)
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) and not repo.get("local_files_only"):
+            raise  # the hub cannot be reached
+        return hf_hub_download(filename=f"autoencoder/{WEIGHTS}", **repo)
+
+
+def _parse_hub_id(source: str | Path, expected: str, options: HubOptions) -> dict[str, Any]:
+    """Return the arguments of `huggingface_hub` for a hub id with or without a revision.
+
+    Raises:
+        UserError: If `source` is not a hub id.
+    """
+    hub_id, _, revision = str(source).partition("@")
+    if Path(hub_id).suffix in (".safetensors", ".pt") or not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         names = ", ".join(packaged_models())
         packaged = f", a packaged model ({names})" if names else ""
         raise UserError(f"{source}: no such file or folder. Give {expected}{packaged}, or a hub id OWNER/NAME.")
+    return {"repo_id": hub_id, **options} | ({"revision": revision} if revision else {})
 
 
-def _fetch(source: str | Path, download: Callable[[], str]) -> Path:
+def _hub_errors(source: str | Path, access: Callable[[], _Result], action: str = "downloading from") -> _Result:
+    """Call `access`, and convert the errors of `huggingface_hub` to UserError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(download())
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return access()
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: no such folder, and downloading it from the hub failed: {reason}") from None
+        problem = "no such folder, and " if action == "downloading from" else ""
+        raise UserError(f"{source}: {problem}{action} the hub failed: {reason}") from None

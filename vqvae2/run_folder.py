@@ -84,8 +84,12 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
-    def model_index(self) -> Path:
-        return self.path / "model_index.json"
+    def pipeline_config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
 
     @property
     def data_index(self) -> Path:

@@ -9,7 +9,7 @@ without the finer ones.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from vqvae2 import checkpoint, files
 from vqvae2.code_maps import CodeMaps, MapSpec, PositiveInt
 from vqvae2.config import Config
 from vqvae2.errors import UserError
-from vqvae2.hub import weights_file
+from vqvae2.hub import HubOptions, PushOptions, push, weights_file
 from vqvae2.models.blocks import make_decoder, make_encoder, prime_factors, upsample
 from vqvae2.quantizers import EMAConfig, Quantizer, QuantizerConfig, QuantizerOutput
 from vqvae2.run_folder import WEIGHTS, level_names
@@ -241,21 +241,26 @@ class Autoencoder(nn.Module):
 
         Weights are converted to `dtype`, if given. They are float32 again once they are loaded.
         """
-        stored = _StoredAutoencoder(
+        checkpoint.save(path, self.state_dict(), self._stored(made_from).to_dict(), dtype)
+
+    def _stored(self, made_from: dict[str, Any]) -> _StoredAutoencoder:
+        return _StoredAutoencoder(
             config=self.config, size=self.size, image_channels=self.image_channels, made_from=made_from
         )
-        checkpoint.save(path, self.state_dict(), stored.to_dict(), dtype)
 
     @classmethod
-    def from_pretrained(cls, source: Path | str, device: torch.device | str = "cpu") -> "Autoencoder":
+    def from_pretrained(
+        cls, source: Path | str, device: torch.device | str = "cpu", **hub: Unpack[HubOptions]
+    ) -> "Autoencoder":
         """Load the weights in a safetensors file, in a folder, in a run, or in a hub repository `OWNER/NAME`.
 
-        Returns the network in evaluation mode, without gradients.
+        Returns the network in evaluation mode, without gradients. `hub` are `revision`, `token`, `cache_dir` and
+        `local_files_only`, as in `huggingface_hub`.
 
         Raises:
             UserError: If there are no weights, or they are corrupted.
         """
-        return cls.load(weights_file(source), device)
+        return cls.load(weights_file(source, **hub), device)
 
     @classmethod
     def read_pretrained_config(cls, source: Path | str) -> tuple[AutoencoderConfig, int]:
@@ -269,8 +274,16 @@ class Autoencoder(nn.Module):
         return stored.config, stored.image_channels
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write model.safetensors, which contains weights and config, to a folder that `from_pretrained` reads."""
+        """Write model.safetensors, which contains weights and config, to a folder that `from_pretrained` reads.
+
+        The file config.json repeats the config for readers.
+        """
         self.save(Path(folder) / WEIGHTS, **self.made_from)
+        files.write_json(Path(folder) / "config.json", self._stored(self.made_from).to_dict())
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Upload what `save_pretrained` writes to a repository on the Hugging Face hub; see `vqvae2.hub.push`."""
+        return push(self.save_pretrained, repo_id, **options)
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "Autoencoder":

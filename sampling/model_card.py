@@ -1,0 +1,130 @@
+"""README.md of a saved pipeline: a model card as the Hugging Face hub shows it."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from sampling.evaluation.format_metrics import format_metrics
+from sampling.params import SamplingParams
+from sampling.run_config import RunConfig
+from sampling.summary import read_summary
+from vqvae2 import files
+from vqvae2.data.images import DataConfig
+from vqvae2.run_folder import RunFolder, StageFolder, level_names
+
+if TYPE_CHECKING:
+    from sampling.pipeline import VQVAE2Pipeline
+
+_GRID = "samples.png"
+
+
+def write_model_card(folder: RunFolder, pipeline: "VQVAE2Pipeline", params: SamplingParams) -> None:
+    """Write README.md to the folder of a saved pipeline, with what is known about its training.
+
+    Pipelines of a run have its data set, its metrics and a grid of its samples. A pipeline that was loaded from a saved
+    one keeps that one's card.
+
+    Args:
+        params: Default sampling parameters of the saved pipeline.
+    """
+    source = RunFolder(pipeline.source) if pipeline.source is not None else None
+    if source and source.card.is_file():
+        if source.card.resolve() != folder.card.resolve():
+            shutil.copyfile(source.card, folder.card)
+            if (source.path / _GRID).is_file():
+                shutil.copyfile(source.path / _GRID, folder.path / _GRID)
+        return
+    is_run = source is not None and source.config.is_file()
+    data = RunConfig.from_resolved_yaml(source.config).data if source and is_run else None
+    parts = [
+        _front_matter(pipeline, data),
+        f"# {folder.path.resolve().name}\n",
+        _usage(),
+        _architecture(pipeline, params),
+    ]
+    if source and data:
+        parts.append(_training(source, data, len(pipeline.levels)))
+        if (source.samples / "grid.png").is_file():
+            shutil.copyfile(source.samples / "grid.png", folder.path / _GRID)
+            parts.append(f"## Samples\n\n![Samples]({_GRID})\n")
+    parts.append(_digests(folder, pipeline))
+    with files.atomic_write(folder.card) as partial:
+        partial.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _front_matter(pipeline: "VQVAE2Pipeline", data: DataConfig | None) -> str:
+    """Return the metadata that the hub searches, as YAML."""
+    tags = ["vqvae2", "vq-vae-2", "image-generation", "class-conditional" if pipeline.class_names else "unconditional"]
+    metadata: dict[str, object] = {"library_name": "vqvae2", "tags": tags}
+    if not pipeline.class_names:
+        metadata["pipeline_tag"] = "unconditional-image-generation"
+    if data and data.path.startswith("huggingface:"):
+        metadata["datasets"] = [data.path.split(":")[1]]
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n"
+
+
+def _usage() -> str:
+    return """\
+A VQ-VAE-2: an autoencoder with one map of discrete codes per level, and an autoregressive prior of each level.
+
+```python
+from sampling import VQVAE2Pipeline
+
+pipeline = VQVAE2Pipeline.from_pretrained("THIS_REPOSITORY")
+images = pipeline(num_images=16, seed=0)  # in [-1, 1]
+```
+
+    vqvae2 sample THIS_REPOSITORY --count 16
+"""
+
+
+def _architecture(pipeline: "VQVAE2Pipeline", params: SamplingParams) -> str:
+    height, width = pipeline.autoencoder.size
+    rows = [
+        f"| {level} | {spec.height}×{spec.width} | {spec.codebook_size:,} | {prior.config.kind}, "
+        f"{sum(each.numel() for each in prior.parameters()) / 1e6:.2f} M weights |"
+        for level, spec, prior in zip(pipeline.levels, pipeline.autoencoder.map_specs, pipeline.priors, strict=True)
+    ]
+    weights = sum(each.numel() for each in pipeline.autoencoder.parameters()) / 1e6
+    lines = [
+        f"Images of {height}×{width} pixels with {pipeline.autoencoder.image_channels} channels; autoencoder with "
+        f"{weights:.2f} M weights.\n",
+        "| level | code map | codebook size | prior |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    if pipeline.class_names:
+        lines.append(f"Classes: {', '.join(pipeline.class_names)}.\n")
+    changed = {name: value for name, value in params.to_dict().items() if value != SamplingParams().to_dict()[name]}
+    lines += [f"Default sampling parameters: {', '.join(f'{k} {v}' for k, v in changed.items())}.\n"] if changed else []
+    return "## Model\n\n" + "\n".join(lines)
+
+
+def _training(source: RunFolder, data: DataConfig, num_levels: int) -> str:
+    """Return the data set and the measurements of a run."""
+    named = data.path == "scenes" or data.path.startswith(("huggingface:", "torchvision:"))
+    name = data.path if named else Path(data.path).name  # without the folders of the author's machine
+    held_out = Path(data.val_path).name if data.val_path else f"{data.val_fraction:g} of it held out"
+    text = f"## Training\n\nData set `{name}` ({held_out}), labels: {Path(data.labels).name}.\n"
+    if source.metrics.is_file():
+        metrics = format_metrics(files.read_json(source.metrics, "Run `vqvae2 evaluate` again."))
+        return f"{text}\nMeasured by `vqvae2 evaluate`:\n\n```\n{metrics}\n```\n"
+    stages = [source.autoencoder, *(source.prior(level) for level in level_names(num_levels))]
+    rows = [row for stage in stages for row in _validation(stage)]
+    return f"{text}\nOn held-out images, at the end of training:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _validation(stage: StageFolder) -> list[str]:
+    summary = read_summary(stage.summary)
+    return (
+        [f"| {stage.path.name} {name} | {value:.4g} |" for name, value in summary.validation.items()] if summary else []
+    )
+
+
+def _digests(folder: RunFolder, pipeline: "VQVAE2Pipeline") -> str:
+    paths = [folder.autoencoder_weights, *(folder.prior_weights(level) for level in pipeline.levels)]
+    rows = [f"| {path.relative_to(folder.path).as_posix()} | `{files.digest(path)}` |" for path in paths]
+    return "## Files\n\n| file | SHA-256 |\n|---|---|\n" + "\n".join(rows) + "\n"
