@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vqvae2.errors import UserError
     from vqvae2.models import Autoencoder, AutoencoderConfig, LevelConfig
     from vqvae2.priors import PixelCNNConfig, PixelSNAILConfig, Prior, PriorSpec, TransformerConfig
-    from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig
+    from vqvae2.quantizers import EMAConfig, ExternalConfig, FSQConfig, GradientConfig, SimVQConfig
 
 _MODULES = {
     "Autoencoder": "vqvae2.models",
@@ -29,6 +29,7 @@ _MODULES = {
     "CodeStore": "vqvae2.data.code_store",
     "DataConfig": "vqvae2.data.images",
     "EMAConfig": "vqvae2.quantizers",
+    "ExternalConfig": "vqvae2.quantizers",
     "FSQConfig": "vqvae2.quantizers",
     "GradientConfig": "vqvae2.quantizers",
     "LevelConfig": "vqvae2.models",
@@ -36,6 +37,7 @@ _MODULES = {
     "PixelSNAILConfig": "vqvae2.priors",
     "Prior": "vqvae2.priors",
     "PriorSpec": "vqvae2.priors",
+    "SimVQConfig": "vqvae2.quantizers",
     "TransformerConfig": "vqvae2.priors",
     "UserError": "vqvae2.errors",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "CodeStore",
     "DataConfig",
     "EMAConfig",
+    "ExternalConfig",
     "FSQConfig",
     "GradientConfig",
     "LevelConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "PixelSNAILConfig",
     "Prior",
     "PriorSpec",
+    "SimVQConfig",
     "TransformerConfig",
     "UserError",
 ]

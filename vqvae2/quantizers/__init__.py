@@ -6,14 +6,20 @@ from pydantic import Field
 
 from vqvae2.quantizers.base import Quantizer, QuantizerOutput
 from vqvae2.quantizers.ema import EMAConfig, EMAQuantizer
+from vqvae2.quantizers.external import ExternalConfig, ExternalQuantizer
 from vqvae2.quantizers.fsq import FSQConfig, FSQuantizer
 from vqvae2.quantizers.gradient import GradientConfig, GradientQuantizer
+from vqvae2.quantizers.simvq import SimVQConfig, SimVQuantizer
 
-QuantizerConfig = Annotated[EMAConfig | GradientConfig | FSQConfig, Field(discriminator="kind")]
+QuantizerConfig = Annotated[
+    EMAConfig | GradientConfig | SimVQConfig | FSQConfig | ExternalConfig, Field(discriminator="kind")
+]
 
 __all__ = [
     "EMAConfig",
     "EMAQuantizer",
+    "ExternalConfig",
+    "ExternalQuantizer",
     "FSQConfig",
     "FSQuantizer",
     "GradientConfig",
@@ -21,4 +27,6 @@ __all__ = [
     "Quantizer",
     "QuantizerConfig",
     "QuantizerOutput",
+    "SimVQConfig",
+    "SimVQuantizer",
 ]
