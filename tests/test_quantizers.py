@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig, Quantizer
+from vqvae2.quantizers import EMAConfig, ExternalConfig, FSQConfig, GradientConfig, Quantizer, SimVQConfig
 from vqvae2.quantizers.gradient_estimators import rotation_trick, straight_through
 from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest_codes
 
@@ -17,7 +17,9 @@ CONFIGS = {
     "cosine": EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False, cosine=True),
     "projected": GradientConfig(codebook_size=6, code_dim=4, kmeans_init=False, codebook_dim=2),
     "rotation": EMAConfig(codebook_size=6, code_dim=4, kmeans_init=False, gradient_estimator="rotation"),
+    "simvq": SimVQConfig(codebook_size=6, code_dim=4),
     "fsq": FSQConfig(grid=(3, 2), code_dim=4),
+    "external": ExternalConfig(name="LFQ", arguments={"codebook_size": 8}, code_dim=4),
 }
 
 

@@ -72,22 +72,22 @@ class ExternalQuantizer(Quantizer):
     def forward(self, features: Float[Tensor, "b d *spatial"]) -> QuantizerOutput:
         self._check_features(features)
         with torch.autocast(features.device.type, enabled=False):
-            latents = features.float().flatten(2)
+            spatial = features.shape[2:]
+            latents = features.float().reshape(*features.shape[:2], math.prod(spatial))
             quantized, indices, *losses = self.module(latents if self._channels_first else latents.mT)
             quantized = quantized if self._channels_first else quantized.mT
-            loss = losses[0].sum() if losses else latents.new_zeros(())
-            spatial = features.shape[2:]
-            codes = self._join(indices).unflatten(1, spatial)
-            return QuantizerOutput(quantized.unflatten(2, spatial), codes, loss, {"quantizer": loss.detach()})
+            loss = losses[0].sum() if losses and len(features) else latents.new_zeros(())
+            codes = self._join(indices).reshape(len(features), *spatial)
+            return QuantizerOutput(quantized.reshape(features.shape), codes, loss, {"quantizer": loss.detach()})
 
     def lookup(self, codes: Int[Tensor, "b *spatial"]) -> Float[Tensor, "b d *spatial"]:
         with torch.autocast(codes.device.type, enabled=False):
-            flat = codes.flatten(1)
+            flat = codes.reshape(len(codes), math.prod(codes.shape[1:]))
             digits = flat if self._digits == 1 else flat[..., None] // self._place_values(codes.device) % self._base
             name = next(name for name in _LOOKUPS if hasattr(self.module, name))
             found = getattr(self.module, name)(digits)
             found = found if self._channels_first else found.mT
-            return found.unflatten(2, codes.shape[1:])
+            return found.reshape(len(codes), self.code_dim, *codes.shape[1:])
 
     @property
     def _channels_first(self) -> bool:
