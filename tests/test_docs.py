@@ -158,6 +158,18 @@ def test_figures_are_those_that_the_script_draws(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text(encoding="utf-8") == (DOCS / name).read_text(encoding="utf-8")
 
 
+def test_code_store_example_runs(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    code = text.split("runs as written -->\n```python\n")[1].split("```")[0]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(finished_run)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    assert namespace["images"].shape == (2, 3, 32, 32)
+    assert namespace["loss"].isfinite()
+
+
 def test_readme_example_runs_and_its_shapes_are_right() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]

@@ -143,12 +143,13 @@ class CodeStore(Dataset[CodeBatch]):
         self._shifts = np.array(header.unreadable, np.int64) - np.arange(len(header.unreadable))
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path | str) -> Self:
         """Open the store at `path`.
 
         Raises:
             UserError: If it is missing, unfinished, corrupted or not a code store.
         """
+        path = Path(path)
         store = cls(path, cls.read_header(path))
         if not (store.header.complete and lmdb_environment.is_sealed(path)):
             raise UserError(f"{path}: unfinished code store. Run `vqvae2 extract-codes` again to complete it.")
