@@ -167,3 +167,14 @@ def test_missing_and_corrupted_store_errors_name_the_store(tmp_path: Path) -> No
 def test_store_of_another_autoencoder_raises_with_both_digests() -> None:
     with pytest.raises(UserError, match=r"aaaaaaaaaaaa….*bbbbbbbbbbbb…"):
         header(1, (2, 1, 1)).check_autoencoder("b" * 64, Path("codes/train"))
+
+
+def test_a_store_opens_by_relative_absolute_and_linked_paths(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(finished_run / "codes")
+    monkeypatch.chdir(finished_run)
+    stores = [CodeStore.open(path) for path in ("codes/val", finished_run / "codes" / "val", tmp_path / "link" / "val")]
+    expected = stores[0].read([0, 3])
+    for store in stores[1:]:
+        assert all(torch.equal(*maps) for maps in zip(store.read([0, 3]).codes, expected.codes, strict=True))

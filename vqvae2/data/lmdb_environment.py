@@ -69,7 +69,7 @@ def encode_key(number: int) -> bytes:
 def cached_values(path: Path) -> ValueCache:
     """Return the numbered values of the finished code store at `path`."""
     open_reader(path)
-    return _readers[path.absolute()].values
+    return _readers[path.resolve()].values
 
 
 def open_reader(
@@ -80,7 +80,7 @@ def open_reader(
     Raises:
         UserError: If there is no database, or it is corrupted.
     """
-    path = path.absolute()
+    path = path.resolve()  # LMDB refuses to open a database twice, also through a link
     reader = _readers.get(path)
     if reader is None or reader.pid != os.getpid():
         close_reader(path)
@@ -98,7 +98,7 @@ def open_reader(
 
 def close_reader(path: Path) -> None:
     """Close this process's reader of the database at `path`, if open."""
-    reader = _readers.pop(path.absolute(), None)
+    reader = _readers.pop(path.resolve(), None)
     if reader is not None:
         reader.values.clear()
         reader.environment.close()
