@@ -60,8 +60,8 @@ def save_grid(path: Path, images: UInt8[Tensor, "b c h w"], columns: int, enlarg
     save_png(path, image_grid(images, columns, enlarge_to))
 
 
-def image_grid(images: UInt8[Tensor, "b c h w"], columns: int, enlarge_to: int = 96) -> UInt8[Tensor, "c h2 w2"]:
-    """Return one image of images in rows, with borders; see `save_grid`."""
+def image_grid(images: UInt8[Tensor, "b c h w"], columns: int, enlarge_to: int = 96) -> UInt8[Tensor, "_ h2 w2"]:
+    """Return one image of images in rows, with borders; gray images as RGB. See `save_grid`."""
     return make_grid(enlarge(images, enlarge_to), nrow=columns, padding=_BORDER, pad_value=255)
 
 

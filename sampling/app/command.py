@@ -110,6 +110,7 @@ def serve(model: ServedModel, host: str, port: int) -> None:
 
 def _set_environment(host: str, folder: str) -> None:
     """Set what gradio reads from the environment: where uploads go, no telemetry, no proxy for its own address."""
+    tempfile.tempdir = folder  # also the temporary files of the libraries
     direct = [os.environ.get("NO_PROXY", ""), "127.0.0.1", "localhost", host]
     os.environ.update(
         GRADIO_TEMP_DIR=folder,

@@ -10,6 +10,8 @@ from gradio.components import Component
 from sampling.app.worker import Canceled, Job, ServedModel
 from vqvae2.errors import UserError
 
+_MESSAGE_SECONDS = 30
+
 
 @dataclass(frozen=True)
 class Call:
@@ -56,10 +58,18 @@ def bind(
             gr.Info("Canceled.")
             return gr.skip()
         except UserError as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from None
+            raise gr.Error(str(error), duration=_MESSAGE_SECONDS, print_exception=False) from None
 
     shown_on = [progress_on or outputs[-1]]
-    listener(handle, set(inputs), list(outputs), api_name=name, concurrency_limit=None, show_progress_on=shown_on)
+    listener(
+        handle,
+        set(inputs),
+        list(outputs),
+        api_name=name,
+        api_visibility="undocumented",
+        concurrency_limit=None,
+        show_progress_on=shown_on,
+    )
 
 
 def bind_cancel(model: ServedModel, button: gr.Button) -> None:

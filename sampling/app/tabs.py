@@ -84,6 +84,7 @@ class InpaintTab:
         factor = max(1, round(_SHOWN / max(height, width)))
         return gr.ImageEditor(
             label="Paint what to redraw",
+            placeholder="Upload an image, or sample one.",
             elem_id="editor",
             type="numpy",
             image_mode="RGBA",
