@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from sampling.app.code_pictures import CodedImages, code_colors, color_map, dim_others, encode_images, find_code
-from sampling.app.controls import MAX_SEED, picture
+from sampling.app.controls import MAX_SEED, SHOWN, picture, shown
 from sampling.app.events import Call, bind, bind_cancel
 from sampling.app.pictures import sample
 from sampling.app.uploads import read_upload
@@ -24,7 +24,6 @@ _SAMPLES = 16
 _MAX_UPLOADS = 64
 _MAX_PATCHES = 40
 _PATCH_COLUMNS = 8
-_SHOWN = 384  # pixels of the longer side of a picture, about
 
 
 class CodesTab:
@@ -50,11 +49,11 @@ class CodesTab:
 
     def _bind(self, upload: gr.UploadButton, start: gr.Button) -> None:
         names = self._model.pipeline.levels
-        shown = [self._selected, self._shown, *self._maps, self._use, self._patches]
-        everything = [self._coded, self._gallery, *shown]
+        image = [self._selected, self._shown, *self._maps, self._use, self._patches]
+        everything = [self._coded, self._gallery, *image]
         bind(self._model, upload.upload, self._upload(upload), [upload], everything, "upload_codes", self._gallery)
         bind(self._model, start.click, self.sample, [], everything, "sample_codes", self._gallery)
-        bind(self._model, self._gallery.select, self.select_image, [self._coded], shown, "select_image", self._shown)
+        bind(self._model, self._gallery.select, self.select_image, [self._coded], image, "select_image", self._shown)
         inputs, outputs = [self._coded, self._selected], [self._shown, self._use, self._patches]
         for level, shown_map in zip(reversed(range(len(names))), self._maps, strict=True):
             work = partial(self.select_code, level=level)
@@ -86,11 +85,11 @@ class CodesTab:
             f"{len(coded.images)} images. The image above shows where; the patches below have it in the middle."
         )
         occurrences = dim_others(coded.images[number], coded.codes[level][number] == code)
-        return _picture(occurrences), text, to_pil(image_grid(use.patches, _PATCH_COLUMNS, enlarge_to=96))
+        return shown(occurrences), text, to_pil(image_grid(use.patches, _PATCH_COLUMNS, enlarge_to=96))
 
     def _upload(self, button: gr.UploadButton) -> Callable[[Call], tuple[Any, ...]]:
         def upload(call: Call) -> tuple[Any, ...]:
-            paths = call[button] or []
+            paths = call[button] or [None]
             if len(paths) > _MAX_UPLOADS:
                 raise UserError(f"images: {len(paths)} were uploaded; choose at most {_MAX_UPLOADS}.")
             autoencoder = self._model.pipeline.autoencoder
@@ -105,9 +104,9 @@ class CodesTab:
     def _show_image(self, coded: CodedImages, number: int) -> tuple[Any, ...]:
         """Return the values of the components from the number of the image to the patches, which are emptied."""
         maps = [
-            _picture(color_map(codes[number], colors)) for codes, colors in zip(coded.codes, self._colors, strict=True)
+            shown(color_map(codes[number], colors)) for codes, colors in zip(coded.codes, self._colors, strict=True)
         ]
-        return (number, _picture(coded.images[number]), *reversed(maps), "Click a code.", None)
+        return (number, shown(coded.images[number]), *reversed(maps), "Click a code.", None)
 
     def _require_set(self, call: Call) -> CodedImages:
         if call[self._coded] is None:
@@ -115,10 +114,6 @@ class CodesTab:
         return call[self._coded]
 
 
-def _picture(image: UInt8[Tensor, "c h w"]) -> Any:
-    return to_pil(enlarge(image[None], _SHOWN)[0])
-
-
 def _factor(height: int, width: int) -> int:
     """Return by how much `enlarge` enlarges a picture of this size."""
-    return enlarge(torch.zeros(1, 1, height, width, dtype=torch.uint8), _SHOWN).shape[2] // height
+    return enlarge(torch.zeros(1, 1, height, width, dtype=torch.uint8), SHOWN).shape[2] // height

@@ -32,7 +32,7 @@ _MAX_SESSIONS = 200  # whose images are kept in memory
 class AppOptions(Options):
     """Serve a page in the browser that samples and edits images, and shows what levels and codes carry.
 
-    It needs the package gradio: pip install 'vqvae2[app]'. Nothing is written; uploads are deleted when it stops.
+    It needs the package gradio: pip install 'vqvae2[app]'. Uploads and pictures are deleted when it stops.
     """
 
     run: Positional[Path] = Field(description=SOURCE_HELP)

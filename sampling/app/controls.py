@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 
 from sampling.app.events import Call, bind, bind_cancel
@@ -14,9 +15,16 @@ from sampling.app.pictures import MAX_VARIANTS, EditSettings, sample
 from sampling.app.uploads import read_upload
 from sampling.app.worker import ServedModel
 from sampling.params import SamplingConfig
+from vqvae2.pictures import enlarge, to_pil
 
 _PICTURE_WIDTH = 240  # pixels; on a narrower screen, pictures stand below each other
+SHOWN = 384  # pixels of the longer side of a single image, about
 MAX_SEED = 2**53 - 1  # largest integer that a browser represents exactly
+
+
+def shown(image: UInt8[Tensor, "c h w"]) -> Image.Image:
+    """Return an image as a picture of about `SHOWN` pixels."""
+    return to_pil(enlarge(image[None], SHOWN)[0])
 
 
 def picture(label: str) -> gr.Image:
@@ -39,7 +47,9 @@ class LevelControls:
 
     def __init__(self, model: ServedModel, button: str, is_open: bool) -> None:
         self._defaults, self._levels = model.defaults.params, model.pipeline.levels
-        self.seed = gr.Number(model.defaults.seed % MAX_SEED, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+        self.seed = gr.Number(
+            min(model.defaults.seed, MAX_SEED), label="Seed", precision=0, minimum=0, maximum=MAX_SEED
+        )
         self.start = _action_buttons(model, button)
         self._sliders: dict[tuple[str, str], gr.Slider] = {}  # by parameter and level
         with gr.Accordion("Temperature, top-p, guidance", open=is_open):

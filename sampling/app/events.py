@@ -1,6 +1,6 @@
 """Bind events of the page to calls of the model: arguments, progress, cancellation and errors."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +74,16 @@ def bind(
 
 def bind_cancel(model: ServedModel, button: gr.Button) -> None:
     """Cancel all jobs of the session when a button is clicked."""
-
-    async def cancel(request: gr.Request) -> None:
-        model.worker.cancel(str(request.session_hash))
-
-    button.click(cancel, queue=False, show_progress="hidden", api_visibility="private")
+    button.click(_cancel_handler(model), queue=False, show_progress="hidden", api_visibility="private")
 
 
 def cancel_on_unload(model: ServedModel, page: gr.Blocks) -> None:
     """Cancel all jobs of a session when its browser tab is closed."""
+    page.unload(_cancel_handler(model))
 
+
+def _cancel_handler(model: ServedModel) -> Callable[[gr.Request], Coroutine[Any, Any, None]]:
     async def cancel(request: gr.Request) -> None:
         model.worker.cancel(str(request.session_hash))
 
-    page.unload(cancel)
+    return cancel

@@ -20,7 +20,7 @@ label[data-testid="block-label"] { position: static; width: fit-content; }
 #editor label[data-testid="block-label"] { position: absolute; }
 .image-container { position: static !important; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)) !important; }
-.grid-wrap { min-height: 0 !important; height: auto !important; }
+.grid-wrap { min-height: 0 !important; max-height: none !important; height: auto !important; }
 @media (max-width: 500px) { .tab-container button { padding: 0 7px !important; } }
 """
 # The fonts of the system: gradio's own themes load fonts.

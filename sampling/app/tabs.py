@@ -8,21 +8,14 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from sampling.app.controls import EditControls, ImageSource, LevelControls, picture
+from sampling.app.controls import SHOWN, EditControls, ImageSource, LevelControls, picture, shown
 from sampling.app.events import Call, bind
 from sampling.app.pictures import MAX_IMAGES, inpaint, reconstruct, sample, vary
 from sampling.app.uploads import editor_canvas, painted_mask, require_image
 from sampling.app.worker import ServedModel
 from sampling.params import SamplingConfig
 from sampling.reconstruct import progressive_levels
-from vqvae2.pictures import enlarge, image_grid, to_pil
-
-_SHOWN = 384  # pixels of the longer side of a single image, about
-
-
-def shown(image: UInt8[Tensor, "c h w"]) -> Image.Image:
-    """Return an image as a picture of about `_SHOWN` pixels."""
-    return to_pil(enlarge(image[None], _SHOWN)[0])
+from vqvae2.pictures import image_grid, to_pil
 
 
 class SampleTab:
@@ -49,7 +42,11 @@ class SampleTab:
 
     def sample(self, call: Call) -> Image.Image:
         """Return a grid of samples."""
-        chosen = {"count": call[self._count], "classes": tuple(call[self._classes]), **self._levels.settings(call)}
+        chosen = {
+            "count": call[self._count],
+            "classes": tuple(call[self._classes] or ()),
+            **self._levels.settings(call),
+        }
         config = SamplingConfig.from_dict(dict(self._defaults) | chosen, "sampling")
         call.job.start(config.count * self._pipeline.num_codes)
         images = sample(self._pipeline, config, call.job.advance)
@@ -68,7 +65,7 @@ class InpaintTab:
                 self._controls = EditControls(model, self._source.label, "Redraw")
             with gr.Column(scale=3, min_width=280):
                 result = picture("Variants")
-        self._source.show_in([self._editor], lambda image: (editor_canvas(image, _SHOWN),), "inpaint")
+        self._source.show_in([self._editor], lambda image: (editor_canvas(image, SHOWN),), "inpaint")
         inputs = [self._source.image, self._editor, *self._controls.inputs]
         bind(model, self._controls.start.click, self.inpaint, inputs, [result], "inpaint")
 
@@ -81,7 +78,7 @@ class InpaintTab:
 
     def _make_editor(self) -> gr.ImageEditor:
         height, width = self._pipeline.autoencoder.size
-        factor = max(1, round(_SHOWN / max(height, width)))
+        factor = max(1, round(SHOWN / max(height, width)))
         return gr.ImageEditor(
             label="Paint what to redraw",
             placeholder="Upload an image, or sample one.",
@@ -93,8 +90,8 @@ class InpaintTab:
             transforms=(),
             layers=False,
             buttons=[],
-            height=_SHOWN + 64,  # with its toolbars
-            brush=gr.Brush(default_size=_SHOWN // 12, colors=["#ff3b30"], color_mode="fixed"),
+            height=SHOWN + 64,  # with its toolbars
+            brush=gr.Brush(default_size=SHOWN // 12, colors=["#ff3b30"], color_mode="fixed"),
             canvas_size=(width * factor, height * factor),
         )
 
