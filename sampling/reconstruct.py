@@ -61,11 +61,11 @@ def reconstruct(
     size, channels = autoencoder.size, autoencoder.image_channels
     images = torch.stack([hwc_to_chw(read_image(path, size, channels, max_pixels=max_pixels)) for path in paths])
     codes = autoencoder.encode(to_float(images))
-    shown = _progressive_levels(autoencoder) if levels else [None]
+    shown = progressive_levels(autoencoder) if levels else [None]
     return torch.stack([images, *(to_uint8(autoencoder.decode(codes, names)) for names in shown)], 1)
 
 
-def _progressive_levels(autoencoder: Autoencoder) -> list[tuple[str, ...]]:
+def progressive_levels(autoencoder: Autoencoder) -> list[tuple[str, ...]]:
     """Return the names of the coarsest level, of the two coarsest, …, of all levels."""
     names = level_names(len(autoencoder.map_specs))
     return [names[index:] for index in reversed(range(len(names)))]
@@ -126,5 +126,5 @@ def main(options: ReconstructOptions) -> None:
     save_grid(out, rows.flatten(0, 1), columns=rows.shape[1])
     columns = ["original", "reconstruction"]
     if options.levels:
-        columns[1:] = [" + ".join(reversed(names)) for names in _progressive_levels(autoencoder)]
+        columns[1:] = [" + ".join(reversed(names)) for names in progressive_levels(autoencoder)]
     print(f"{out}\ncolumns: {', '.join(columns)}")

@@ -1,10 +1,12 @@
-"""Shared fixtures: one thread, photographs, a small file system, random Inception weights, and a tiny finished run."""
+"""Shared fixtures: one thread, photographs, a small file system, random Inception weights, a tiny run, a page."""
 
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -12,6 +14,11 @@ import pytest
 import torch
 
 from vqvae2.__main__ import main
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+    from tests.app_browser import Server
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data"
 
@@ -98,3 +105,35 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         assert main(command) == 0
     return run
+
+
+@pytest.fixture(scope="module")
+def app_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
+    """Return a running `vqvae2 app scenes64`. Afterwards, check that it stops without any other output."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from tests.app_browser import start_server, stop_server
+
+    server = start_server(tmp_path_factory.mktemp("app"))
+    yield server
+    assert stop_server(server, signal.SIGINT) == "vqvae2: stopped by SIGINT\n"  # no traceback, and no warning
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """Return a headless Chromium of this machine."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: "Browser", app_server: "Server") -> "Iterator[Callable[[str], Page]]":
+    """Return a function that opens a tab of the page. Afterwards, check that no other host was contacted."""
+    from tests.app_browser import open_pages
+
+    yield from open_pages(app_server, browser)

@@ -90,6 +90,12 @@ COMMANDS = {
         "Keep the coarse levels of images and sample the fine ones",
         "vqvae2 variations runs/demo photo.jpg --classes 3",
     ),
+    "app": Command(
+        "Use",
+        "sampling.app.command:main",
+        "Serve a page that samples, inpaints and shows codes",
+        "vqvae2 app scenes64",
+    ),
     "evaluate": Command(
         "Measure",
         "sampling.evaluation.evaluate:main",

@@ -60,7 +60,12 @@ def load_image(path: Path) -> UInt8[Tensor, "c h w"]:
 
 def save_grid(path: Path, images: UInt8[Tensor, "b c h w"], columns: int, enlarge_to: int = 96) -> None:
     """Write a PNG of images in rows. Small images are enlarged by pixel repetition to about `enlarge_to` pixels."""
-    save_image(path, make_grid(_enlarge(images, enlarge_to), nrow=columns, padding=_BORDER, pad_value=255))
+    save_image(path, image_grid(images, columns, enlarge_to))
+
+
+def image_grid(images: UInt8[Tensor, "b c h w"], columns: int, enlarge_to: int = 96) -> UInt8[Tensor, "_ h2 w2"]:
+    """Return one image of images in rows, with borders; gray images as RGB. See `save_grid`."""
+    return make_grid(enlarge(images, enlarge_to), nrow=columns, padding=_BORDER, pad_value=255)
 
 
 def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_to: int = 96) -> None:
@@ -70,7 +75,7 @@ def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_
         F.pad(images, (0, 0, 0, 0, 0, 0, 0, longest - len(images)), value=255)  # white images
         for images in rows.values()
     ]
-    images = _enlarge(torch.cat(filled), enlarge_to)
+    images = enlarge(torch.cat(filled), enlarge_to)
     grid = to_pil(make_grid(images, nrow=longest, padding=_BORDER, pad_value=255))
     font = ImageFont.load_default(_CAPTION)
     captions = [name.encode("utf-8", "replace").decode("utf-8") for name in rows]
@@ -98,7 +103,8 @@ def interleave_rows(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tens
     return blocks.flatten(0, 2), columns
 
 
-def _enlarge(images: UInt8[Tensor, "b c h w"], enlarge_to: int) -> UInt8[Tensor, "b c h2 w2"]:
+def enlarge(images: UInt8[Tensor, "b c h w"], enlarge_to: int) -> UInt8[Tensor, "b c h2 w2"]:
+    """Return images enlarged by pixel repetition, by the factor that brings the longer side closest to `enlarge_to`."""
     factor = max(1, round(enlarge_to / max(images.shape[2:])))
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
