@@ -154,7 +154,7 @@ def _build(config: RunConfig, name: str, batch_size: int, stack: ExitStack) -> t
     stack.enter_context(mock.patch("vqvae2.quantizers.codebook.CodebookQuantizer._ensure_initialized"))
     stack.enter_context(mock.patch("vqvae2.quantizers.codebook.cluster_sums", _cluster_sums))
     # The perceptual loss draws by how many pixels images are shifted.
-    stack.enter_context(mock.patch("torch.randint", lambda *_, **__: mock.Mock(tolist=lambda: [1, 1])))
+    stack.enter_context(mock.patch("torch.randint", return_value=mock.Mock(tolist=lambda: [1, 1])))
     objective = AutoencoderObjective(autoencoder, config.autoencoder.loss).train()
     stack.enter_context(mock.patch.object(objective, "usage"))
     images = torch.zeros(batch_size, config.data.channels, *config.data.shape, dtype=torch.uint8)
