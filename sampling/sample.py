@@ -105,8 +105,10 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     manifest = _manifest(pipeline, config)
     folder = out or next_free_folder(default_output(run, "samples"), manifest)
     check_folder(folder, manifest)
-    if process.is_main_process and not manifest_path(folder).is_file():
-        manifest.write(folder)
+    if process.is_main_process:
+        files.lock_folder(folder)
+        if not manifest_path(folder).is_file():
+            manifest.write(folder)
     size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
     paths = [image_path(folder, number, manifest.format) for number in range(config.count)]
     missing = [number for number, path in enumerate(paths) if not is_complete_image(path, size, channels)]

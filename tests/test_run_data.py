@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,20 +81,43 @@ def test_data_path_is_resolved_where_the_command_is_typed(monkeypatch: pytest.Mo
         assert absolute_source(name) == name
 
 
-def test_two_commands_cannot_use_one_run_folder(
-    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config, run = trained
+@contextmanager
+def locked_by_another_process(folder: Path) -> Iterator[int]:
+    """Lock a folder in a process, which is killed at the end. Yields its id."""
     code = (
         "import sys, time; from pathlib import Path; from vqvae2 import files\n"
         "files.lock_folder(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "locked\n"
-        fails(capsys, ["extract-codes", str(config), "--run", str(run)], str(run), f"in use by process {owner.pid} on")
+        yield owner.pid
         owner.kill()
         owner.wait()
+
+
+def test_two_commands_cannot_write_one_folder(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, prepared = tmp_path / "out", tmp_path / "prepared"
+    commands = {
+        out: ["sample", str(finished_run), "--count", "2", "--out", str(out)],
+        prepared: ["prepare", "scenes", str(prepared), "--size", "16", "--num-workers", "0"],
+    }
+    for folder, command in commands.items():
+        with locked_by_another_process(folder) as pid:
+            fails(capsys, command, str(folder), f"in use by process {pid} on")
+            assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert main(commands[out]) == 0
+    assert not (out / ".lock").exists()
+
+
+def test_two_commands_cannot_use_one_run_folder(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = trained
+    with locked_by_another_process(run) as pid:
+        fails(capsys, ["extract-codes", str(config), "--run", str(run)], str(run), f"in use by process {pid} on")
     assert main(["extract-codes", str(config), "--run", str(run)]) == 0  # a killed owner leaves no lock
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.data.image_io import MAX_PIXELS, UnreadableImageError
 from vqvae2.data.images import DataConfig, ImageDataset
@@ -95,6 +96,7 @@ def prepare(config: DataConfig, out: Path, encoding: str, quality: int | None) -
         "vqvae2 prepare",
     )
     order = SequentialBatchSampler(len(images), _PER_TRANSACTION)
+    files.lock_folder(out)
     with closing(PreparedWriter(out, header)) as writer:
         if writer.finished:
             return writer.header
