@@ -83,6 +83,12 @@ class AutoencoderObjective(nn.Module):
         return loss, terms
 
 
+def exclude_from_compilation(network: Autoencoder) -> None:
+    """Run the quantizers of a network eagerly. What they do depends on values, and would break graphs in many places."""
+    for quantizer in network.quantizers:
+        quantizer.forward = torch.compiler.disable(quantizer.forward)
+
+
 class AutoencoderStage(TrainingStage):
     """Training of the autoencoder of a run."""
 
@@ -96,6 +102,8 @@ class AutoencoderStage(TrainingStage):
         self.training_data, self.validation_data = open_run_datasets(run.config.data, run.folder)
         torch.manual_seed(self.config.training.seed)
         self._network = self.config.model.build(shape, channels)
+        if self.config.training.compile:
+            exclude_from_compilation(self._network)
         self.pretrained = None
         if self.config.pretrained is not None:
             self.pretrained = Autoencoder.from_pretrained(self.config.pretrained)

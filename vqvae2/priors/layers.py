@@ -205,7 +205,8 @@ class IncrementalGatedResidualBlock:
 
 def glu(gates: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
     """Compute `F.glu(gates, 1)`. On a CPU, the gradient keeps the memory format that convolutions are fast with."""
-    return _GLU.apply(gates) if gates.device.type == "cpu" else F.glu(gates, 1)
+    is_eager_cpu = gates.device.type == "cpu" and not torch.compiler.is_compiling()
+    return _GLU.apply(gates) if is_eager_cpu else F.glu(gates, 1)
 
 
 class _GLU(torch.autograd.Function):

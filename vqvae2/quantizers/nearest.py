@@ -34,7 +34,8 @@ def cluster_sums(
     vectors: Float[Tensor, "n d"], codes: Int[Tensor, " n"], codebook_size: int
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "k d"]]:
     """Return the number of vectors assigned to each code, and their sums."""
-    counts = torch.bincount(codes, minlength=codebook_size).to(vectors.dtype)
+    # Not `bincount`, which waits for a GPU. Sums of ones are exact.
+    counts = vectors.new_zeros(codebook_size).index_add_(0, codes, vectors.new_ones(len(codes)))
     sums = vectors.new_zeros(codebook_size, vectors.shape[1]).index_add_(0, codes, vectors)
     return counts, sums
 
