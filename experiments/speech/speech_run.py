@@ -1,0 +1,163 @@
+"""Settings of a speech experiment and its run folder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from experiments.speech.autoencoder import SpeechAutoencoder, SpeechModelConfig, load_speech_autoencoder
+from experiments.speech.recordings import Recordings, RecordingsConfig, open_recordings
+from sampling.processes import processes
+from sampling.run_config import PriorStageConfig
+from train.run import check_unused, fixed_differences
+from vqvae2 import files
+from vqvae2.command_line import Options, parse
+from vqvae2.config import Config, is_resolved
+from vqvae2.data.code_store import CodeStore
+from vqvae2.errors import UserError
+from vqvae2.priors import Prior, TransformerConfig, load_prior
+from vqvae2.run_folder import RunFolder, StageFolder
+from vqvae2.training_config import PriorTrainingConfig, TrainingConfig
+
+
+class SpeechTrainingConfig(TrainingConfig):
+    """How the autoencoder is trained."""
+
+    steps: int = Field(default=100_000, ge=1, le=2**40, description="optimizer steps")
+    batch_size: int = Field(default=8, ge=1, le=2**24, description="global batch size")
+    unquantized_steps: int = Field(default=100, ge=0, description="first steps that train without quantization")
+
+
+class SpeechConfig(Config):
+    """The sections of a speech experiment's YAML file."""
+
+    run: str | None = Field(default=None, description="run folder; runs/NAME for NAME.yaml if not given")
+    data: RecordingsConfig = RecordingsConfig()
+    model: SpeechModelConfig = SpeechModelConfig()
+    training: SpeechTrainingConfig = SpeechTrainingConfig()
+    baseline: bool = Field(
+        default=False, description="also train a WaveNet without codes and speakers for as many steps, to compare with"
+    )
+    prior: PriorStageConfig = PriorStageConfig(
+        model=TransformerConfig(channels=256, layers=6, heads=4),
+        training=PriorTrainingConfig(steps=20_000, batch_size=16),
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        hop = self.model.samples_per_code
+        for name in ("length", "crop"):
+            if (value := getattr(self.data, name)) % hop:
+                raise ValueError(f"data.{name}: {value} is not divisible by 2^model.downsamplings = {hop}")
+        return self
+
+
+class SpeechOptions(Options, SpeechConfig):
+    """Train all stages of a speech experiment, or resume their training: the autoencoder, its baseline, the prior."""
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
+        if not arguments or arguments[0].startswith("-"):
+            if not {"-h", "--help"} & set(arguments):
+                raise UserError(f"CONFIG: missing. Give a YAML file first: {prog} CONFIG.yaml [--section.field VALUE]")
+            return parse(cls, arguments, f"{prog} CONFIG.yaml")
+        path = Path(arguments[0])
+        options = parse(cls, arguments[1:], f"{prog} {path}", cls.from_yaml(path))
+        run = options.run or str(path.parent if is_resolved(path) else Path("runs") / path.stem)
+        data = options.data.model_copy(update={"path": str(Path(options.data.path).expanduser().absolute())})
+        return options.model_copy(update={"run": run, "data": data})
+
+    @property
+    def config(self) -> SpeechConfig:
+        """The settings without those that a command adds."""
+        return SpeechConfig(**{name: getattr(self, name) for name in SpeechConfig.model_fields})
+
+
+@dataclass(frozen=True)
+class SpeechRun:
+    """A config, its run folder, and what the folder holds."""
+
+    config: SpeechConfig
+    folder: RunFolder
+
+    @classmethod
+    def existing(cls, path: Path) -> Self:
+        """Return the run in a folder.
+
+        Raises:
+            UserError: If `path` is not the folder of a speech experiment.
+        """
+        config = RunFolder(path).config
+        if not config.is_file():
+            raise UserError(f"{path}: not a run folder (no config.yaml). Create one with `vqvae2 speech train CONFIG`.")
+        return cls(SpeechConfig.from_resolved_yaml(config), RunFolder(path))
+
+    @property
+    def baseline(self) -> StageFolder:
+        """Folder of the WaveNet without codes."""
+        return StageFolder(self.folder.path / "baseline")
+
+    @property
+    def page(self) -> Path:
+        return self.folder.path / "speech.html"
+
+    @cached_property
+    def recordings(self) -> tuple[Recordings, Recordings]:
+        """Recordings for training and for validation."""
+        return open_recordings(self.config.data)
+
+    @cached_property
+    def autoencoder(self) -> SpeechAutoencoder:
+        """The trained autoencoder."""
+        network = load_speech_autoencoder(self.folder.autoencoder_weights)
+        if network.speakers != self.recordings[0].speakers:
+            raise UserError(
+                f"{self.folder.autoencoder_weights}: trained on other speakers than those in {self.config.data.path}. "
+                "Restore the recordings, or choose another run folder with --run."
+            )
+        return network
+
+    def store(self, split: str) -> CodeStore:
+        """Return the finished code store of a split."""
+        store = CodeStore.open(self.folder.code_store(split))
+        store.header.check_autoencoder(files.digest(self.folder.autoencoder_weights), store.path)
+        return store
+
+    @cached_property
+    def prior(self) -> Prior:
+        """The trained prior of the codes."""
+        path = self.folder.prior_weights("top")
+        prior = load_prior(path)
+        if prior.made_from.get("autoencoder") != self.autoencoder.digest:
+            raise UserError(
+                f"{path}: trained on the codes of another autoencoder than {self.folder.autoencoder_weights}. "
+                "Delete the folder and run `vqvae2 speech train` again."
+            )
+        return prior
+
+
+def open_speech_run(options: SpeechOptions) -> SpeechRun:
+    """Create the run folder with its resolved config, or check that an existing one has the same config.
+
+    Raises:
+        UserError: If the folder holds another run. The message names the first setting that differs.
+    """
+    config = options.config
+    run = SpeechRun(config, RunFolder(Path(config.run or "runs")))
+    with processes().main_process_first():
+        if run.folder.config.is_file():
+            for key, old, new in fixed_differences(SpeechConfig.from_resolved_yaml(run.folder.config), config):
+                raise UserError(
+                    f"{run.folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
+                    "Choose another folder with --run, or restore the setting."
+                )
+        else:
+            check_unused(run.folder.path)
+        if processes().is_main_process:
+            files.lock_folder(run.folder.path)
+            files.write_text(run.folder.config, config.to_yaml())
+    return run
