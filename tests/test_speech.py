@@ -10,6 +10,10 @@ from torch import Tensor
 from experiments.speech.autoencoder import SpeechAutoencoder, SpeechModelConfig
 from experiments.speech.incremental import IncrementalWaveNet, incremental_logits, sample_waveforms
 from experiments.speech.mu_law import SILENCE, compand, expand
+from experiments.speech.recognition import mutual_information
+from experiments.speech.recordings import Clip
+from experiments.speech.spectrum import LogMel, mel_filters
+from experiments.speech.stages import SpeechObjective
 from experiments.speech.wavenet import WaveNet, WaveNetConfig
 from vqvae2.quantizers import EMAConfig
 
@@ -119,38 +123,68 @@ def test_incremental_decoder_reuses_its_memory() -> None:
 
 def test_autoencoder_forward_equals_encoding_and_decoding() -> None:
     network, samples, speaker = autoencoder(), values(3), torch.tensor([0, 1, 1])
-    logits, output = network(samples, speaker)
+    output = network(samples, speaker)
     codes = network.encode(samples)
     assert codes.shape == (3, 8)
-    assert torch.equal(codes, output.codes)
-    torch.testing.assert_close(network.decoder(samples, network.condition(codes, speaker)), logits)
-    other, _ = network(samples, 1 - speaker)
-    assert (other - logits).abs().max() > 1e-3
-
-
-def test_instance_normalization_removes_what_is_constant() -> None:
-    network = autoencoder(instance_norm=True)
-    features = network.features(values())
-    torch.testing.assert_close(features.mean(2), torch.zeros(2, 5), atol=1e-5, rtol=0)
-    with torch.no_grad():
-        network.pre_quant.bias += 3
-    torch.testing.assert_close(network.features(values()), features, atol=1e-4, rtol=0)
-
-
-def test_jitter_replaces_codes_by_neighbors_in_training_only() -> None:
-    network = autoencoder(jitter=0.4)
-    vectors = torch.arange(1000.0).expand(2, 5, 1000)
-    assert torch.equal(network._jitter(vectors), vectors)
-    shift = network.train()._jitter(vectors) - vectors
-    assert set(shift.unique().tolist()) == {-1, 0, 1}
-    assert (shift == shift[:, :1]).all()  # whole vectors
-    assert abs(float((shift != 0).float().mean()) - 0.4) < 0.05
+    assert output.quantization is not None
+    assert torch.equal(codes, output.quantization.codes)
+    torch.testing.assert_close(network.decoder(samples, network.condition(codes, speaker)), output.logits)
+    other = network(samples, 1 - speaker)
+    assert (other.logits - output.logits).abs().max() > 1e-3
+    assert (other.spectrum - output.spectrum).abs().max() > 1e-3
 
 
 def test_quantizer_computes_in_float32_under_autocast() -> None:
     network = autoencoder().train()
     with torch.autocast("cpu", torch.bfloat16):
-        logits, output = network(values(), torch.tensor([0, 1]))
-    assert output.quantized.dtype == torch.float32
-    (logits.float().square().mean() + output.loss).backward()
+        output = network(values(), torch.tensor([0, 1]))
+    assert output.quantization is not None
+    assert output.quantization.quantized.dtype == torch.float32
+    (output.logits.float().square().mean() + output.spectrum.square().mean() + output.quantization.loss).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_loss_is_the_sum_of_its_weighted_terms() -> None:
+    network = autoencoder().train()
+    batch = Clip(values().to(torch.uint8), torch.tensor([0, 1]), torch.tensor([-1, -1]), torch.tensor([64, 64]))
+    loss, terms = SpeechObjective(network, 0.5, LogMel(8000, 8))(batch)
+    output = network(batch.values.long(), batch.speaker)
+    probabilities = output.logits.softmax(2).gather(2, batch.values.long()[..., None])
+    nll = -probabilities.log().mean()
+    assert output.quantization is not None
+    features = network.features(batch.values.long())
+    commitment = (features - network.quantizer.lookup(output.quantization.codes)).square().mean()
+    spectrum = (output.spectrum - LogMel(8000, 8)(expand(batch.values))).square().mean()
+    torch.testing.assert_close(terms["nll"], nll, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(terms["commitment"], commitment.detach(), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(loss, nll + 0.25 * commitment + 0.5 * spectrum, atol=1e-3, rtol=1e-3)
+
+
+def test_log_mel_is_the_formula() -> None:
+    sample_rate, hop = 8000, 64
+    waveform = np.random.default_rng(0).standard_normal(640).astype(np.float32)
+    found = LogMel(sample_rate, hop)(torch.from_numpy(waveform)[None])[0].numpy()
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(256) / 256)
+    padded = np.pad(waveform, 96)
+    for frame in range(10):
+        power = np.abs(np.fft.rfft(padded[frame * hop : frame * hop + 256] * window)) ** 2
+        expected = np.log(mel_filters(32, 129, sample_rate) @ power + 1e-4) / 3
+        np.testing.assert_allclose(found[:, frame], expected, atol=1e-4)
+
+
+def test_mel_filters_are_triangles_on_the_mel_scale() -> None:
+    filters = mel_filters(20, 2001, 8000)  # bins of 2 Hz
+    peaks = filters.argmax(1) * 2.0
+    mel = 2595 * np.log10(1 + peaks / 700)
+    np.testing.assert_allclose(np.diff(mel), np.diff(mel).mean(), rtol=0.05)
+    inside = slice(filters[0].argmax() + 1, filters[-1].argmax())
+    np.testing.assert_allclose(filters[:, inside].sum(0), 1, atol=1e-6)  # neighbors overlap completely
+
+
+def test_mutual_information_of_known_distributions() -> None:
+    first = np.array([0, 0, 1, 1] * 100)
+    assert mutual_information(first, first) == pytest.approx(1)
+    assert mutual_information(first, np.array([0, 1, 0, 1] * 100)) == pytest.approx(0, abs=1e-12)
+    assert mutual_information(first, np.array([0, 0, 0, 1] * 100)) == pytest.approx(
+        0.5 * np.log2(4 / 3) + 0.25 * np.log2(2 / 3) + 0.25
+    )

@@ -24,7 +24,6 @@ model:
   downsamplings: 4
   channels: 8
   residual_layers: 1
-  jitter: 0.1
   quantizer: {{kind: {kind}, codebook_size: 8, code_dim: 4}}
   decoder: {{channels: 8, skip_channels: 8, condition_channels: 8, cycles: 1, layers: 4}}
 training: &training

@@ -1,15 +1,15 @@
 """The VQ-VAE of waveforms: strided convolutions, a codebook, and a WaveNet decoder that also knows the speaker."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from experiments.speech.mu_law import to_unit
+from experiments.speech.mu_law import expand
+from experiments.speech.spectrum import BANDS
 from experiments.speech.wavenet import WaveNet, WaveNetConfig
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config
@@ -20,16 +20,8 @@ class SpeechModelConfig(Config):
     """Settings of the autoencoder of waveforms."""
 
     downsamplings: int = Field(default=6, ge=1, le=12, description="convolutions with stride 2 and window 4")
-    channels: int = Field(default=128, ge=1, le=4096, description="hidden channels of the encoder")
+    channels: int = Field(default=64, ge=1, le=4096, description="hidden channels of the encoder")
     residual_layers: int = Field(default=2, ge=0, le=64, description="residual layers of the encoder")
-    instance_norm: bool = Field(
-        default=False,
-        description="normalize the features of each clip over time before quantization, which removes what is "
-        "constant in a clip, such as the speaker",
-    )
-    jitter: float = Field(
-        default=0.0, ge=0, le=0.5, description="probability that a code is replaced by a neighbor in training"
-    )
     quantizer: QuantizerConfig = EMAConfig(codebook_size=512, code_dim=64)
     decoder: WaveNetConfig = WaveNetConfig()
 
@@ -52,13 +44,21 @@ class _StoredSpeechAutoencoder(Config):
     made_from: dict[str, Any] = Field(default_factory=dict)
 
 
+class SpeechOutput(NamedTuple):
+    """Output of the network for values (B, T) with F codes."""
+
+    logits: Float[Tensor, "b t 256"]
+    quantization: QuantizerOutput | None = None  # None without codes
+    spectrum: Float[Tensor, "b 32 f"] | None = None  # log-mel spectrogram predicted from the codes and the speaker
+
+
 class SpeechAutoencoder(nn.Module):
     """Autoencoder of µ-law waveforms whose decoder is a WaveNet, conditioned on the codes and the speaker.
 
     >>> network = SpeechModelConfig(channels=8, downsamplings=4).build(("anna", "ben"))
     >>> codes = network.encode(torch.full((3, 256), 128))
     >>> codes.shape, network.condition(codes, torch.tensor([0, 1, 1])).shape
-    (torch.Size([3, 16]), torch.Size([3, 16, 64]))
+    (torch.Size([3, 16]), torch.Size([3, 16, 128]))
     """
 
     digest: str | None = None  # of the file the weights were loaded from
@@ -67,45 +67,35 @@ class SpeechAutoencoder(nn.Module):
         super().__init__()
         self.config, self.speakers = config, speakers
         channels, dim, condition = config.channels, config.quantizer.code_dim, config.decoder.condition_channels
-        self.down = nn.ModuleList(
-            nn.Conv1d(channels if index else 1, channels, 4, stride=2, padding=1)
-            for index in range(config.downsamplings)
-        )
-        self.residual = nn.ModuleList(
-            nn.Sequential(
-                nn.ReLU(), nn.Conv1d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv1d(channels, channels, 1)
-            )
-            for _ in range(config.residual_layers)
-        )
-        self.pre_quant = nn.Conv1d(channels, dim, 1)
+        self.down = nn.Sequential()
+        for index in range(config.downsamplings):
+            convolution = nn.Conv1d(channels if index else 1, channels, 4, stride=2, padding=1)
+            self.down.extend([convolution, nn.BatchNorm1d(channels), nn.ReLU()])
+        self.residual = nn.ModuleList(_residual_layer(channels) for _ in range(config.residual_layers))
+        self.pre_quant = nn.Sequential(nn.ReLU(), nn.Conv1d(channels, dim, 1))
         self.quantizer = config.quantizer.build()
-        self.post_quant = nn.Sequential(
-            nn.Conv1d(dim, condition, 3, padding=1), nn.ReLU(), nn.Conv1d(condition, condition, 3, padding=1)
-        )
+        self.post_quant = nn.Conv1d(dim, condition, 5, padding=2)
         self.speaker = nn.Embedding(len(speakers), condition)
+        self.context = nn.Conv1d(condition, condition, 5, padding=2)
+        self.spectrum = nn.Linear(condition, BANDS)  # for the auxiliary loss
         self.decoder = WaveNet(config.decoder)
 
-    def forward(
-        self, values: Int[Tensor, "b t"], speaker: Int[Tensor, " b"], quantized: bool = True
-    ) -> tuple[Float[Tensor, "b t 256"], QuantizerOutput]:
-        """Return logits of the values given the earlier ones, the codes and the speaker.
+    def forward(self, values: Int[Tensor, "b t"], speaker: Int[Tensor, " b"], quantized: bool = True) -> SpeechOutput:
+        """Return the predictions for the values, given the earlier ones, the codes and the speaker.
 
         `quantized=False` passes the features of the encoder to the decoder, for the first steps of training.
         """
         features = self.features(values)
         output = self.quantizer(features) if quantized else self.quantizer.pass_through(features)
-        condition = self._condition(self._jitter(output.quantized), speaker)
-        return self.decoder(values, condition), output
+        condition = self._condition(output.quantized, speaker)
+        return SpeechOutput(self.decoder(values, condition), output, self.spectrum(condition).transpose(1, 2))
 
     def features(self, values: Int[Tensor, "b t"]) -> Float[Tensor, "b d f"]:
         """Return the features before quantization."""
-        x = to_unit(values)[:, None]
-        for index, layer in enumerate(self.down):
-            x = layer(F.relu(x) if index else x)
+        x = self.down(expand(values)[:, None])
         for layer in self.residual:
             x = x + layer(x)
-        x = self.pre_quant(F.relu(x)).float()
-        return F.instance_norm(x) if self.config.instance_norm else x
+        return self.pre_quant(x)
 
     def encode(self, values: Int[Tensor, "b t"]) -> Int[Tensor, "b f"]:
         """Return the codes."""
@@ -116,17 +106,8 @@ class SpeechAutoencoder(nn.Module):
         return self._condition(self.quantizer.lookup(codes), speaker)
 
     def _condition(self, quantized: Float[Tensor, "b d f"], speaker: Int[Tensor, " b"]) -> Float[Tensor, "b f c"]:
-        return self.post_quant(quantized).transpose(1, 2) + self.speaker(speaker)[:, None]
-
-    def _jitter(self, quantized: Float[Tensor, "b d f"]) -> Float[Tensor, "b d f"]:
-        """Replace some vectors by their left or right neighbor (Chorowski et al. 2019, arXiv 1901.08810)."""
-        if not (self.training and self.config.jitter):
-            return quantized
-        batch, _, frames = quantized.shape
-        draws = torch.rand(batch, frames, device=quantized.device)
-        shift = (draws < self.config.jitter / 2).long() - (draws > 1 - self.config.jitter / 2).long()
-        source = (torch.arange(frames, device=quantized.device) + shift).clamp(0, frames - 1)
-        return quantized.gather(2, source[:, None].expand_as(quantized))
+        x = F.relu(self.post_quant(quantized) + self.speaker(speaker)[:, :, None])
+        return F.relu(x + self.context(x)).transpose(1, 2)
 
     def save(self, path: Path, **made_from: Any) -> None:
         """Write weights, config, speakers and provenance to one safetensors file."""
@@ -154,7 +135,13 @@ class UnconditionalWaveNet(nn.Module):
         super().__init__()
         self.decoder = config.build(conditioned=False)
 
-    def forward(self, values: Int[Tensor, "b t"], speaker: Int[Tensor, " b"], quantized: bool = True) -> Any:
-        """Return logits, and None in place of the output of a quantizer."""
+    def forward(self, values: Int[Tensor, "b t"], speaker: Int[Tensor, " b"], quantized: bool = True) -> SpeechOutput:
+        """Return the logits of the values given the earlier ones."""
         del speaker, quantized
-        return self.decoder(values), None
+        return SpeechOutput(self.decoder(values))
+
+
+def _residual_layer(channels: int) -> nn.Sequential:
+    """Return a residual branch: normalization, convolution with window 3, ReLU, convolution with window 1."""
+    convolutions = nn.Conv1d(channels, channels, 3, padding=1), nn.Conv1d(channels, channels, 1)
+    return nn.Sequential(nn.BatchNorm1d(channels), convolutions[0], nn.ReLU(), convolutions[1])

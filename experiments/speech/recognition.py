@@ -4,33 +4,24 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from scipy.fft import dct
-from scipy.signal import spectrogram
 
-_BANDS, _COEFFICIENTS, _SEGMENTS = 32, 20, 16
-_SILENT = 0.01  # of the highest energy of a frame
+from experiments.speech.spectrum import LogMel
 
-
-def mel_filters(bands: int, bins: int, sample_rate: int) -> Float[np.ndarray, "m f"]:
-    """Return triangular filters, equally wide on the mel scale, for the bins of a power spectrum."""
-    highest = 2595 * np.log10(1 + sample_rate / 2 / 700)
-    edges = 700 * (10 ** (np.linspace(0, highest, bands + 2) / 2595) - 1)
-    frequencies = np.linspace(0, sample_rate / 2, bins)
-    low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    return np.clip(np.minimum((frequencies - low) / (middle - low), (high - frequencies) / (high - middle)), 0, None)
+_COEFFICIENTS, _SEGMENTS = 20, 16
+_SILENT = 1.0  # below the loudest frame, in units of the spectrogram
 
 
 def cepstra(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.ndarray, "frames coefficients"]:
     """Return mel-frequency cepstral coefficients of 32 ms windows every 8 ms, without silence at both ends."""
-    window = round(0.032 * sample_rate)
-    _, _, power = spectrogram(waveform, sample_rate, nperseg=window, noverlap=window - round(0.008 * sample_rate))
-    energy = power.sum(0)
-    loud = np.flatnonzero(energy > _SILENT * energy.max()) if energy.max() > 0 else np.array([], int)
-    if len(loud):
-        power = power[:, loud[0] : loud[-1] + 1]
-    mel = np.log(mel_filters(_BANDS, len(power), sample_rate) @ power + 1e-9)
-    return np.asarray(dct(mel, axis=0, norm="ortho"))[:_COEFFICIENTS].T
+    hop = round(0.008 * sample_rate)
+    samples = torch.from_numpy(waveform[: len(waveform) // hop * hop])
+    mel = LogMel(sample_rate, hop)(samples[None])[0].numpy()
+    loudness = mel.mean(0)
+    loud = np.flatnonzero(loudness > loudness.max() - _SILENT)
+    return np.asarray(dct(mel[:, loud[0] : loud[-1] + 1], axis=0, norm="ortho"))[:_COEFFICIENTS].T
 
 
 def features(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.ndarray, " d"]:

@@ -29,7 +29,13 @@ class SpeechTrainingConfig(TrainingConfig):
 
     steps: int = Field(default=100_000, ge=1, le=2**40, description="optimizer steps")
     batch_size: int = Field(default=8, ge=1, le=2**24, description="global batch size")
-    unquantized_steps: int = Field(default=100, ge=0, description="first steps that train without quantization")
+    unquantized_steps: int = Field(default=300, ge=0, description="first steps that train without quantization")
+    spectrum_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="weight of the error of a log-mel spectrogram predicted from the codes and the speaker; 0 removes "
+        "this term, which the paper does not have",
+    )
 
 
 class SpeechConfig(Config):

@@ -14,6 +14,7 @@ from experiments.speech.autoencoder import SpeechAutoencoder, UnconditionalWaveN
 from experiments.speech.decoding import decode, sample_utterances, save_spectrograms
 from experiments.speech.mu_law import expand
 from experiments.speech.recordings import Clip, Recordings, collate
+from experiments.speech.spectrum import LogMel
 from experiments.speech.speech_run import SpeechOptions, SpeechRun, open_speech_run
 from sampling.processes import processes
 from train.accelerator import to_device
@@ -35,11 +36,18 @@ _PREVIEW_CLIPS = 4
 
 
 class SpeechObjective(nn.Module):
-    """Negative log-likelihood of the waveform in nats per sample, plus the loss of the quantizer."""
+    """Negative log-likelihood of the waveform in nats per sample, plus the loss of the quantizer.
 
-    def __init__(self, network: SpeechAutoencoder | UnconditionalWaveNet) -> None:
+    The auxiliary term is the mean squared error of the log-mel spectrogram, predicted from the codes and the speaker.
+    A strong autoregressive decoder learns slowly to use the codes; this term tells the encoder early what matters.
+    """
+
+    def __init__(
+        self, network: SpeechAutoencoder | UnconditionalWaveNet, spectrum_weight: float, log_mel: LogMel
+    ) -> None:
         super().__init__()
         self.network, self.quantized = network, True
+        self.spectrum_weight, self.log_mel = spectrum_weight, log_mel
         self.usage = None
         if isinstance(network, SpeechAutoencoder):
             self.usage = CodebookUsageTracker({"top": network.quantizer.codebook_size})
@@ -47,13 +55,15 @@ class SpeechObjective(nn.Module):
     def forward(self, batch: Clip) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its unweighted terms."""
         values = batch.values.long()
-        logits, quantization = self.network(values, batch.speaker, self.quantized)
+        logits, quantization, spectrum = self.network(values, batch.speaker, self.quantized)
         nll = F.cross_entropy(logits.float().flatten(0, 1), values.flatten())
         if quantization is None:
             return nll, {"nll": nll}
         if self.usage and self.training and self.quantized:
             self.usage.update([quantization])
-        return nll + quantization.loss, {"nll": nll} | quantization.loss_terms
+        error = F.mse_loss(spectrum.float(), self.log_mel(expand(batch.values)))
+        loss = nll + quantization.loss + self.spectrum_weight * error
+        return loss, {"nll": nll, "spectrum": error} | quantization.loss_terms
 
 
 class SpeechStage(TrainingStage):
@@ -70,10 +80,12 @@ class SpeechStage(TrainingStage):
         self._network: SpeechAutoencoder | UnconditionalWaveNet = (
             UnconditionalWaveNet(model.decoder) if baseline else model.build(self.training_data.speakers)
         )
-        self.objective = self._objective = SpeechObjective(self._network)
+        self.objective = self._objective = SpeechObjective(
+            self._network, self.config.spectrum_weight, LogMel(run.config.data.sample_rate, model.samples_per_code)
+        )
         self.curves = {"nats per sample": ["train/nll"], "bits per recorded sample": ["validation/bits"]}
         if not baseline:
-            self.curves["codes in use"] = ["train/usage_top"]
+            self.curves |= {"error of the spectrum": ["train/spectrum"], "codes in use": ["train/usage_top"]}
 
     @property
     def network(self) -> SpeechAutoencoder | UnconditionalWaveNet:
@@ -134,7 +146,7 @@ def bits_per_sample(network: nn.Module, data: Recordings, batch_size: int, accel
         batch = to_device(batch, accelerator.device)
         values = batch.values.long()
         with accelerator.autocast():
-            logits, _ = network(values, batch.speaker)
+            logits = network(values, batch.speaker).logits
         nats = F.cross_entropy(logits.float().flatten(0, 1), values.flatten(), reduction="none").view_as(values)
         recorded = torch.arange(values.shape[1], device=values.device) < batch.length[:, None]
         total += torch.stack([nats[recorded].double().sum(), recorded.double().sum()])
@@ -195,15 +207,15 @@ def train_speech(run: SpeechRun) -> None:
     """Train all stages of a run. Finished ones are skipped."""
     folder, workers, training = run.folder, run.config.data.num_workers, run.config.training
     data = {"data": run.recordings[0].digest()}
-    for stage in (folder.autoencoder, *([run.baseline] if run.config.baseline else [])):
-        if _is_finished(stage.weights, data):
-            continue
-        train(SpeechStage(run, baseline=stage == run.baseline), training, stage.path, workers)
+    if not _is_finished(folder.autoencoder_weights, data):
+        train(SpeechStage(run, baseline=False), training, folder.autoencoder.path, workers)
     if processes().is_main_process:
         extract_speech_codes(run)
     processes().wait_for_everyone()
     if not _is_finished(folder.prior_weights("top"), {"autoencoder": files.digest(folder.autoencoder_weights)}):
         train(SpeechPriorStage(run), run.config.prior.training, folder.prior("top").path, workers)
+    if run.config.baseline and not _is_finished(run.baseline.weights, data):
+        train(SpeechStage(run, baseline=True), training, run.baseline.path, workers)
 
 
 def _is_finished(weights: Path, made_from: Mapping[str, str | None]) -> bool:

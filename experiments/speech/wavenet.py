@@ -15,7 +15,7 @@ class WaveNetConfig(Config):
 
     channels: int = Field(default=64, ge=1, le=4096, description="channels of the residual connections and the gates")
     skip_channels: int = Field(default=64, ge=1, le=4096, description="channels of the skip connections")
-    condition_channels: int = Field(default=64, ge=1, le=4096, description="channels of the conditioning features")
+    condition_channels: int = Field(default=128, ge=1, le=4096, description="channels of the conditioning features")
     cycles: int = Field(default=2, ge=1, le=64, description="how often the dilations are repeated")
     layers: int = Field(default=8, ge=1, le=16, description="layers per cycle, with dilations 1, 2, 4, …")
 
@@ -41,7 +41,7 @@ class WaveNet(nn.Module):
     activations.
 
     >>> network = WaveNetConfig(channels=8, layers=3).build()
-    >>> network(torch.zeros(2, 128, dtype=torch.int64), torch.zeros(2, 4, 64)).shape
+    >>> network(torch.zeros(2, 128, dtype=torch.int64), torch.zeros(2, 4, 128)).shape
     torch.Size([2, 128, 256])
     """
 
@@ -77,7 +77,7 @@ class WaveNet(nn.Module):
 
     def head(self, skips: Float[Tensor, "*b s"]) -> Float[Tensor, "*b 256"]:
         """Return the logits of summed skip connections."""
-        return self.logits(F.relu(self.hidden(F.relu(skips))))
+        return self.logits(F.relu(self.hidden(F.relu(skips * len(self.layers) ** -0.5))))
 
 
 class WaveNetLayer(nn.Module):
