@@ -14,7 +14,7 @@ from sampling.run_changes import RunChanges, SettingChange
 from sampling.run_config import RunConfig
 from sampling.run_data import open_run_datasets
 from vqvae2 import files
-from vqvae2.command_line import Options, parse
+from vqvae2.command_line import Options, parse, split_config_path
 from vqvae2.config import Config, differences, is_resolved
 from vqvae2.data.sources import absolute_source
 from vqvae2.errors import UserError
@@ -62,12 +62,10 @@ class RunOptions(Options, RunConfig):
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        if not arguments or arguments[0].startswith("-"):
-            if not {"-h", "--help"} & set(arguments):
-                raise UserError(f"CONFIG: missing. Give a YAML file first: {prog} CONFIG.yaml [--section.field VALUE]")
+        path, overrides = split_config_path(arguments, prog)
+        if path is None:
             return parse(cls, arguments, f"{prog} CONFIG.yaml", cls.from_yaml(demo_config()))
-        path, *overrides = arguments
-        return cls.from_config(Path(path), overrides, f"{prog} {path}")
+        return cls.from_config(path, overrides, f"{prog} {path}")
 
     @classmethod
     def from_config(cls, path: Path, overrides: Sequence[str], prog: str) -> Self:

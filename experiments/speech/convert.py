@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import tyro
 from pydantic import Field
+from torch import Tensor
 
 from experiments.speech.decoding import decode
 from experiments.speech.mu_law import expand
@@ -29,32 +30,43 @@ class ConvertOptions(Options):
 
 def convert(run: SpeechRun, options: ConvertOptions) -> None:
     """Write originals and conversions to RUN/conversions, and update the run's page."""
-    network, data = run.autoencoder, run.recordings[1]
+    network = run.autoencoder
     for name in options.speakers:
         if name not in network.speakers:
             raise UserError(f"--speakers: no speaker {name!r}. The speakers are {', '.join(network.speakers)}.")
-    if options.files:
-        captions = [path.name for path in options.files]
-        waveforms = [read_waveform(path, data.config) for path in options.files]
-        values = torch.stack([fit_length(waveform, data.config.length) for waveform in waveforms])
-    else:
-        count = min(options.count, len(data))
-        indices = [index * len(data) // count for index in range(count)]
-        captions, values = [data.caption(index) for index in indices], collate(data, indices).values
+    captions, values, lengths = _read(run, options)
     speakers = options.speakers or network.speakers
     with torch.inference_mode():
         codes = network.encode(values.long())
+    repeats = len(speakers)
     targets = torch.tensor([network.speakers.index(name) for name in speakers]).repeat(len(codes))
-    decoded = decode(
-        network, codes.repeat_interleave(len(speakers), 0), targets, options.seed, options.temperature
-    ).unflatten(0, (-1, len(speakers)))
+    codes, lengths = codes.repeat_interleave(repeats, 0), lengths.repeat_interleave(repeats)
+    decoded = decode(network, codes, targets, options.seed, options.temperature, lengths=lengths)
+    titles = [f"as {name}" for name in speakers]
     rows = [
-        (caption, [("original", original), *((f"as {name}", each) for name, each in zip(speakers, row, strict=True))])
-        for caption, original, row in zip(captions, expand(values), decoded, strict=True)
+        (caption, [("original", original), *zip(titles, converted, strict=True)])
+        for caption, original, converted in zip(captions, expand(values), decoded.split(repeats), strict=True)
     ]
     made_with = options.seed, options.temperature, (str(network.digest),)
     write_audio(run, run.folder.path / "conversions", rows, made_with)
     print(run.page)
+
+
+def _read(run: SpeechRun, options: ConvertOptions) -> tuple[list[str], Tensor, Tensor]:
+    """Return captions, µ-law values (N, T) and recorded lengths (N,)."""
+    if options.files:
+        data = run.config.data
+        clips = [fit_length(read_waveform(path, data), data.length) for path in options.files]
+        return (
+            [path.name for path in options.files],
+            torch.stack([v for v, _ in clips]),
+            torch.tensor([n for _, n in clips]),
+        )
+    held_out = run.recordings[1]
+    count = min(options.count, len(held_out))
+    indices = [index * len(held_out) // count for index in range(count)]
+    batch = collate(held_out, indices)
+    return [held_out.caption(index) for index in indices], batch.values, batch.length
 
 
 def main(options: ConvertOptions) -> None:

@@ -28,11 +28,19 @@ def decode(
     seed: int = 0,
     temperature: float = 1.0,
     clips: Sequence[int] | None = None,
+    lengths: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b t"]:
-    """Sample waveforms in [-1, 1] from the decoder. See `sample_waveforms`."""
+    """Sample waveforms in [-1, 1] from the decoder. See `sample_waveforms`.
+
+    Args:
+        lengths: Samples of each clip that were recorded; the rest becomes silent.
+    """
     with torch.inference_mode():
         condition, hop = network.condition(codes, speaker), network.config.samples_per_code
-    return expand(sample_waveforms(network.decoder, condition, hop, seed, clips, temperature))
+    waveforms = expand(sample_waveforms(network.decoder, condition, hop, seed, clips, temperature))
+    if lengths is None:
+        return waveforms
+    return waveforms * (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None])
 
 
 def sample_utterances(

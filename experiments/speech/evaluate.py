@@ -111,7 +111,7 @@ def _held_out_utterances(
         clips = range(number * _BATCH, number * _BATCH + len(codes))
         parts["real"].append(expand(batch.values))
         for name, speaker in (("reconstructions", batch.speaker), ("conversions", targets[clips.start : clips.stop])):
-            parts[name].append(decode(network, codes, speaker, options.seed, options.temperature, clips))
+            parts[name].append(decode(network, codes, speaker, options.seed, options.temperature, clips, batch.length))
     speaker, content = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("speaker", "content"))
     intended = {"real": speaker, "reconstructions": speaker, "conversions": targets}
     return {name: _Utterances(torch.cat(parts[name]), intended[name], content) for name in parts}, speaker
@@ -119,15 +119,15 @@ def _held_out_utterances(
 
 def _sampled_utterances(run: SpeechRun, options: EvaluateSpeechOptions) -> _Utterances:
     """Return utterances sampled from the prior."""
-    data = run.recordings[1]
-    labels = sample_labels(len(data.speakers), data.classes_per_speaker, options.samples)
+    contents = run.classes_per_speaker
+    labels = sample_labels(len(run.autoencoder.speakers), contents, options.samples)
     batches = SequentialBatchSampler(len(labels), _BATCH)
     waveforms = [
         sample_utterances(
             run.autoencoder,
             run.prior,
             [labels[k] for k in clips],
-            data.classes_per_speaker,
+            contents,
             options.seed,
             options.temperature,
             clips=clips,
@@ -135,8 +135,7 @@ def _sampled_utterances(run: SpeechRun, options: EvaluateSpeechOptions) -> _Utte
         for clips in tqdm(batches, "sampling")
     ]
     label = torch.tensor(labels)
-    speaker, content = label // data.classes_per_speaker, label % data.classes_per_speaker
-    return _Utterances(torch.cat(waveforms), speaker, content)
+    return _Utterances(torch.cat(waveforms), label // contents, label % contents)
 
 
 def _bits(run: SpeechRun) -> dict[str, float]:
@@ -146,12 +145,18 @@ def _bits(run: SpeechRun) -> dict[str, float]:
     for index in range(len(data)):
         clip = data[index]
         usage.update(clip.values[: int(clip.length)].long())
-    values = {"autoencoder": bits_per_sample(run.autoencoder, data, run.config.training.batch_size, accelerator)}
+
+    def measure(network: torch.nn.Module) -> float:
+        bits = bits_per_sample(network.to(accelerator.device), data, run.config.training.batch_size, accelerator)
+        network.cpu()
+        return bits
+
+    values = {"autoencoder": measure(run.autoencoder)}
     if run.baseline.weights.is_file():
         tensors, _ = checkpoint.load(run.baseline.weights, "wavenet")
         path = run.baseline.weights
         baseline = checkpoint.build_module(lambda: UnconditionalWaveNet(model.decoder), tensors, path).eval()
-        values["baseline"] = bits_per_sample(baseline, data, run.config.training.batch_size, accelerator)
+        values["baseline"] = measure(baseline)
     values["unigram_entropy"] = usage.entropy / math.log(2)
     values["codes_per_sample"] = math.log2(run.autoencoder.quantizer.codebook_size) / model.samples_per_code
     return values

@@ -102,8 +102,7 @@ class Recordings(Dataset[Clip]):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Clip:
         index = key[0] if isinstance(key, tuple) else key
-        waveform = read_waveform(self.folder / self.names[index], self.config)
-        values, recorded = fit_length(waveform, self.config.length), min(len(waveform), self.config.length)
+        values, recorded = fit_length(read_waveform(self.folder / self.names[index], self.config), self.config.length)
         if isinstance(key, tuple):
             crop = self.config.crop
             # At least half of a crop was recorded; the other half may be padding, so that silence is learned too.
@@ -152,9 +151,11 @@ def open_recordings(config: RecordingsConfig) -> tuple[Recordings, Recordings]:
         if counts[speaker] % config.holdout_interval == 0:
             held_out.append(index)
         counts[speaker] += 1
+    for speaker, count in counts.items():
+        if count < 2:
+            name = recordings.speakers[speaker]
+            raise UserError(f"data.path: the speaker {name} has a single recording in {config.path}. Add another one.")
     training = sorted(set(range(len(names))) - set(held_out))
-    if not training:
-        raise UserError(f"data.path: every speaker in {config.path} has a single recording. Two or more are needed.")
     return recordings.select(training), recordings.select(held_out)
 
 
@@ -197,12 +198,12 @@ def read_waveform(path: Path, config: RecordingsConfig) -> Float[np.ndarray, " t
     return (waveform * scale).astype(np.float32)
 
 
-def fit_length(waveform: Float[np.ndarray, " t"], length: int) -> UInt8[Tensor, " length"]:
-    """Return the µ-law values of a waveform, cut or padded with silence to `length`."""
+def fit_length(waveform: Float[np.ndarray, " t"], length: int) -> tuple[UInt8[Tensor, " length"], int]:
+    """Return the µ-law values of a waveform, cut or padded with silence to `length`, and how many were recorded."""
     values = torch.full((length,), SILENCE, dtype=torch.uint8)
     recorded = waveform[:length]
     values[: len(recorded)] = compand(torch.from_numpy(recorded))
-    return values
+    return values, len(recorded)
 
 
 def collate(recordings: Recordings, indices: Sequence[int]) -> Clip:

@@ -34,16 +34,13 @@ def sample_labels(num_speakers: int, classes_per_speaker: int, count: int) -> li
 
 def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:
     """Write utterances to RUN/samples, and update the run's page."""
-    data = run.recordings[1]
-    labels = sample_labels(len(data.speakers), data.classes_per_speaker, options.count)
-    waveforms = sample_utterances(
-        run.autoencoder, run.prior, labels, data.classes_per_speaker, options.seed, options.temperature, options.codes
-    )
+    network, prior, contents = run.autoencoder, run.prior, run.classes_per_speaker
+    labels = sample_labels(len(network.speakers), contents, options.count)
+    waveforms = sample_utterances(network, prior, labels, contents, options.seed, options.temperature, options.codes)
     rows: dict[str, list] = {}
     for label, waveform in zip(labels, waveforms, strict=True):
-        speaker = data.speakers[label // data.classes_per_speaker]
-        rows.setdefault(speaker, []).append((data.class_names[label], waveform))
-    networks = (str(run.autoencoder.digest), str(run.prior.digest))
+        rows.setdefault(network.speakers[label // contents], []).append((run.classes[label], waveform))
+    networks = (str(network.digest), str(prior.digest))
     write_audio(run, run.folder.samples, list(rows.items()), (options.seed, options.temperature, networks))
     print(run.page)
 

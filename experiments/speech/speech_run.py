@@ -13,15 +13,18 @@ from experiments.speech.autoencoder import SpeechAutoencoder, SpeechModelConfig,
 from experiments.speech.recordings import Recordings, RecordingsConfig, open_recordings
 from sampling.processes import processes
 from sampling.run_config import PriorStageConfig
+from train.checkpoints import check_made_from
 from train.run import check_unused, fixed_differences
-from vqvae2 import files
-from vqvae2.command_line import Options, parse
+from vqvae2 import checkpoint, files
+from vqvae2.command_line import Options, parse, split_config_path
 from vqvae2.config import Config, is_resolved
 from vqvae2.data.code_store import CodeStore
 from vqvae2.errors import UserError
 from vqvae2.priors import Prior, TransformerConfig, load_prior
 from vqvae2.run_folder import RunFolder, StageFolder
 from vqvae2.training_config import PriorTrainingConfig, TrainingConfig
+
+_FIX = "Delete the folder and run `vqvae2 speech train` again."
 
 
 class SpeechTrainingConfig(TrainingConfig):
@@ -67,12 +70,10 @@ class SpeechOptions(Options, SpeechConfig):
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        if not arguments or arguments[0].startswith("-"):
-            if not {"-h", "--help"} & set(arguments):
-                raise UserError(f"CONFIG: missing. Give a YAML file first: {prog} CONFIG.yaml [--section.field VALUE]")
+        path, overrides = split_config_path(arguments, prog)
+        if path is None:
             return parse(cls, arguments, f"{prog} CONFIG.yaml")
-        path = Path(arguments[0])
-        options = parse(cls, arguments[1:], f"{prog} {path}", cls.from_yaml(path))
+        options = parse(cls, overrides, f"{prog} {path}", cls.from_yaml(path))
         run = options.run or str(path.parent if is_resolved(path) else Path("runs") / path.stem)
         data = options.data.model_copy(update={"path": str(Path(options.data.path).expanduser().absolute())})
         return options.model_copy(update={"run": run, "data": data})
@@ -114,35 +115,40 @@ class SpeechRun:
     @cached_property
     def recordings(self) -> tuple[Recordings, Recordings]:
         """Recordings for training and for validation."""
-        return open_recordings(self.config.data)
+        recordings, weights = open_recordings(self.config.data), self.folder.autoencoder_weights
+        if weights.is_file():
+            made_from = checkpoint.read_metadata(weights).get("made_from", {})
+            check_made_from(made_from, {"data": recordings[0].digest()}, weights)
+        return recordings
 
     @cached_property
     def autoencoder(self) -> SpeechAutoencoder:
         """The trained autoencoder."""
-        network = load_speech_autoencoder(self.folder.autoencoder_weights)
-        if network.speakers != self.recordings[0].speakers:
-            raise UserError(
-                f"{self.folder.autoencoder_weights}: trained on other speakers than those in {self.config.data.path}. "
-                "Restore the recordings, or choose another run folder with --run."
-            )
-        return network
+        return load_speech_autoencoder(self.folder.autoencoder_weights)
 
     def store(self, split: str) -> CodeStore:
         """Return the finished code store of a split."""
-        store = CodeStore.open(self.folder.code_store(split))
-        store.header.check_autoencoder(files.digest(self.folder.autoencoder_weights), store.path)
+        store, weights = CodeStore.open(self.folder.code_store(split)), self.folder.autoencoder_weights
+        if store.header.autoencoder != files.digest(weights):
+            raise UserError(f"{store.path}: codes of another autoencoder than {weights}. {_FIX}")
         return store
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of the prior. Those of a speaker follow each other, in equal number."""
+        return self.store("train").header.classes
+
+    @property
+    def classes_per_speaker(self) -> int:
+        return len(self.classes) // len(self.autoencoder.speakers)
 
     @cached_property
     def prior(self) -> Prior:
         """The trained prior of the codes."""
-        path = self.folder.prior_weights("top")
+        path, weights = self.folder.prior_weights("top"), self.folder.autoencoder_weights
         prior = load_prior(path)
         if prior.made_from.get("autoencoder") != self.autoencoder.digest:
-            raise UserError(
-                f"{path}: trained on the codes of another autoencoder than {self.folder.autoencoder_weights}. "
-                "Delete the folder and run `vqvae2 speech train` again."
-            )
+            raise UserError(f"{path}: trained on codes of another autoencoder than {weights}. {_FIX}")
         return prior
 
 

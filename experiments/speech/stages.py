@@ -123,7 +123,9 @@ class SpeechStage(TrainingStage):
         device = self.network.speaker.weight.device
         batch = to_device(collate(data, chosen), device)
         with torch.inference_mode():
-            decoded = decode(self.network, self.network.encode(batch.values.long()), batch.speaker)
+            decoded = decode(
+                self.network, self.network.encode(batch.values.long()), batch.speaker, lengths=batch.length
+            )
         rows = {"original": expand(batch.values).cpu(), "reconstruction": decoded.cpu()}
         titles = [data.caption(index) for index in chosen]
         titled = {name: list(zip(titles, waveforms, strict=True)) for name, waveforms in rows.items()}
@@ -195,12 +197,11 @@ class SpeechPriorStage(PriorStage):
 
     def preview(self, path: Path) -> None:
         """Write spectrograms of sampled utterances."""
-        data = self.run.recordings[0]
-        labels = list(range(0, len(data.class_names), max(1, len(data.class_names) // _PREVIEW_CLIPS)))
-        labels = labels[:_PREVIEW_CLIPS]
-        sampled = sample_utterances(self.run.autoencoder, self.network, labels, data.classes_per_speaker)
-        titled = list(zip([data.class_names[label] for label in labels], sampled, strict=True))
-        save_spectrograms(path, {"sampled": titled}, data.config.sample_rate)
+        classes = self.run.classes
+        labels = list(range(0, len(classes), max(1, len(classes) // _PREVIEW_CLIPS)))[:_PREVIEW_CLIPS]
+        sampled = sample_utterances(self.run.autoencoder, self.network, labels, self.run.classes_per_speaker)
+        titled = list(zip([classes[label] for label in labels], sampled, strict=True))
+        save_spectrograms(path, {"sampled": titled}, self.run.config.data.sample_rate)
 
 
 def train_speech(run: SpeechRun) -> None:
