@@ -1,6 +1,7 @@
 """The command `vqvae2 speech convert`: encode recordings, and decode them as each speaker."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -10,7 +11,7 @@ from torch import Tensor
 from experiments.speech.decoding import decode
 from experiments.speech.mu_law import expand
 from experiments.speech.page import write_audio
-from experiments.speech.recordings import collate, fit_length, read_waveform
+from experiments.speech.recordings import fit_length, read_waveform
 from experiments.speech.speech_run import SpeechRun
 from vqvae2 import files
 from vqvae2.command_line import Options
@@ -34,39 +35,43 @@ def convert(run: SpeechRun, options: ConvertOptions) -> None:
     for name in options.speakers:
         if name not in network.speakers:
             raise UserError(f"--speakers: no speaker {name!r}. The speakers are {', '.join(network.speakers)}.")
-    captions, values, lengths = _read(run, options)
     speakers = options.speakers or network.speakers
+    inputs = _read(run, options)
     with torch.inference_mode():
-        codes = network.encode(values.long())
-    repeats = len(speakers)
-    targets = torch.tensor([network.speakers.index(name) for name in speakers]).repeat(len(codes))
-    codes, lengths = codes.repeat_interleave(repeats, 0), lengths.repeat_interleave(repeats)
-    decoded = decode(network, codes, targets, options.seed, options.temperature, lengths=lengths)
-    titles = [f"as {name}" for name in speakers]
-    rows = [
-        (caption, [("original", original), *zip(titles, converted, strict=True)])
-        for caption, original, converted in zip(captions, expand(values), decoded.split(repeats), strict=True)
-    ]
+        codes = network.encode(torch.stack([each.values for each in inputs]).long())
+    targets = torch.tensor([network.speakers.index(name) for name in speakers])
+    rows = []
+    for number, (each, code) in enumerate(zip(inputs, codes, strict=True)):
+        clips = range(number * len(speakers), (number + 1) * len(speakers))  # for noise of their own
+        repeated, lengths = code.expand(len(speakers), -1), torch.full((len(speakers),), each.length)
+        decoded = decode(network, repeated, targets, options.seed, options.temperature, clips, lengths)
+        titles = ["reconstruction" if name == each.speaker else f"as {name}" for name in speakers]
+        rows.append((each.caption, [("original", expand(each.values)), *zip(titles, decoded, strict=True)]))
     made_with = options.seed, options.temperature, (str(network.digest),)
     write_audio(run, run.folder.path / "conversions", rows, made_with)
     print(run.page)
 
 
-def _read(run: SpeechRun, options: ConvertOptions) -> tuple[list[str], Tensor, Tensor]:
-    """Return captions, µ-law values (N, T) and recorded lengths (N,)."""
+class _Input(NamedTuple):
+    """A recording to convert."""
+
+    caption: str
+    speaker: str | None  # None if it is not known
+    values: Tensor  # µ-law (T,)
+    length: int  # samples that were recorded
+
+
+def _read(run: SpeechRun, options: ConvertOptions) -> list[_Input]:
+    """Return the given recordings, or evenly spaced ones of those that are held out."""
     if options.files:
         data = run.config.data
-        clips = [fit_length(read_waveform(path, data), data.length) for path in options.files]
-        return (
-            [path.name for path in options.files],
-            torch.stack([v for v, _ in clips]),
-            torch.tensor([n for _, n in clips]),
-        )
+        return [_Input(path.name, None, *fit_length(read_waveform(path, data), data.length)) for path in options.files]
     held_out = run.recordings[1]
     count = min(options.count, len(held_out))
-    indices = [index * len(held_out) // count for index in range(count)]
-    batch = collate(held_out, indices)
-    return [held_out.caption(index) for index in indices], batch.values, batch.length
+    clips = [(held_out[index], held_out.caption(index)) for index in (k * len(held_out) // count for k in range(count))]
+    return [
+        _Input(caption, held_out.speakers[int(clip.speaker)], clip.values, int(clip.length)) for clip, caption in clips
+    ]
 
 
 def main(options: ConvertOptions) -> None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from scipy.fft import dct
 
+from experiments.speech.packages import import_package
 from experiments.speech.spectrum import LogMel
 
 _COEFFICIENTS, _SEGMENTS = 20, 16
@@ -36,12 +37,12 @@ class Recognizer:
     """A classifier of waveforms."""
 
     def __init__(self, waveforms: Iterable[np.ndarray], labels: Int[np.ndarray, " n"], sample_rate: int) -> None:
-        from sklearn.pipeline import make_pipeline  # imported here, because only the evaluation needs the package
-        from sklearn.preprocessing import StandardScaler
-        from sklearn.svm import SVC
-
+        scaler, classifier = (
+            import_package("sklearn.preprocessing").StandardScaler(),
+            import_package("sklearn.svm").SVC(C=10),
+        )
         self.sample_rate = sample_rate
-        self.classifier = make_pipeline(StandardScaler(), SVC(C=10))
+        self.classifier = import_package("sklearn.pipeline").make_pipeline(scaler, classifier)
         self.classifier.fit(self._features(waveforms), labels)
 
     def accuracy(self, waveforms: Iterable[np.ndarray], labels: Int[np.ndarray, " n"]) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from experiments.speech.mu_law import SILENCE, compand
+from experiments.speech.packages import import_package
 from vqvae2.config import Config
 from vqvae2.errors import UserError, printable
 
@@ -179,8 +180,7 @@ def read_waveform(path: Path, config: RecordingsConfig) -> Float[np.ndarray, " t
     Raises:
         UserError: If the file cannot be read or has no samples.
     """
-    import soundfile  # imported here, because only this experiment needs the package
-
+    soundfile = import_package("soundfile")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, ValueError) as error:
