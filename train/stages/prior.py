@@ -126,8 +126,8 @@ class ImagePriorStage(PriorStage):
 
     def __init__(self, run: Run, level: str) -> None:
         self.run, index = run, run.config.levels.index(level)
-        self.autoencoder = load_run_autoencoder(run.config, run.folder)
         stores = _open_store(run, "train"), _open_store(run, "val")
+        self.autoencoder = load_run_autoencoder(run.config, run.folder)
         if stores[0].header.levels != self.autoencoder.map_specs:
             raise UserError(
                 f"{stores[0].path}: other code maps than those of the autoencoder. Delete this folder and run "
