@@ -55,6 +55,7 @@ class SpeechOutput(NamedTuple):
 class SpeechAutoencoder(nn.Module):
     """Autoencoder of µ-law waveforms whose decoder is a WaveNet, conditioned on the codes and the speaker.
 
+    >>> import torch
     >>> network = SpeechModelConfig(channels=8, downsamplings=4).build(("anna", "ben"))
     >>> codes = network.encode(torch.full((3, 256), 128))
     >>> codes.shape, network.condition(codes, torch.tensor([0, 1, 1])).shape
