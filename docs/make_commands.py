@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 
+from experiments.speech.speech_run import SpeechConfig, SpeechOptions
 from sampling.run_config import RunConfig
 from train.run import RunOptions
 from vqvae2.__main__ import COMMANDS
@@ -31,6 +32,11 @@ joined by dots, and list elements are numbered: `--autoencoder.training.steps 10
 """
 
 
+# Options of commands that take a config file, and the class of the file's settings.
+_CONFIGS: dict[type[Options], type[Config]] = {RunOptions: RunConfig, SpeechOptions: SpeechConfig}
+_ANCHORS = {RunConfig: "settings", SpeechConfig: "settings-of-speech-experiments"}
+
+
 def _options(name: str) -> type[Options]:
     module, _, function = COMMANDS[name].target.partition(":")
     return options_class(getattr(importlib.import_module(module), function))
@@ -42,13 +48,15 @@ def _commands() -> Iterator[str]:
         yield f"## vqvae2 {name}\n"
         yield f"{(cls.__doc__ or '').strip()}\n"
         yield f"    {command.example}\n"
-        own = cls.model_fields.keys() - (RunConfig.model_fields.keys() if issubclass(cls, RunOptions) else set())
+        config = next((config for options, config in _CONFIGS.items() if issubclass(cls, options)), None)
+        own = cls.model_fields.keys() - (config.model_fields.keys() if config else set())
         rows = sorted(_rows(cls, own), key=_is_optional)
-        if issubclass(cls, RunOptions):
+        if config:
             if name != "demo":
                 rows.insert(0, ("`CONFIG`", "path", "required", "YAML file, or the config.yaml of a run folder"))
             rows.append(("`--run`", "str", "runs/NAME", "run folder"))
-            rows.append(("`--SECTION.FIELD`", "", "", "any setting of a config file; see [below](#settings)"))
+            anchor = _ANCHORS[config]
+            rows.append(("`--SECTION.FIELD`", "", "", f"any setting of a config file; see [below](#{anchor})"))
         yield _table(("option", "type", "default", "meaning"), rows)
 
 
@@ -72,6 +80,8 @@ def _rows(cls: type[Config], names: typing.Collection[str], prefix: str = "") ->
 def _settings() -> Iterator[str]:
     yield "# Settings\n\nSettings of a config file, by section. A quantizer or a prior is selected by `kind`.\n"
     yield from _section("", RunConfig)
+    yield "# Settings of speech experiments\n"
+    yield from _section("", SpeechConfig)
 
 
 def _section(path: str, cls: type[Config]) -> Iterator[str]:

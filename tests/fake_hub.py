@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply([{"type": "file", "path": name, "size": len(d), "oid": "0"} for name, d in content.items()])
 
     def _content(self, repo: str, revision: str) -> dict[str, bytes] | None:
-        """Return the files of a revision, or reply that there is none."""
+        """Return the files of a revision; without one, send an error and return None."""
         branches = self.hub.repos.get(repo)
         if branches is None or (repo in self.hub.private and not self._is_authorized()):
             self._fail(404 if self._is_authorized() else 401, "RepoNotFound")

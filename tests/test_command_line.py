@@ -78,7 +78,7 @@ def test_help_lists_every_command_quickly() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command_help_shows_defaults_and_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "--help"]) == 0
+    assert main([*name.split(), "--help"]) == 0
     printed = capsys.readouterr().out
     assert f"usage: vqvae2 {name}" in printed
     assert COMMANDS[name].example in printed

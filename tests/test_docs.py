@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from experiments.speech.speech_run import SpeechConfig, SpeechOptions
 from sampling.run_config import RunConfig
 from train.run import RunOptions
 from vqvae2.__main__ import COMMANDS
@@ -21,8 +22,14 @@ ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 
 
 def file_tree() -> set[str]:
-    """Return the paths in the file tree; a folder of Python files stands for its `__init__.py` too."""
-    block = re.search(r"```\n(.*?)```", ARCHITECTURE, re.DOTALL)
+    """Return the paths in the file trees; a folder of Python files stands for its `__init__.py` too."""
+    pages = (ARCHITECTURE, (DOCS / "speech.md").read_text(encoding="utf-8"))
+    return set().union(*(paths_in_tree(page) for page in pages))
+
+
+def paths_in_tree(page: str) -> set[str]:
+    """Return the paths in the file tree of one page."""
+    block = re.search(r"```\n(.*?)```", page, re.DOTALL)
     assert block
     paths, folders = set(), []
     for line in block[1].splitlines():
@@ -36,7 +43,7 @@ def file_tree() -> set[str]:
 
 
 def tracked_python_files() -> set[str]:
-    command = ["git", "ls-files", "vqvae2/*.py", "sampling/*.py", "train/*.py"]
+    command = ["git", "ls-files", "vqvae2/*.py", "sampling/*.py", "train/*.py", "experiments/*.py"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not listed:
         pytest.skip("not a git checkout")
@@ -101,6 +108,8 @@ def options_of(command: str) -> set[str]:
     names = {name for name, _ in option_names(cls)}
     if issubclass(cls, RunOptions):
         names |= {name for name, _ in option_names(RunConfig.from_yaml(ROOT / "configs" / "demo.yaml"))}
+    if issubclass(cls, SpeechOptions):
+        names |= {name for name, _ in option_names(SpeechConfig.from_yaml(ROOT / "configs" / "speech-digits.yaml"))}
     return {name.replace("_", "-") for name in names}
 
 
@@ -119,6 +128,8 @@ def test_commands_in_the_documentation_have_the_options_they_use() -> None:
     wrong = []
     for page, line in commands():
         command, *arguments = re.sub(r"^.*?vqvae2 ", "", line).split()
+        if f"{command} {arguments[0] if arguments else ''}" in COMMANDS:  # a name of two words
+            command = f"{command} {arguments.pop(0)}"
         if command not in COMMANDS:
             wrong.append(f"{page}: {line}: no command {command}")
             continue
@@ -132,11 +143,13 @@ def test_commands_in_the_documentation_have_the_options_they_use() -> None:
 
 
 def test_settings_in_the_documentation_exist() -> None:
-    names = {name for name, _ in option_names(RunConfig.from_yaml(ROOT / "configs" / "demo.yaml"))}
-    last = {name.rpartition(".")[2] for name in names}
-    sections = "|".join(sorted({name.partition(".")[0] for name in names}))
+    images = {name for name, _ in option_names(RunConfig.from_yaml(ROOT / "configs" / "demo.yaml"))}
+    speech = {name for name, _ in option_names(SpeechConfig.from_yaml(ROOT / "configs" / "speech-digits.yaml"))}
     unknown = []
     for page in PAGES:
+        names = speech if page.name == "speech.md" else images
+        last = {name.rpartition(".")[2] for name in names}
+        sections = "|".join(sorted({name.partition(".")[0] for name in names}))
         for code in set(re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))) - set(functions()):
             if match := re.fullmatch(rf"((?:{sections})\.[\w.]+)(: .+)?", code):
                 key = match[1].replace("priors.LEVEL", "priors.top")

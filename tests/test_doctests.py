@@ -7,6 +7,11 @@ import pytest
 import torch
 
 MODULES = [
+    "experiments.speech.autoencoder",
+    "experiments.speech.mu_law",
+    "experiments.speech.sample",
+    "experiments.speech.spectrum",
+    "experiments.speech.wavenet",
     "vqvae2.data.code_store",
     "vqvae2.data.index",
     "vqvae2.data.samplers",

@@ -16,9 +16,10 @@ def command(config: Path, run: Path, *options: str) -> list[str]:
     return ["train-autoencoder", str(config), "--run", str(run), *options]
 
 
-def test_tensorboard_has_the_metrics_and_the_previews(tiny_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_tensorboard_has_the_metrics_and_the_previews(channels: int, tiny_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert main(command(tiny_config, run)) == 0
+    assert main(command(tiny_config, run, "--data.channels", str(channels))) == 0
     events = EventAccumulator(str(run / "autoencoder" / "logs"))
     events.Reload()
     logged = [json.loads(line) for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()]

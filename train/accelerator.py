@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from sampling.processes import accelerate_errors
+from vqvae2.data.images import to_rgb
 from vqvae2.errors import UserError
 from vqvae2.pictures import load_image, to_pil
 from vqvae2.training_config import Tracker
@@ -64,11 +65,12 @@ def make_accelerator(
 
 
 def log_preview(accelerator: Accelerator, path: Path, step: int) -> None:
-    """Log a picture to the tracker."""
+    """Log a picture to the tracker, if the stage has written one."""
+    if not path.is_file():
+        return
     for tracker in accelerator.trackers:
         if isinstance(tracker, TensorBoardTracker):
-            picture = load_image(path).movedim(0, -1)[None].numpy()
-            tracker.log_images({"preview": picture}, step, dataformats="NHWC")
+            tracker.log_images({"preview": to_rgb(load_image(path)[None]).numpy()}, step, dataformats="NCHW")
         elif isinstance(tracker, WandBTracker):
             tracker.log_images({"preview": [to_pil(load_image(path))]}, step)
         elif isinstance(tracker, MLflowTracker):

@@ -1,7 +1,7 @@
 """Open a run: read its config, and create or resume its run folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +14,8 @@ from sampling.run_changes import RunChanges, SettingChange
 from sampling.run_config import RunConfig
 from sampling.run_data import open_run_datasets
 from vqvae2 import files
-from vqvae2.command_line import Options, parse
-from vqvae2.config import differences, is_resolved
+from vqvae2.command_line import Options, parse, split_config_path
+from vqvae2.config import Config, differences, is_resolved
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder, StageFolder
@@ -63,12 +63,10 @@ class RunOptions(Options, RunConfig):
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        if not arguments or arguments[0].startswith("-"):
-            if not {"-h", "--help"} & set(arguments):
-                raise UserError(f"CONFIG: missing. Give a YAML file first: {prog} CONFIG.yaml [--section.field VALUE]")
+        path, overrides = split_config_path(arguments, prog)
+        if path is None:
             return parse(cls, arguments, f"{prog} CONFIG.yaml", cls.from_yaml(demo_config()))
-        path, *overrides = arguments
-        return cls.from_config(Path(path), overrides, f"{prog} {path}")
+        return cls.from_config(path, overrides, f"{prog} {path}")
 
     @classmethod
     def from_config(cls, path: Path, overrides: Sequence[str], prog: str) -> Self:
@@ -133,9 +131,7 @@ def _check_folder(config: RunConfig, folder: RunFolder, with_changes: bool) -> l
     changes = []
     if folder.config.is_file():
         previous = RunConfig.from_resolved_yaml(folder.config)
-        for key, old, new in differences(previous.to_dict(), config.to_dict()):
-            if key == "run" or any(key.startswith(name) or f".{name}" in key for name in _CHANGEABLE):
-                continue
+        for key, old, new in fixed_differences(previous, config):
             possible = _is_changeable_in_training(key, folder)
             if not (possible and with_changes):
                 advice = "add --resume-with-changes to continue with the new value, " if possible else ""
@@ -147,9 +143,22 @@ def _check_folder(config: RunConfig, folder: RunFolder, with_changes: bool) -> l
                 changes.append(change)
         if previous.data.path != config.data.path:
             open_run_datasets(config.data, folder, use_cache=False)
-    elif folder.path.is_dir() and not all(files.is_leftover(child.name) for child in folder.path.iterdir()):
-        raise UserError(f"{folder.path}: not empty, and not a run folder. Choose another folder with --run.")
+    else:
+        check_unused(folder.path)
     return changes
+
+
+def fixed_differences(previous: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key path, previous value, new value) of the settings that differ and that trained artifacts depend on."""
+    for key, old, new in differences(previous.to_dict(), config.to_dict()):
+        if key != "run" and not any(key.startswith(name) or f".{name}" in key for name in _CHANGEABLE):
+            yield key, old, new
+
+
+def check_unused(folder: Path) -> None:
+    """Raise UserError if a folder that is about to become a run folder holds other files."""
+    if folder.is_dir() and not all(files.is_leftover(child.name) for child in folder.iterdir()):
+        raise UserError(f"{folder}: not empty, and not a run folder. Choose another folder with --run.")
 
 
 def _stage_of(key: str, folder: RunFolder) -> StageFolder | None:

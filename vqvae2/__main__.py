@@ -28,11 +28,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _RESUME = "completed work is kept; run the same command again to resume"
-_SIBLINGS = ("train", "sampling")  # packages installed beside this one that hold the commands
+_SIBLINGS = ("experiments", "train", "sampling")  # packages installed beside this one that hold the commands
 
 
 class Command(NamedTuple):
-    """One command of the command line."""
+    """One command of the command line. Its name has one or two words."""
 
     group: str
     target: str  # module:function
@@ -141,6 +141,30 @@ COMMANDS = {
         "Convert a checkpoint of rosinality/vq-vae-2-pytorch",
         "vqvae2 import-vqvae vqvae_560.pt autoencoder.safetensors",
     ),
+    "speech train": Command(
+        "Speech",
+        "experiments.speech.stages:main",
+        "Train a VQ-VAE of recordings and a prior of its codes",
+        "vqvae2 speech train configs/speech-digits.yaml --data.path /data/digits",
+    ),
+    "speech convert": Command(
+        "Speech",
+        "experiments.speech.convert:main",
+        "Reconstruct recordings, also with the voices of other speakers",
+        "vqvae2 speech convert runs/speech-digits --count 6",
+    ),
+    "speech sample": Command(
+        "Speech",
+        "experiments.speech.sample:main",
+        "Sample new utterances",
+        "vqvae2 speech sample runs/speech-digits --count 16",
+    ),
+    "speech evaluate": Command(
+        "Speech",
+        "experiments.speech.evaluate:main",
+        "Measure likelihood, recognition of contents and speakers, and codes",
+        "vqvae2 speech evaluate runs/speech-digits",
+    ),
 }
 
 
@@ -210,10 +234,14 @@ def _dispatch(arguments: list[str]) -> None:
         print(_version())
     elif arguments[0] in COMMANDS:
         _run(arguments[0], arguments[1:])
+    elif " ".join(arguments[:2]) in COMMANDS:
+        _run(" ".join(arguments[:2]), arguments[2:])
     else:
-        close = difflib.get_close_matches(arguments[0], COMMANDS, 1)
+        is_group = any(name.startswith(f"{arguments[0]} ") for name in COMMANDS)
+        given = " ".join(arguments[:2] if is_group else arguments[:1])
+        close = difflib.get_close_matches(given, COMMANDS, 1)
         hint = f"Did you mean {close[0]}?" if close else "Run `vqvae2 --help` for a list."
-        raise UserError(f"{arguments[0]}: no such command. {hint}")
+        raise UserError(f"{given}: no such command. {hint}")
 
 
 def _run(name: str, arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import tyro
@@ -72,6 +73,21 @@ def parse(cls: type[_Config], arguments: Sequence[str], prog: str, default: _Con
             if exit_.code:
                 raise UserError(f"invalid options. Run `{prog} --help` for a list.") from None
             raise
+
+
+def split_config_path(arguments: Sequence[str], prog: str) -> tuple[Path | None, Sequence[str]]:
+    """Return the config file that the first argument names, and the other arguments.
+
+    The file is None if there is none and `--help` is given.
+
+    Raises:
+        UserError: If there is no config file.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        return Path(arguments[0]), arguments[1:]
+    if not {"-h", "--help"} & set(arguments):
+        raise UserError(f"CONFIG: missing. Give a YAML file first: {prog} CONFIG.yaml [--section.field VALUE]")
+    return None, arguments
 
 
 def option_names(config: Config | type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -84,7 +84,7 @@ class AutoencoderObjective(nn.Module):
 
 
 def exclude_from_compilation(network: Autoencoder) -> None:
-    """Run the quantizers of a network eagerly. What they do depends on values, and would break graphs in many places."""
+    """Run the quantizers of a network eagerly: they read values, which would break graphs in many places."""
     for quantizer in network.quantizers:
         quantizer.forward = torch.compiler.disable(quantizer.forward)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sampling.evaluation.training_checks import prior_warnings
 from sampling.params import LevelSamplingParams
+from sampling.run_config import PriorStageConfig
 from sampling.run_data import load_run_autoencoder
 from sampling.sample_level import Noise, sample_level
 from train.accelerator import to_device
@@ -60,30 +61,34 @@ class PriorObjective(nn.Module):
 
 
 class PriorStage(TrainingStage):
-    """Training of the prior of one level of a run."""
+    """Training of the prior of one level on code stores. Subclasses add the preview.
+
+    Args:
+        level: Name of the level, and its index in the code stores.
+        made_from: Digests of the artifacts that the stores were made from.
+    """
 
     monitor = "nll"
 
-    def __init__(self, run: Run, level: str) -> None:
-        self.run, self.name, self.level_name = run, f"prior-{level}", level
-        self.training_data = store = _open_store(run, "train")
-        self.validation_data = _open_store(run, "val")
-        header = store.header
-        self.level = run.config.levels.index(level)
+    def __init__(
+        self,
+        level: tuple[str, int],
+        training_data: CodeStore,
+        validation_data: CodeStore,
+        config: PriorStageConfig,
+        made_from: Mapping[str, str | None],
+    ) -> None:
+        (self.level_name, self.level), self.config = level, config
+        self.name = f"prior-{self.level_name}"
+        self.training_data, self.validation_data = training_data, validation_data
+        header = training_data.header
         maps = header.levels
         spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], num_classes=len(header.classes))
-        self.config = run.config.priors[level]
-        torch.manual_seed(self.config.training.seed)
-        self._network = self.config.model.build(spec)
-        self._network.gradient_checkpointing = self.config.training.gradient_checkpointing
-        self.objective = PriorObjective(self._network, self.level, self.config.loss.label_dropout)
-        self.autoencoder = load_run_autoencoder(run.config, run.folder)
-        self.made_from = {"autoencoder": self.autoencoder.digest, "codes": header.digest}
-        if maps != self.autoencoder.map_specs:
-            raise UserError(
-                f"{store.path}: other code maps than those of the autoencoder. Delete this folder and run "
-                "`vqvae2 extract-codes`."
-            )
+        torch.manual_seed(config.training.seed)
+        self._network = config.model.build(spec)
+        self._network.gradient_checkpointing = config.training.gradient_checkpointing
+        self.objective = PriorObjective(self._network, self.level, config.loss.label_dropout)
+        self.made_from = {**made_from, "codes": header.digest}
         self.unigram_entropy = self._unigram_entropy()
         self.curves = {"nats per code": ["train/loss", "validation/nll", "validation/uniform", "validation/unigram"]}
 
@@ -105,6 +110,31 @@ class PriorStage(TrainingStage):
     def training_warnings(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
         return prior_warnings(self.level_name, entries)
 
+    def save(self, path: Path) -> None:
+        label_dropout = self.config.loss.label_dropout
+        save_prior(path, self.network, self.config.model, **self.made_from, label_dropout=label_dropout)
+
+    def _unigram_entropy(self) -> float:
+        usage = CodebookUsage(self.network.spec.level.codebook_size)
+        for indices in SequentialBatchSampler(len(self.validation_data), 256):
+            usage.update(self.validation_data.read(indices).codes[self.level])
+        return usage.entropy
+
+
+class ImagePriorStage(PriorStage):
+    """Training of the prior of one level of a run."""
+
+    def __init__(self, run: Run, level: str) -> None:
+        self.run, index = run, run.config.levels.index(level)
+        stores = _open_store(run, "train"), _open_store(run, "val")
+        self.autoencoder = load_run_autoencoder(run.config, run.folder)
+        if stores[0].header.levels != self.autoencoder.map_specs:
+            raise UserError(
+                f"{stores[0].path}: other code maps than those of the autoencoder. Delete this folder and run "
+                "`vqvae2 extract-codes`."
+            )
+        super().__init__((level, index), *stores, run.config.priors[level], {"autoencoder": self.autoencoder.digest})
+
     def preview(self, path: Path) -> None:
         """Write held-out images, each above the same image with this level sampled given its coarser levels."""
         count = min(_PREVIEW_IMAGES, len(self.validation_data))
@@ -120,16 +150,6 @@ class PriorStage(TrainingStage):
         shown = self.run.config.levels[self.level :]
         before, after = (to_uint8(self.autoencoder.decode(maps, shown)) for maps in (batch.codes, codes))
         save_grid(path, *interleave_rows(before, after, columns=_PREVIEW_IMAGES))
-
-    def save(self, path: Path) -> None:
-        label_dropout = self.config.loss.label_dropout
-        save_prior(path, self.network, self.config.model, **self.made_from, label_dropout=label_dropout)
-
-    def _unigram_entropy(self) -> float:
-        usage = CodebookUsage(self.network.spec.level.codebook_size)
-        for indices in SequentialBatchSampler(len(self.validation_data), 256):
-            usage.update(self.validation_data.read(indices).codes[self.level])
-        return usage.entropy
 
 
 @torch.inference_mode()
@@ -157,7 +177,7 @@ def train_prior(run: Run, level: str) -> None:
         check_made_from(checkpoint.read_metadata(folder.weights).get("made_from", {}), made_from, folder.weights)
         print_main(f"prior-{level}: already complete, {folder.weights}")
         return
-    stage = PriorStage(run, level)
+    stage = ImagePriorStage(run, level)
     train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
 
 

@@ -1,0 +1,1 @@
+"""Experiments of the papers beyond images, built on the library."""

@@ -1,0 +1,108 @@
+"""Sampling waveforms from a WaveNet, computing each sample once (Paine et al. 2016, arXiv 1611.09482)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from experiments.speech.mu_law import SILENCE
+from experiments.speech.wavenet import WaveNet, WaveNetLayer
+from sampling.sample_level import Noise
+
+
+class IncrementalWaveNet:
+    """A WaveNet that computes one sample of a batch at a time.
+
+    Each layer keeps its last inputs, as many as its dilation, in a ring buffer.
+    """
+
+    def __init__(self, network: WaveNet, batch: int) -> None:
+        self.network, self.time = network, 0
+        channels, device = network.config.channels, network.embedding.weight.device
+        layers: list[WaveNetLayer] = list(network.layers)  # pyright: ignore[reportAssignmentType]
+        self.gate_biases = [layer.gate.bias for layer in layers]
+        self.rings = [torch.zeros(layer.dilation, batch, channels, device=device).unbind() for layer in layers]
+        self.weights = [
+            (layer.gate.weight.T.contiguous(), layer.out.weight.T.contiguous(), layer.out.bias) for layer in layers
+        ]
+        self.inputs = torch.zeros(batch, 2 * channels, device=device)  # delayed and current activations
+        self.delayed, self.current = self.inputs.chunk(2, 1)
+        self.gates = torch.zeros(batch, 2 * channels, device=device)
+        self.signal, self.gate = self.gates.chunk(2, 1)
+        self.outputs = torch.zeros(batch, channels + network.config.skip_channels, device=device)
+        self.residual, self.skip = self.outputs.split([channels, network.config.skip_channels], 1)
+        self.skips = torch.zeros(batch, network.config.skip_channels, device=device)
+        self.begin_frame(None)
+
+    def begin_frame(self, condition: Float[Tensor, "b c"] | None) -> None:
+        """Set the conditioning features of the next samples."""
+        terms = self.network.layer_conditions(condition)
+        self.biases = [
+            bias if term is None else bias + term for bias, term in zip(self.gate_biases, terms, strict=True)
+        ]
+
+    def logits(self, previous: Int[Tensor, " b"]) -> Float[Tensor, "b 256"]:
+        """Return the logits of the next sample, given the value of the previous one, `SILENCE` at the beginning."""
+        self.current.copy_(F.embedding(previous, self.network.embedding.weight))
+        self.skips.zero_()
+        for ring, (gate, out, out_bias), bias in zip(self.rings, self.weights, self.biases, strict=True):
+            slot = ring[self.time % len(ring)]
+            self.delayed.copy_(slot)
+            slot.copy_(self.current)
+            torch.addmm(bias, self.inputs, gate, out=self.gates)
+            torch.addmm(out_bias, self.signal.tanh_() * self.gate.sigmoid_(), out, out=self.outputs)
+            self.current.add_(self.residual)
+            self.skips.add_(self.skip)
+        self.time += 1
+        return self.network.head(self.skips)
+
+
+@torch.inference_mode()
+def incremental_logits(
+    network: WaveNet, values: Int[Tensor, "b t"], condition: Float[Tensor, "b f c"] | None = None
+) -> Float[Tensor, "b t 256"]:
+    """Compute the logits of `WaveNet.forward` one sample at a time, to test that both paths agree."""
+    batch, length = values.shape
+    decoder = IncrementalWaveNet(network, batch)
+    previous, rows = torch.full((batch,), SILENCE), []
+    for time in range(length):
+        if condition is not None and time % (length // condition.shape[1]) == 0:
+            decoder.begin_frame(condition[:, time * condition.shape[1] // length])
+        rows.append(decoder.logits(previous))
+        previous = values[:, time]
+    return torch.stack(rows, 1)
+
+
+@torch.inference_mode()
+def sample_waveforms(
+    network: WaveNet,
+    condition: Float[Tensor, "b f c"],
+    samples_per_frame: int,
+    seed: int = 0,
+    clips: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    progress: Callable[[int], object] = lambda samples: None,
+) -> Int[Tensor, "b t"]:
+    """Sample µ-law values. The noise of a clip depends on the seed and the number of the clip only.
+
+    Args:
+        clips: Numbers of the clips; 0, 1, … if not given.
+        progress: Called with the number of samples completed since the last call, of each clip.
+    """
+    batch, frames, _ = condition.shape
+    noise = Noise(seed, range(batch) if clips is None else clips, level=0)
+    decoder = IncrementalWaveNet(network, batch)
+    values = torch.full((frames * samples_per_frame + 1, batch), SILENCE, device=condition.device)
+    for frame in range(frames):
+        decoder.begin_frame(condition[:, frame])
+        # 1 − exp(−e) of an exponential variate e is uniform in [0, 1).
+        uniform = -torch.expm1(-noise.row(samples_per_frame, 1)).to(condition.device)
+        for index in range(samples_per_frame):
+            time = frame * samples_per_frame + index
+            cumulative = (decoder.logits(values[time]) / temperature).softmax(1).cumsum(1)
+            below = cumulative <= uniform[index] * cumulative[:, -1:]
+            values[time + 1] = below.sum(1).clamp_max_(255)
+        progress(samples_per_frame)
+    return values[1:].T.contiguous()

@@ -1,0 +1,52 @@
+"""The command `vqvae2 speech sample`: sample codes from the prior, and waveforms from the codes."""
+
+from pathlib import Path
+
+import tyro
+from pydantic import Field
+
+from experiments.speech.decoding import sample_utterances
+from experiments.speech.page import write_audio
+from experiments.speech.speech_run import SpeechRun
+from sampling.params import LevelSamplingParams
+from vqvae2 import files
+from vqvae2.command_line import Options
+
+
+class SampleSpeechOptions(Options):
+    """Sample new utterances, cycling through all speakers and contents."""
+
+    run: tyro.conf.Positional[Path] = Field(description="folder of a speech experiment")
+    count: int = Field(default=18, ge=1, le=10_000, description="number of utterances")
+    temperature: float = Field(default=0.9, gt=0, description="divides the logits of the waveform")
+    codes: LevelSamplingParams = Field(default=LevelSamplingParams(), description="sampling of the codes")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="utterance k depends on the seed and k only")
+
+
+def sample_labels(num_speakers: int, classes_per_speaker: int, count: int) -> list[int]:
+    """Return classes for utterances: the speaker changes with every utterance, the content after all speakers.
+
+    >>> sample_labels(num_speakers=2, classes_per_speaker=10, count=5)
+    [0, 10, 1, 11, 2]
+    """
+    return [k % num_speakers * classes_per_speaker + k // num_speakers % classes_per_speaker for k in range(count)]
+
+
+def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:
+    """Write utterances to RUN/samples, and update the run's page."""
+    network, prior, contents = run.autoencoder, run.prior, run.classes_per_speaker
+    labels = sample_labels(len(network.speakers), contents, options.count)
+    waveforms = sample_utterances(network, prior, labels, contents, options.seed, options.temperature, options.codes)
+    rows: dict[str, list] = {}
+    for label, waveform in zip(labels, waveforms, strict=True):
+        rows.setdefault(network.speakers[label // contents], []).append((run.classes[label], waveform))
+    networks = (str(network.digest), str(prior.digest))
+    write_audio(run, run.folder.samples, list(rows.items()), (options.seed, options.temperature, networks))
+    print(run.page)
+
+
+def main(options: SampleSpeechOptions) -> None:
+    """Run the command `vqvae2 speech sample`."""
+    run = SpeechRun.existing(options.run)
+    files.lock_folder(run.folder.path)
+    sample(run, options)
