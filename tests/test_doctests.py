@@ -7,6 +7,9 @@ import pytest
 import torch
 
 MODULES = [
+    "experiments.likelihoods.vae",
+    "experiments.likelihoods.vimco",
+    "experiments.likelihoods.vqvae",
     "vqvae2.data.code_store",
     "vqvae2.data.index",
     "vqvae2.data.samplers",
