@@ -197,6 +197,17 @@ def test_vq_vae_objective_is_the_bound_minus_the_commitment_and_trains_all_netwo
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_first_steps_train_without_quantization_but_bounds_are_quantized() -> None:
+    model = VQVAE(TINY, 1, 2, EMAConfig(codebook_size=4, code_dim=3, kmeans_init=False))
+    bound = model.bound(IMAGES)
+    model.quantized = False
+    features = model.features(IMAGES)
+    expected = model.log_likelihood(model.decoder_inputs(features), IMAGES) - 2 * math.log(4)
+    torch.testing.assert_close(model.objective(IMAGES)[0], expected)
+    torch.testing.assert_close(model.bound(IMAGES), bound)
+    assert (bound - expected).abs().min() > 1e-3
+
+
 def test_vae_bounds_are_below_numerical_integration_and_many_samples_reach_it() -> None:
     model = sharpen(VAE(TINY, 1, 1))
     with torch.no_grad():

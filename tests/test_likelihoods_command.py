@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from experiments.likelihoods.likelihood_run import LikelihoodConfig, LikelihoodRun
 from experiments.likelihoods.networks import multi_sample_bound
 from experiments.likelihoods.stage import LikelihoodStage
+from experiments.likelihoods.vqvae import VQVAE
 from tests.test_commands import fails
 from tests.test_configs import CONFIGS
 from train.accelerator import make_accelerator
@@ -28,7 +29,8 @@ capacities:
   - {{latents: 1, quantizer: {{kind: {kind}, codebook_size: 8, code_dim: 4}}}}
 vimco_samples: 2
 training:
-  {{steps: 6, batch_size: 4, ema_decay: 0.9, log_every: 2, validate_every: 3, preview_every: 6, checkpoint_every: 2}}
+  {{steps: 10, unquantized_steps: 1,
+   batch_size: 4, ema_decay: 0.9, log_every: 2, validate_every: 3, preview_every: 10, checkpoint_every: 2}}
 evaluation: {{samples: 3, batch_size: 5}}
 """
 MODELS = {"vae-1", "vq-vae-1x4", "vimco-1x4", "vq-vae-1x8", "vimco-1x8"}
@@ -50,7 +52,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_command_writes_models_table_and_plot(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.parent.name for path in compared.glob("*/model.safetensors")} == MODELS
-    assert all((compared / name / "previews" / "00000006.png").is_file() for name in MODELS)
+    assert all((compared / name / "previews" / "00000010.png").is_file() for name in MODELS)
     assert min(read_png(compared / "likelihoods.png").shape[1:]) > 200
     before = {path: path.stat().st_mtime_ns for path in compared.glob("*/*.*")}
     assert main(["likelihoods", str(compared / "config.yaml")]) == 0  # skips what is complete, and prints the table
@@ -99,6 +101,18 @@ def test_measuring_leaves_the_random_numbers_of_training_alone(compared: Path) -
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
     assert stage.validate(make_accelerator()) == first
+
+
+def test_first_steps_do_not_quantize(compared: Path) -> None:
+    config = LikelihoodConfig.from_resolved_yaml(compared / "config.yaml")
+    training = config.training.model_copy(update={"steps": 40, "unquantized_steps": 3})
+    run = LikelihoodRun(config.model_copy(update={"training": training}), RunFolder(compared))
+    stage = LikelihoodStage(run, "vq-vae", config.capacities[0], open_datasets(config.data))
+    assert isinstance(stage.network, VQVAE)
+    for step, quantized in ((0, False), (2, False), (3, True), (39, True), (1, False)):
+        stage.before_update(step)
+        assert stage.network.quantized == quantized
+    assert training.model_copy(update={"steps": 20}).first_quantized_step == 2
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient"])
@@ -171,7 +185,7 @@ def test_runs_with_other_settings_or_damaged_files_give_one_line_errors(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fails(capsys, ["likelihoods"], "CONFIG: missing")
-    fails(capsys, ["likelihoods", str(compared / "config.yaml"), "--training.steps", "8"], "training.steps = 6")
+    fails(capsys, ["likelihoods", str(compared / "config.yaml"), "--training.steps", "8"], "training.steps = 10")
     run = tmp_path / "run"
     shutil.copytree(compared, run)
     command = ["likelihoods", str(run / "config.yaml")]

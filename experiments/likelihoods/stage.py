@@ -56,6 +56,10 @@ class LikelihoodStage(TrainingStage):
     def network(self) -> LatentModel:
         return self._network
 
+    def before_update(self, step: int) -> None:
+        if isinstance(self.network, VQVAE):
+            self.network.quantized = step >= self.config.training.first_quantized_step
+
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(self.network, VQVAE):
             quantizer = self.network.quantizer

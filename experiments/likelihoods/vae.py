@@ -41,10 +41,8 @@ class VAE(LatentModel):
         for _ in range(samples):
             noise = torch.randn_like(mean)
             latents = mean + (log_variance / 2).exp() * noise
-            log_ratio = 0.5 * (noise.square() + log_variance - latents.square()).flatten(1).sum(
-                1
-            )  # log p(z) / q(z | x)
-            weights.append(self.log_likelihood(latents, images) + log_ratio)
+            log_ratio = 0.5 * (noise.square() + log_variance - latents.square())  # log p(z) / q(z | x)
+            weights.append(self.log_likelihood(latents, images) + log_ratio.flatten(1).sum(1))
         return torch.stack(weights)
 
     def reconstruct(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -26,10 +26,11 @@ class VQVAE(LatentModel):
         width = latents * quantizer.code_dim
         super().__init__(config, image_channels, width, width)
         self.latents, self.quantizer = latents, quantizer.build()
+        self.quantized = True  # False trains without quantization, for the first steps; bounds are always quantized
 
     def objective(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Return the bound minus the loss of the quantizer (eq. 3), which is weighted like the mean over all values."""
-        quantization = self.quantize(images)
+        quantization = self.quantize(images) if self.quantized else self.quantizer.pass_through(self.features(images))
         weight = images[0].numel()
         return self._bound(quantization, images) - weight * quantization.loss, quantization.loss_terms
 
@@ -46,8 +47,11 @@ class VQVAE(LatentModel):
 
     def quantize(self, images: UInt8[Tensor, "b c h w"]) -> QuantizerOutput:
         """Return codes (B, n, h, w) and quantized features (B, D, n, h, w)."""
-        features = self.encode(images).unflatten(1, (self.latents, -1))  # (B, n, D, h, w)
-        return self.quantizer(features.transpose(1, 2))
+        return self.quantizer(self.features(images))
+
+    def features(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b d n h2 w2"]:
+        """Return the features before quantization."""
+        return self.encode(images).unflatten(1, (self.latents, -1)).transpose(1, 2)
 
     def decoder_inputs(self, quantized: Float[Tensor, "b d n h2 w2"]) -> Float[Tensor, "b n*d h2 w2"]:
         """Return the vectors of all codes of a position, concatenated."""
