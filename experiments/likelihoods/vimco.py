@@ -46,8 +46,9 @@ class VIMCO(LatentModel):
         return torch.cat([self.weigh(images, log_posterior, codes)[0] for codes in draws])
 
     def reconstruct(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Return the means of the likelihood given the most likely codes."""
-        return self.likelihood_parameters(self.decoder_inputs(self.log_posterior(images).argmax(-1)))[0]
+        """Return the means of the likelihood given one sample of the codes."""
+        codes = self.sample_codes(self.log_posterior(images), 1)[0]
+        return self.likelihood_parameters(self.decoder_inputs(codes))[0]
 
     def log_posterior(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b n h2 w2 v"]:
         """Return the log-probabilities of all categories of each latent."""
