@@ -69,7 +69,7 @@ def test_command_writes_models_table_and_plot(compared: Path, capsys: pytest.Cap
         assert bits["vq-vae"]["bound"] == pytest.approx(bits["vq-vae"]["multi_sample"])
         shown = [bits["vae"]["bound"], bits["vae"]["multi_sample"], bits["vq-vae"]["bound"]]
         shown += [bits["vimco"]["bound"], bits["vimco"]["multi_sample"]]
-        assert row == f"| 16 of {size} | {' | '.join(f'{value:.3f}' for value in shown)} |"
+        assert row == f"| 16, K = {size} | {' | '.join(f'{value:.3f}' for value in shown)} |"
         assert all(4 < value < 12 for value in shown)
     assert results[0]["bits_per_dim"]["vae"] == results[1]["bits_per_dim"]["vae"]
 

@@ -119,7 +119,7 @@ def write_results(run: LikelihoodRun, rows: Sequence[Mapping[str, Measurement]])
 
 def _labels(config: LikelihoodConfig) -> list[str]:
     """Return the number of latents of an image and the size of the codebook, for each capacity."""
-    return [f"{each.latents * config.positions} of {each.quantizer.codebook_size}" for each in config.capacities]
+    return [f"{each.latents * config.positions}, K = {each.quantizer.codebook_size}" for each in config.capacities]
 
 
 def _plot(path: Path, labels: Sequence[str], columns: Mapping[str, Sequence[float]]) -> None:
