@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 
+from experiments.likelihoods.likelihood_run import LikelihoodConfig, LikelihoodOptions
 from experiments.speech.speech_run import SpeechConfig, SpeechOptions
 from sampling.run_config import RunConfig
 from train.run import RunOptions
@@ -33,8 +34,16 @@ joined by dots, and list elements are numbered: `--autoencoder.training.steps 10
 
 
 # Options of commands that take a config file, and the class of the file's settings.
-_CONFIGS: dict[type[Options], type[Config]] = {RunOptions: RunConfig, SpeechOptions: SpeechConfig}
-_ANCHORS = {RunConfig: "settings", SpeechConfig: "settings-of-speech-experiments"}
+_CONFIGS: dict[type[Options], type[Config]] = {
+    RunOptions: RunConfig,
+    SpeechOptions: SpeechConfig,
+    LikelihoodOptions: LikelihoodConfig,
+}
+_ANCHORS = {
+    RunConfig: "settings",
+    SpeechConfig: "settings-of-speech-experiments",
+    LikelihoodConfig: "settings-of-comparisons-of-likelihoods",
+}
 
 
 def _options(name: str) -> type[Options]:
@@ -82,6 +91,8 @@ def _settings() -> Iterator[str]:
     yield from _section("", RunConfig)
     yield "# Settings of speech experiments\n"
     yield from _section("", SpeechConfig)
+    yield "# Settings of comparisons of likelihoods\n"
+    yield from _section("", LikelihoodConfig)
 
 
 def _section(path: str, cls: type[Config]) -> Iterator[str]:

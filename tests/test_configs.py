@@ -10,7 +10,7 @@ from vqvae2.models import Autoencoder
 from vqvae2.priors import Prior, PriorSpec
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-IMAGES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("speech-"))
+IMAGES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("speech-", "likelihoods-")))
 
 
 def build(name: str) -> tuple[RunConfig, Autoencoder, dict[str, Prior]]:

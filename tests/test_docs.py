@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from experiments.likelihoods.likelihood_run import LikelihoodConfig, LikelihoodOptions
 from experiments.speech.speech_run import SpeechConfig, SpeechOptions
 from sampling.run_config import RunConfig
 from train.run import RunOptions
@@ -23,7 +24,7 @@ ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 
 def file_tree() -> set[str]:
     """Return the paths in the file trees; a folder of Python files stands for its `__init__.py` too."""
-    pages = (ARCHITECTURE, (DOCS / "speech.md").read_text(encoding="utf-8"))
+    pages = [(DOCS / name).read_text(encoding="utf-8") for name in ("architecture.md", "speech.md", "likelihoods.md")]
     return set().union(*(paths_in_tree(page) for page in pages))
 
 
@@ -110,6 +111,10 @@ def options_of(command: str) -> set[str]:
         names |= {name for name, _ in option_names(RunConfig.from_yaml(ROOT / "configs" / "demo.yaml"))}
     if issubclass(cls, SpeechOptions):
         names |= {name for name, _ in option_names(SpeechConfig.from_yaml(ROOT / "configs" / "speech-digits.yaml"))}
+    if issubclass(cls, LikelihoodOptions):
+        names |= {
+            name for name, _ in option_names(LikelihoodConfig.from_yaml(ROOT / "configs" / "likelihoods-32.yaml"))
+        }
     return {name.replace("_", "-") for name in names}
 
 
@@ -145,9 +150,12 @@ def test_commands_in_the_documentation_have_the_options_they_use() -> None:
 def test_settings_in_the_documentation_exist() -> None:
     images = {name for name, _ in option_names(RunConfig.from_yaml(ROOT / "configs" / "demo.yaml"))}
     speech = {name for name, _ in option_names(SpeechConfig.from_yaml(ROOT / "configs" / "speech-digits.yaml"))}
+    likelihoods = {
+        name for name, _ in option_names(LikelihoodConfig.from_yaml(ROOT / "configs" / "likelihoods-32.yaml"))
+    }
     unknown = []
     for page in PAGES:
-        names = speech if page.name == "speech.md" else images
+        names = {"speech.md": speech, "likelihoods.md": likelihoods}.get(page.name, images)
         last = {name.rpartition(".")[2] for name in names}
         sections = "|".join(sorted({name.partition(".")[0] for name in names}))
         for code in set(re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))) - set(functions()):

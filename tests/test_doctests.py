@@ -7,6 +7,9 @@ import pytest
 import torch
 
 MODULES = [
+    "experiments.likelihoods.vae",
+    "experiments.likelihoods.vimco",
+    "experiments.likelihoods.vqvae",
     "experiments.speech.autoencoder",
     "experiments.speech.mu_law",
     "experiments.speech.sample",

@@ -165,6 +165,12 @@ COMMANDS = {
         "Measure likelihood, recognition of contents and speakers, and codes",
         "vqvae2 speech evaluate runs/speech-digits",
     ),
+    "likelihoods": Command(
+        "Likelihoods",
+        "experiments.likelihoods.compare:main",
+        "Compare the bounds of a VAE, a VQ-VAE and VIMCO",
+        "vqvae2 likelihoods configs/likelihoods-32.yaml --data.path /data/photos",
+    ),
 }
 
 

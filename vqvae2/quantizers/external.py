@@ -33,6 +33,11 @@ class ExternalConfig(Config):
     )
     code_dim: int = Field(default=64, ge=1, le=2**14, description="channels of the features to quantize")
 
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes. The quantizer is built to find out."""
+        return self.build().codebook_size
+
     def build(self) -> "ExternalQuantizer":
         """Build the quantizer.
 

@@ -1,0 +1,186 @@
+"""Settings of a comparison of likelihoods, and the models of its run folder."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from experiments.likelihoods.networks import LatentModel, NetworkConfig
+from experiments.likelihoods.vae import VAE
+from experiments.likelihoods.vimco import VIMCO
+from experiments.likelihoods.vqvae import VQVAE
+from sampling.processes import processes
+from train.run import check_unused, fixed_differences
+from vqvae2 import files
+from vqvae2.command_line import Options, parse, split_config_path
+from vqvae2.config import Config, is_resolved
+from vqvae2.data.images import DataConfig
+from vqvae2.data.sources import absolute_source
+from vqvae2.errors import UserError
+from vqvae2.quantizers import EMAConfig, QuantizerConfig
+from vqvae2.run_folder import RunFolder, StageFolder
+from vqvae2.training_config import TrainingConfig
+
+KINDS = (VAE.kind, VQVAE.kind, VIMCO.kind)
+
+
+class CapacityConfig(Config):
+    """One capacity of the latents, at which the three models are compared."""
+
+    latents: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="latents per position of the map: Gaussian variables of the VAE, codes of the other models",
+    )
+    quantizer: QuantizerConfig = Field(
+        default=EMAConfig(codebook_size=256, code_dim=32),
+        description="quantizer of the VQ-VAE; VIMCO has as many categories and dimensions",
+    )
+
+
+class EvaluationConfig(Config):
+    """How the trained models are measured."""
+
+    samples: int = Field(
+        default=50, ge=1, le=10**6, description="samples per image of the bound of the VAE and VIMCO beside their own"
+    )
+    batch_size: int = Field(default=100, ge=1, le=2**20, description="images that are measured together")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of the samples")
+
+
+class LikelihoodTrainingConfig(TrainingConfig):
+    """How all models are trained."""
+
+    unquantized_steps: int = Field(
+        default=100,
+        ge=0,
+        description="first steps that train the VQ-VAE without quantization, at most a tenth of all steps",
+    )
+
+    @property
+    def first_quantized_step(self) -> int:
+        """Index of the first step that quantizes, from 0."""
+        return min(self.unquantized_steps, self.steps // 10)
+
+
+class LikelihoodConfig(Config):
+    """The sections of the YAML file of a comparison of likelihoods."""
+
+    run: str | None = Field(default=None, description="run folder; runs/NAME for NAME.yaml if not given")
+    data: DataConfig = DataConfig(size=32)
+    network: NetworkConfig = NetworkConfig()
+    capacities: Annotated[tuple[CapacityConfig, ...], Field(min_length=1)] = (CapacityConfig(),)
+    vimco_samples: int = Field(default=5, ge=2, le=1024, description="samples per image of VIMCO's bound in training")
+    training: LikelihoodTrainingConfig = LikelihoodTrainingConfig(steps=100_000)
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for side in self.data.shape:
+            if side % self.network.stride:
+                stride = self.network.stride
+                raise ValueError(f"data.size: {side} is not divisible by network.stride = {stride}. Choose a divisor.")
+        sizes = [(each.latents, each.quantizer.codebook_size) for each in self.capacities]
+        for latents, codebook_size in sizes:
+            if sizes.count((latents, codebook_size)) > 1:
+                raise ValueError(f"capacities: {latents} latents with {codebook_size} codes occur twice. Remove one.")
+        return self
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of the latent map."""
+        height, width = self.data.shape
+        return height * width // self.network.stride**2
+
+    @property
+    def dimensions(self) -> int:
+        """Number of values of an image, C · H · W."""
+        height, width = self.data.shape
+        return self.data.channels * height * width
+
+
+class LikelihoodOptions(Options, LikelihoodConfig):
+    """Train a VAE, a VQ-VAE and VIMCO with the same encoder and decoder, and compare their likelihoods.
+
+    Run the same command again to resume. The table is printed and written to RUN/results.json, its plot to
+    RUN/likelihoods.png.
+    """
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
+        path, overrides = split_config_path(arguments, prog)
+        if path is None:
+            return parse(cls, arguments, f"{prog} CONFIG.yaml")
+        default = cls.from_yaml(path)
+        if is_resolved(path):  # the config of a run, which may have been moved
+            default = default.model_copy(update={"run": str(path.parent)})
+        options = parse(cls, overrides, f"{prog} {path}", default)
+        run = options.run or str(Path("runs") / path.stem)
+        data = options.data.model_copy(update={"path": absolute_source(options.data.path)})
+        return options.model_copy(update={"run": run, "data": data})
+
+    @property
+    def config(self) -> LikelihoodConfig:
+        """The settings without those that a command adds."""
+        return LikelihoodConfig(**{name: getattr(self, name) for name in LikelihoodConfig.model_fields})
+
+
+@dataclass(frozen=True)
+class LikelihoodRun:
+    """A config and its run folder."""
+
+    config: LikelihoodConfig
+    folder: RunFolder
+
+    def stage(self, kind: str, capacity: CapacityConfig) -> StageFolder:
+        """Return the folder of a model. Capacities with as many latents share a VAE, which has no codebook."""
+        size = "" if kind == VAE.kind else f"x{capacity.quantizer.codebook_size}"
+        return StageFolder(self.folder.path / f"{kind}-{capacity.latents}{size}")
+
+    def stages(self) -> Iterator[tuple[str, CapacityConfig, StageFolder]]:
+        """Yield kind, capacity and folder of every model to train, once per folder."""
+        seen = set()
+        for capacity in self.config.capacities:
+            for kind in KINDS:
+                folder = self.stage(kind, capacity)
+                if folder not in seen:
+                    yield kind, capacity, folder
+                seen.add(folder)
+
+    def build(self, kind: str, capacity: CapacityConfig) -> LatentModel:
+        """Build a model with random weights."""
+        network, channels, latents = self.config.network, self.config.data.channels, capacity.latents
+        quantizer = capacity.quantizer
+        if kind == VAE.kind:
+            return VAE(network, channels, latents)
+        if kind == VQVAE.kind:
+            return VQVAE(network, channels, latents, quantizer)
+        sizes = quantizer.codebook_size, quantizer.code_dim
+        return VIMCO(network, channels, latents, *sizes, self.config.vimco_samples)
+
+
+def open_likelihood_run(options: LikelihoodOptions) -> LikelihoodRun:
+    """Create the run folder with its resolved config, or check that an existing one has the same config.
+
+    Raises:
+        UserError: If the folder holds another run. The message names the first setting that differs.
+    """
+    config = options.config
+    run = LikelihoodRun(config, RunFolder(Path(config.run or "runs")))
+    with processes().main_process_first():
+        if run.folder.config.is_file():
+            for key, old, new in fixed_differences(LikelihoodConfig.from_resolved_yaml(run.folder.config), config):
+                raise UserError(
+                    f"{run.folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
+                    "Choose another folder with --run, or restore the setting."
+                )
+        else:
+            check_unused(run.folder.path)
+        if processes().is_main_process:
+            files.lock_folder(run.folder.path)
+            files.write_text(run.folder.config, config.to_yaml())
+    return run
