@@ -53,7 +53,7 @@ def test_yaml_command_line_and_python_share_one_syntax() -> None:
     assert parse(SamplingConfig, ["--classes", "7,2"], "x").classes == (7, 2)
     nested = parse(RunConfig, ["--sampling.temperature", "top=0.8"], "x", RunConfig.from_yaml(CONFIGS / "demo.yaml"))
     assert nested.sampling.temperature == {"top": 0.8}
-    for bad in (["--temperature", "cold"], ["--temperature", "top=cold"], ["--top-k", "2.5"], ["--classes", "a"]):
+    for bad in (["--temperature", "cold"], ["--temperature", "top=cold"], ["--top-k", "2.5"]):
         with pytest.raises(UserError, match=f"{bad[0].strip('-').replace('-', '.')}.*{bad[1]}"):
             parse(SamplingConfig, bad, "x")
 
