@@ -155,6 +155,26 @@ def fixed_differences(previous: Config, config: Config) -> Iterator[tuple[str, A
             yield key, old, new
 
 
+def open_folder(folder: RunFolder, config: Config) -> None:
+    """Create a run folder with its resolved config, or check that an existing one has the same config.
+
+    Raises:
+        UserError: If the folder holds another run. The message names the first setting that differs.
+    """
+    with processes().main_process_first():
+        if folder.config.is_file():
+            for key, old, new in fixed_differences(type(config).from_resolved_yaml(folder.config), config):
+                raise UserError(
+                    f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
+                    "Choose another folder with --run, or restore the setting."
+                )
+        else:
+            check_unused(folder.path)
+        if processes().is_main_process:
+            files.lock_folder(folder.path)
+            files.write_text(folder.config, config.to_yaml())
+
+
 def check_unused(folder: Path) -> None:
     """Raise UserError if a folder that is about to become a run folder holds other files."""
     if folder.is_dir() and not all(files.is_leftover(child.name) for child in folder.iterdir()):

@@ -1,6 +1,5 @@
 """Settings of a comparison of likelihoods, and the models of its run folder."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,11 @@ from experiments.likelihoods.networks import LatentModel, NetworkConfig
 from experiments.likelihoods.vae import VAE
 from experiments.likelihoods.vimco import VIMCO
 from experiments.likelihoods.vqvae import VQVAE
-from sampling.processes import processes
-from train.run import check_unused, fixed_differences
-from vqvae2 import files
+from train.run import open_folder
 from vqvae2.command_line import Options, parse, split_config_path
 from vqvae2.config import Config, is_resolved
 from vqvae2.data.images import DataConfig
 from vqvae2.data.sources import absolute_source
-from vqvae2.errors import UserError
 from vqvae2.quantizers import EMAConfig, QuantizerConfig
 from vqvae2.run_folder import RunFolder, StageFolder
 from vqvae2.training_config import TrainingConfig
@@ -171,16 +167,5 @@ def open_likelihood_run(options: LikelihoodOptions) -> LikelihoodRun:
     """
     config = options.config
     run = LikelihoodRun(config, RunFolder(Path(config.run or "runs")))
-    with processes().main_process_first():
-        if run.folder.config.is_file():
-            for key, old, new in fixed_differences(LikelihoodConfig.from_resolved_yaml(run.folder.config), config):
-                raise UserError(
-                    f"{run.folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
-                    "Choose another folder with --run, or restore the setting."
-                )
-        else:
-            check_unused(run.folder.path)
-        if processes().is_main_process:
-            files.lock_folder(run.folder.path)
-            files.write_text(run.folder.config, config.to_yaml())
+    open_folder(run.folder, config)
     return run

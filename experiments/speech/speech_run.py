@@ -1,6 +1,5 @@
 """Settings of a speech experiment and its run folder."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +10,9 @@ from pydantic import Field, model_validator
 
 from experiments.speech.autoencoder import SpeechAutoencoder, SpeechModelConfig, load_speech_autoencoder
 from experiments.speech.recordings import Recordings, RecordingsConfig, open_recordings
-from sampling.processes import processes
 from sampling.run_config import PriorStageConfig
 from train.checkpoints import check_made_from
-from train.run import check_unused, fixed_differences
+from train.run import open_folder
 from vqvae2 import checkpoint, files
 from vqvae2.command_line import Options, parse, split_config_path
 from vqvae2.config import Config, is_resolved
@@ -160,16 +158,5 @@ def open_speech_run(options: SpeechOptions) -> SpeechRun:
     """
     config = options.config
     run = SpeechRun(config, RunFolder(Path(config.run or "runs")))
-    with processes().main_process_first():
-        if run.folder.config.is_file():
-            for key, old, new in fixed_differences(SpeechConfig.from_resolved_yaml(run.folder.config), config):
-                raise UserError(
-                    f"{run.folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
-                    "Choose another folder with --run, or restore the setting."
-                )
-        else:
-            check_unused(run.folder.path)
-        if processes().is_main_process:
-            files.lock_folder(run.folder.path)
-            files.write_text(run.folder.config, config.to_yaml())
+    open_folder(run.folder, config)
     return run

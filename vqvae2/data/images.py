@@ -86,7 +86,7 @@ class DataConfig(Config):
     @classmethod
     def _check_labels(cls, labels: str) -> str:
         if labels not in ("none", "folder") and LabelFile.parse(labels) is None:
-            raise ValueError(f"must be none, folder, or a .csv, .tsv or .parquet file")
+            raise ValueError("must be none, folder, or a .csv, .tsv or .parquet file")
         return labels
 
     @property
