@@ -29,9 +29,7 @@ def make_decoder(
         coarser = tuple(codes.repeat(2, 1, 1) for codes in coarser)
         labels = torch.cat([labels, torch.full_like(labels, prior.spec.num_classes)])
         batch *= 2
-    device = next(prior.parameters()).device
-    # On a GPU, one captured position is replayed; a wavefront step has another size in each step.
-    wavefront = None if device.type == "cuda" else prior.wavefront_decoder(batch, height, coarser, labels)
+    wavefront = prior.wavefront_decoder(batch, height, coarser, labels)
     if wavefront is not None:
         return WavefrontGuidance(wavefront, guidance_scale) if guided else wavefront
     decoder = prior.incremental_decoder(batch, coarser, labels)

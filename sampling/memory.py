@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sampling.guidance import make_decoder
 from vqvae2.priors import Prior
 from vqvae2.priors.toom_cook import IncrementalRowConv
 
@@ -40,10 +41,7 @@ def decoder_bytes(prior: Prior, batch: int) -> int:
     twin.eval().requires_grad_(False)
     coarser = tuple(torch.zeros(batch, *level.shape, dtype=torch.int64, device="meta") for level in prior.spec.coarser)
     labels = torch.zeros(batch, dtype=torch.int64, device="meta") if prior.spec.num_classes else None
-    wavefront = None
-    if next(prior.parameters()).device.type != "cuda":
-        wavefront = twin.wavefront_decoder(batch, prior.spec.level.height, coarser, labels)
-    return _reachable_bytes(wavefront or twin.incremental_decoder(batch, coarser, labels))
+    return _reachable_bytes(make_decoder(twin, batch, prior.spec.level.height, coarser, labels))
 
 
 def free_bytes(device: torch.device) -> float:

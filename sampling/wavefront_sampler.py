@@ -29,11 +29,11 @@ def sample_wavefront(
     for wave in decoder.shape.waves():
         noise.pop(wave.first - 1, None)
         if wave.end - 1 not in noise:
-            noise[wave.end - 1] = next_noise().to(codes.device)
-        rows, columns = decoder.shape.raster_positions(wave, codes.device)
-        variates = [noise[row][column] for row, column in zip(rows.tolist(), columns.tolist(), strict=True)]
+            noise[wave.end - 1] = next_noise().to(codes.device, non_blocking=True)
+        rows, columns = decoder.shape.index_tensors(wave, codes.device)
+        variates = torch.cat([noise[row][column] for row, column in decoder.shape.positions(wave)])
         logits = decoder.logits(wave)
-        sampled = sample_codes(logits.flatten(0, 1), torch.cat(variates), params).view(logits.shape[:2])
+        sampled = sample_codes(logits.flatten(0, 1), variates, params).view(logits.shape[:2])
         if keep is not None:
             sampled = torch.where(keep[:, rows, columns].T, codes[:, rows, columns].T, sampled)
         decoder.set_codes(wave, sampled)

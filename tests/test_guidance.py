@@ -105,7 +105,10 @@ def test_guided_logits_extrapolate_from_unconditional_to_conditional(kind: str) 
     decoders: list[Any] = [
         prior.incremental_decoder(2, (), labels),
         prior.incremental_decoder(2, (), None),
-        *(ClassifierFreeGuidance(prior, (), labels, scale) for scale in (1.0, 0.0, 3.0)),
+        *(
+            ClassifierFreeGuidance(prior.incremental_decoder(4, (), torch.tensor([0, 2, 3, 3])), scale)
+            for scale in (1.0, 0.0, 3.0)
+        ),
     ]
     for decoder in decoders:
         decoder.begin_row(0)

@@ -153,8 +153,12 @@ class WavefrontShape(NamedTuple):
         for step in range(self.num_steps):
             yield Wave(step, max(0, (step - self.width) // self.skew + 1), min(self.height, step // self.skew + 1))
 
-    def raster_positions(self, wave: Wave, device: torch.device | str) -> tuple[Int[Tensor, " r"], Int[Tensor, " r"]]:
+    def positions(self, wave: Wave) -> list[tuple[int, int]]:
         """Return the row and the column of each position."""
+        return [(row, wave.step - self.skew * row) for row in range(wave.first, wave.end)]
+
+    def index_tensors(self, wave: Wave, device: torch.device | str) -> tuple[Int[Tensor, " r"], Int[Tensor, " r"]]:
+        """Return the rows and the columns of the positions as tensors."""
         rows = torch.arange(wave.first, wave.end, device=device)
         return rows, wave.step - self.skew * rows
 
@@ -220,7 +224,7 @@ def wavefront_logits(
         return None
     result = torch.empty(batch, height, width, prior.spec.level.codebook_size)
     for wave in decoder.shape.waves():
-        rows, columns = decoder.shape.raster_positions(wave, codes.device)
+        rows, columns = decoder.shape.index_tensors(wave, codes.device)
         result[:, rows, columns] = decoder.logits(wave).transpose(0, 1)
         decoder.set_codes(wave, codes[:, rows, columns].T)
     return result.movedim(-1, 1)

@@ -227,7 +227,7 @@ class _WavefrontPixelSNAIL(WavefrontDecoder):
         self.embedding = model.embedding.weight.detach()
         self.first = WavefrontConv2d(model.first, shape)
         coordinates = coordinate_map(height, width, self.embedding.device).flatten(1).T
-        self.coordinates = model.coordinates.incremental()(coordinates).T.contiguous()  # (C, H · W)
+        self.coordinates = model.coordinates.incremental()(coordinates)  # (H · W, C)
         self.size, self.condition_size = (height, width), (1, 1)
         if condition is not None:
             self.condition_size = (condition.shape[2], condition.shape[3])
@@ -241,15 +241,15 @@ class _WavefrontPixelSNAIL(WavefrontDecoder):
 
     @torch.inference_mode()
     def logits(self, wave: Wave) -> Float[Tensor, "r b k"]:
-        rows, columns = self.shape.raster_positions(wave, self.embedding.device)
+        rows, columns = self.shape.index_tensors(wave, self.embedding.device)
         (height, width), (condition_height, condition_width) = self.size, self.condition_size
         condition_positions = rows * condition_height // height * condition_width + columns * condition_width // width
-        coordinates = self.coordinates.index_select(1, rows * width + columns)
-        x = self.first.output(wave, coordinates.repeat_interleave(self.shape.batch, 1))
+        coordinates = self.coordinates.index_select(0, rows * width + columns)
+        x = self.first.output(wave, coordinates.repeat_interleave(self.shape.batch, 0))
         for layer in self.layers:
             x = layer.step(wave, x, condition_positions)
-        return self.to_logits(F.elu(x).T).unflatten(0, (len(rows), self.shape.batch))
+        return self.to_logits(F.elu(x)).unflatten(0, (len(rows), self.shape.batch))
 
     @torch.inference_mode()
     def set_codes(self, wave: Wave, codes: Int[Tensor, "r b"]) -> None:
-        self.first.set_input(wave, F.embedding(codes.flatten(), self.embedding).T)
+        self.first.set_input(wave, F.embedding(codes.flatten(), self.embedding))

@@ -77,7 +77,7 @@ def should_tile(weight: Tensor, width: int) -> bool:
     """Return whether tiling is faster than direct summation for a weight (O, I, …, k) and rows of `width` columns."""
     kernel_size, out_channels, in_channels = weight.shape[-1], *weight.shape[:2]
     large_enough = width >= TILE_SIZE and out_channels * in_channels >= _MIN_CHANNEL_PRODUCT
-    # Weights on the meta device stand for weights on a CPU when memory is estimated.
+    # Memory is estimated with weights on the meta device. Tiles take more of it, so this is an upper bound for a GPU.
     supported = kernel_size in (3, 5) and weight.device.type in ("cpu", "meta") and weight.dtype == torch.float32
     return supported and large_enough
 
