@@ -64,7 +64,7 @@ def sample_level(
         noise: Noise of the images; its length is the batch size.
         coarser: Code maps of the coarser levels, finest first, on the prior's device.
         labels: Class labels. Required if `params.guidance_scale` is not 1.
-        partial: Codes to keep. Rows after the last sampled code are not computed.
+        partial: Codes to keep. In raster order, rows after the last sampled code are not computed.
         progress: Called with the number of positions completed since the last call.
     """
     params = params or LevelSamplingParams()
@@ -76,7 +76,8 @@ def sample_level(
     if partial is not None:
         codes.copy_(partial.codes)
         sampled = (~partial.keep).any(2).any(0).nonzero()
-        rows = int(sampled.max()) + 1 if len(sampled) else 0
+        if prior.is_raster_order or not len(sampled):
+            rows = int(sampled.max()) + 1 if len(sampled) else 0
     if rows == 0:
         progress(codes.numel())
         return codes

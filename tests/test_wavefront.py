@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sampling import guidance
+from sampling.logits import sample_codes
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, PartialCodes, sample_level
 from tests.test_priors import build, inputs
@@ -99,3 +100,62 @@ def test_no_wavefront_decoder_if_it_is_not_valid_or_not_faster(settings: dict[st
     prior = build(**settings)
     assert prior.wavefront_decoder(2, 9) is None
     assert not isinstance(guidance.make_decoder(prior, 2, 9, (), None), guidance.WavefrontDecoder)
+
+
+ATTENTION: list[dict[str, Any]] = [
+    {"size": (6, 5)},
+    {"size": (5, 9), "kernel": 5, "attention": (1,), "coarser": ((1, 3),)},
+    {"size": (9, 1), "classes": 2},
+    {"size": (1, 6)},
+    {"size": (8, 6), "coarser": ((4, 3), (2, 1)), "classes": 3, "output_layers": 1},
+]
+
+
+@pytest.mark.parametrize("settings", ATTENTION, ids=str)
+def test_attention_in_wavefront_order_is_causal_and_matches_the_full_pass(settings: dict[str, Any]) -> None:
+    prior = build(attention_order="wavefront", **settings)
+    given = inputs(prior, batch=2)
+    found = wavefront_logits(prior, **given)
+    assert found is not None
+    with torch.no_grad():
+        expected = prior(**given)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        height, width = prior.spec.level.shape
+        skew = prior.config.kernel // 2 + 1
+        steps = torch.arange(width) + skew * torch.arange(height)[:, None]
+        for row in range(height):
+            for column in range(width):
+                changed = given["codes"].clone()
+                changed[:, row, column] = (changed[:, row, column] + 1) % prior.spec.level.codebook_size
+                differs = (prior(**given | {"codes": changed}) - expected).abs().amax((0, 1)) > 0
+                assert not differs[steps <= steps[row, column]].any()
+                if settings.get("attention", True) is True:
+                    # Attention includes positions whose first layer reads the changed code: the next one in its row.
+                    reached = steps > steps[row, column]
+                    assert column + 1 == width or differs[reached].all()
+
+
+@pytest.mark.parametrize("settings", ATTENTION, ids=str)
+@pytest.mark.parametrize("partial", [False, True], ids=["all", "partial"])
+def test_wavefront_attention_samples_what_the_full_pass_gives(settings: dict[str, Any], partial: bool) -> None:
+    prior = build(attention_order="wavefront", **settings)
+    height, width = prior.spec.level.shape
+    given = inputs(prior, batch=3)
+    keep = torch.zeros(3, height, width, dtype=torch.bool)
+    if partial:
+        keep = torch.rand(keep.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+        keep[:, -1] = True  # codes after the last sampled row still influence those above it
+    known = PartialCodes(given["codes"], keep)
+    found = sample_level(prior, Noise(4, range(3), 0), None, given["coarser"], given["labels"], known)
+    noise = Noise(4, range(3), 0)
+    variates = torch.stack([noise.row(width, prior.spec.level.codebook_size) for _ in range(height)])
+    codes = torch.where(keep, given["codes"], 0)
+    skew = prior.config.kernel // 2 + 1
+    for step in range(width + skew * (height - 1)):
+        with torch.no_grad():
+            logits = prior(codes, given["coarser"], given["labels"])
+        for row in range(height):
+            if 0 <= (column := step - skew * row) < width:
+                sampled = sample_codes(logits[:, :, row, column], variates[row, column], LevelSamplingParams())
+                codes[:, row, column] = torch.where(keep[:, row, column], codes[:, row, column], sampled)
+    assert torch.equal(found, codes)

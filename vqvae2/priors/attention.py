@@ -1,12 +1,13 @@
-"""Causal self-attention over positions in raster order, with a key-value cache for sampling."""
+"""Causal self-attention over positions in raster or wavefront order, with a key-value cache for sampling."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vqvae2.priors.base import Column
+from vqvae2.priors.base import Column, Wave, WavefrontShape
 from vqvae2.priors.layers import GatedResidualBlock, PointwiseConv2d
+from vqvae2.priors.wavefront import WavefrontGatedResidualBlock
 
 
 class CausalAttention(nn.Module):
@@ -14,11 +15,15 @@ class CausalAttention(nn.Module):
 
     Keys and values are computed from the block's input, its features and the coordinates; queries from the features and
     the coordinates. Including the current position is causal, because the network's first layer excludes it.
+
+    With a skew, positions are in wavefront order instead of raster order: a position (row r, column c) attends to all
+    (r', c') with c' + skew · r' ≤ c + skew · r. Those of the same wavefront step are included, because their features
+    depend on codes of earlier steps only.
     """
 
-    def __init__(self, channels: int, heads: int, dropout: float) -> None:
+    def __init__(self, channels: int, heads: int, dropout: float, skew: int | None = None) -> None:
         super().__init__()
-        self.heads, self.width = heads, channels // 2
+        self.heads, self.width, self.skew = heads, channels // 2, skew
         key_channels, query_channels = 2 * channels + 2, channels + 2
         self.key_block = GatedResidualBlock(key_channels, channels, 1, dropout=dropout)
         self.query_block = GatedResidualBlock(query_channels, channels, 1, dropout=dropout)
@@ -30,7 +35,12 @@ class CausalAttention(nn.Module):
         query = self.query(self.query_block(torch.cat([features, coordinates], 1)))
         height, width = query.shape[2:]
         query, key, value = (self._split_heads(x) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if self.skew is None:
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            rows, columns = (torch.arange(length, device=query.device) for length in (height, width))
+            steps = (self.skew * rows[:, None] + columns).flatten()
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=steps[:, None] >= steps)
         return attended.transpose(2, 3).reshape(len(query), self.width, height, width)
 
     def incremental(self, batch: int, height: int, width: int) -> "IncrementalAttention":
@@ -67,6 +77,31 @@ class IncrementalAttention:
         query = query.view(len(inputs), self.heads, 1, -1)
         position = self.position.at(column)
         return cached_attention(self.cache, key_value.transpose(0, 1), query, position, self.position.all).flatten(1)
+
+
+class WavefrontAttention:
+    """Attention of the rows in flight. Keys and values are cached in wavefront order, so that no mask is needed."""
+
+    def __init__(self, attention: CausalAttention, shape: WavefrontShape) -> None:
+        self.key_block = WavefrontGatedResidualBlock(attention.key_block, shape)
+        self.query_block = WavefrontGatedResidualBlock(attention.query_block, shape)
+        self.key_value, self.query = attention.key_value.incremental(), attention.query.incremental()
+        self.sizes = (shape.batch, attention.heads, attention.width // attention.heads)
+        batch, heads, width = self.sizes
+        self.cache = self.query.weight.new_zeros(2, batch, heads, shape.height * shape.width, width)
+        self.length = 0  # cached positions
+
+    def step(self, wave: Wave, inputs: Tensor, features: Tensor, coordinates: Float[Tensor, "rb 2"]) -> Tensor:
+        """Return the outputs (rows · batch, channels / 2) of the rows in flight."""
+        batch, heads, width = self.sizes
+        key_value = self.key_value(self.key_block.step(wave, torch.cat([inputs, features, coordinates], 1)))
+        query = self.query(self.query_block.step(wave, torch.cat([features, coordinates], 1)))
+        first, self.length = self.length, self.length + wave.end - wave.first
+        self.cache[:, :, :, first : self.length] = key_value.view(-1, batch, 2, heads, width).permute(2, 1, 3, 0, 4)
+        keys, values = self.cache[:, :, :, : self.length]
+        query = query.view(-1, batch, heads, width).permute(1, 2, 0, 3)
+        attended = F.scaled_dot_product_attention(query, keys, values)
+        return attended.permute(2, 0, 1, 3).reshape(len(inputs), heads * width)
 
 
 class RasterPosition:

@@ -32,7 +32,10 @@ class PriorSpec(Config):
 
 
 class Prior(nn.Module, ABC):
-    """Base class of priors: p(codes | coarser codes, label), factorized over positions in raster order."""
+    """Base class of priors: p(codes | coarser codes, label), factorized over positions in raster order.
+
+    If `is_raster_order` is false, the order is that of `wavefront_decoder`, the only decoder of the network.
+    """
 
     config: Any  # the config that built it
     conditioner: nn.Module | None  # None without coarser levels and labels
@@ -50,15 +53,21 @@ class Prior(nn.Module, ABC):
     ) -> Float[Tensor, "b k h w"]:
         """Return the logits of all positions, for training.
 
-        Logits depend on `codes` at earlier positions in raster order, on all of `coarser` (finest first), and on the
-        label. If the spec has classes, `labels=None` gives the unconditional distribution.
+        Logits depend on `codes` at earlier positions, on all of `coarser` (finest first), and on the label. If the spec
+        has classes, `labels=None` gives the unconditional distribution.
         """
+
+    @property
+    def is_raster_order(self) -> bool:
+        """Whether positions depend on those earlier in raster order, instead of wavefront order."""
+        return True
 
     @torch.inference_mode()
     def incremental_decoder(
         self, batch: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
     ) -> "IncrementalDecoder":
         """Return a decoder that computes the same logits one position at a time, for sampling `batch` maps."""
+        assert self.is_raster_order, "positions in wavefront order cannot be sampled in raster order"
         return self._make_incremental_decoder(batch, self._condition(batch, coarser, labels))
 
     @torch.inference_mode()
@@ -149,9 +158,11 @@ class WavefrontShape(NamedTuple):
         return self.width + self.skew * (self.height - 1)
 
     def waves(self) -> Iterator[Wave]:
-        """Yield the positions of each step."""
+        """Yield the positions of each step. Steps without any, if rows are shorter than the skew, are left out."""
         for step in range(self.num_steps):
-            yield Wave(step, max(0, (step - self.width) // self.skew + 1), min(self.height, step // self.skew + 1))
+            first, end = max(0, (step - self.width) // self.skew + 1), min(self.height, step // self.skew + 1)
+            if first < end:
+                yield Wave(step, first, end)
 
     def positions(self, wave: Wave) -> list[tuple[int, int]]:
         """Return the row and the column of each position."""

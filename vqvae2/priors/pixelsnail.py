@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
-from vqvae2.priors.attention import CausalAttention
+from vqvae2.priors.attention import CausalAttention, WavefrontAttention
 from vqvae2.priors.base import (
     Column,
     IncrementalDecoder,
@@ -37,6 +37,9 @@ class PixelSNAILConfig(Config):
     layers: int = Field(default=4, ge=1, le=64, description="residual blocks in each block")
     attention: bool | tuple[int, ...] = Field(
         default=True, description="blocks that end with attention: all, none, or a list of block indices"
+    )
+    attention_order: Literal["raster", "wavefront"] = Field(
+        default="raster", description="order of positions in attention; wavefront samples many rows at once"
     )
     heads: int = Field(default=8, ge=1, le=1024, description="attention heads")
     condition_layers: int = Field(
@@ -112,8 +115,14 @@ class PixelSNAIL(Prior):
     def _make_incremental_decoder(self, batch: int, condition: Tensor | None) -> IncrementalDecoder:
         return _IncrementalPixelSNAIL(self, batch, condition)
 
+    @property
+    def is_raster_order(self) -> bool:
+        return not self.config.attention_blocks or self.config.attention_order == "raster"
+
     def _wavefront_shape(self, batch: int, height: int) -> WavefrontShape | None:
         width = self.spec.level.width
+        if not self.is_raster_order:
+            return WavefrontShape(batch, height, width, self.config.kernel // 2 + 1)
         convs = (module for module in self.modules() if isinstance(module, CausalConv2d))
         shape = WavefrontShape(batch, height, width, choose_skew(convs, width))
         return shape if not self.config.attention_blocks and shape.num_steps < height * width else None
@@ -140,7 +149,8 @@ class PixelSNAILBlock(nn.Module):
         )
         self.attention = self.merge = None
         if use_attention:
-            self.attention = CausalAttention(channels, config.heads, dropout)
+            skew = config.kernel // 2 + 1 if config.attention_order == "wavefront" else None
+            self.attention = CausalAttention(channels, config.heads, dropout, skew)
             self.merge = GatedResidualBlock(channels, channels, 1, extra_channels=channels // 2, dropout=dropout)
 
     def forward(self, x: Tensor, coordinates: Tensor, condition: Tensor | None) -> Tensor:
@@ -226,16 +236,17 @@ class _WavefrontPixelSNAIL(WavefrontDecoder):
         self.shape = shape
         self.embedding = model.embedding.weight.detach()
         self.first = WavefrontConv2d(model.first, shape)
-        coordinates = coordinate_map(height, width, self.embedding.device).flatten(1).T
-        self.coordinates = model.coordinates.incremental()(coordinates)  # (H · W, C)
+        self.coordinates = coordinate_map(height, width, self.embedding.device).flatten(1).T  # (H · W, 2)
+        self.projected_coordinates = model.coordinates.incremental()(self.coordinates)
         self.size, self.condition_size = (height, width), (1, 1)
         if condition is not None:
             self.condition_size = (condition.shape[2], condition.shape[3])
             condition = condition.flatten(2).permute(2, 0, 1)
-        self.layers = [
-            WavefrontGatedResidualBlock(layer, shape, condition)
-            for layer in model.modules()
-            if isinstance(layer, GatedResidualBlock)
+        self.blocks = [
+            _WavefrontBlock(block, shape, condition) for block in model.blocks if isinstance(block, PixelSNAILBlock)
+        ]
+        self.output = [
+            WavefrontGatedResidualBlock(layer, shape) for layer in model.output if isinstance(layer, GatedResidualBlock)
         ]
         self.to_logits = model.logits.incremental()
 
@@ -244,12 +255,34 @@ class _WavefrontPixelSNAIL(WavefrontDecoder):
         rows, columns = self.shape.index_tensors(wave, self.embedding.device)
         (height, width), (condition_height, condition_width) = self.size, self.condition_size
         condition_positions = rows * condition_height // height * condition_width + columns * condition_width // width
-        coordinates = self.coordinates.index_select(0, rows * width + columns)
-        x = self.first.output(wave, coordinates.repeat_interleave(self.shape.batch, 0))
-        for layer in self.layers:
-            x = layer.step(wave, x, condition_positions)
+        positions = (rows * width + columns).repeat_interleave(self.shape.batch)
+        coordinates = self.coordinates.index_select(0, positions)
+        x = self.first.output(wave, self.projected_coordinates.index_select(0, positions))
+        for block in self.blocks:
+            x = block.step(wave, x, condition_positions, coordinates)
+        for layer in self.output:
+            x = layer.step(wave, x)
         return self.to_logits(F.elu(x)).unflatten(0, (len(rows), self.shape.batch))
 
     @torch.inference_mode()
     def set_codes(self, wave: Wave, codes: Int[Tensor, "r b"]) -> None:
         self.first.set_input(wave, F.embedding(codes.flatten(), self.embedding))
+
+
+class _WavefrontBlock:
+    def __init__(self, block: PixelSNAILBlock, shape: WavefrontShape, condition: Tensor | None) -> None:
+        self.layers = [
+            WavefrontGatedResidualBlock(layer, shape, condition)
+            for layer in block.layers
+            if isinstance(layer, GatedResidualBlock)
+        ]
+        self.attention = WavefrontAttention(block.attention, shape) if block.attention else None
+        self.merge = WavefrontGatedResidualBlock(block.merge, shape) if block.merge else None
+
+    def step(self, wave: Wave, x: Tensor, condition_positions: Tensor, coordinates: Tensor) -> Tensor:
+        features = x
+        for layer in self.layers:
+            features = layer.step(wave, features, condition_positions)
+        if self.attention is not None and self.merge is not None:
+            features = self.merge.step(wave, features, extra=self.attention.step(wave, x, features, coordinates))
+        return features

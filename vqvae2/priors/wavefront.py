@@ -150,23 +150,29 @@ class TiledRowsAbove:
 
 
 class WavefrontGatedResidualBlock:
-    """Gated residual block without a second input."""
+    """Gated residual block of positions (rows · batch, channels)."""
 
     def __init__(
         self, block: GatedResidualBlock, shape: WavefrontShape, condition: Float[Tensor, "p b c"] | None = None
     ) -> None:
         self.first, self.second = WavefrontConv2d(block.first, shape), WavefrontConv2d(block.second, shape)
+        self.extra = block.extra.incremental() if block.extra else None
         self.condition = None  # (positions, B, O)
         if block.condition is not None and condition is not None:
             self.condition = block.condition.incremental()(condition)
 
     def step(
-        self, wave: Wave, x: Float[Tensor, "rb c"], condition_positions: Int[Tensor, " r"] | None = None
+        self,
+        wave: Wave,
+        x: Float[Tensor, "rb c"],
+        condition_positions: Int[Tensor, " r"] | None = None,
+        extra: Float[Tensor, "rb e"] | None = None,
     ) -> Float[Tensor, "rb c"]:
         """Return the outputs of the rows in flight, each with its position in the conditioning map."""
         self.first.set_input(wave, F.elu(x))
-        self.second.set_input(wave, F.elu_(self.first.output(wave)))
-        extra = None
+        hidden = self.first.output(wave, None if self.extra is None or extra is None else self.extra(F.elu(extra)))
+        self.second.set_input(wave, F.elu_(hidden))
+        condition = None
         if self.condition is not None and condition_positions is not None:
-            extra = self.condition.index_select(0, condition_positions).flatten(0, 1)
-        return F.glu(self.second.output(wave, extra), 1).add_(x)
+            condition = self.condition.index_select(0, condition_positions).flatten(0, 1)
+        return F.glu(self.second.output(wave, condition), 1).add_(x)
