@@ -16,32 +16,38 @@ from vqvae2.priors.base import WavefrontShape, wavefront_logits
 
 CASES: list[dict[str, Any]] = [
     {"size": (8, 9)},
-    {"size": (9, 33), "kernel": 3},
-    {"size": (5, 38), "kernel": 5, "layers": 2},
-    {"size": (11, 40), "kernel": 7},
-    {"size": (3, 50), "kernel": 5},
-    {"size": (7, 35), "coarser": ((1, 1),), "classes": 3},
-    {"size": (6, 36), "coarser": ((3, 18),), "classes": 3, "kernel": 5},
-    {"size": (8, 32), "coarser": ((4, 16), (2, 8)), "output_layers": 2},
+    {"size": (11, 12), "kernel": 7},
+    {"size": (3, 20), "kernel": 5},
     {"size": (6, 10), "classes": 2, "output_layers": 1},
+]
+TILED_CASES: list[dict[str, Any]] = [
+    {"size": (9, 65), "kernel": 3},
+    {"size": (5, 70), "kernel": 5, "layers": 2},
+    {"size": (7, 67), "coarser": ((1, 1),), "classes": 3},
+    {"size": (6, 66), "coarser": ((3, 33),), "classes": 3, "kernel": 5},
+    {"size": (8, 64), "coarser": ((4, 32), (2, 8)), "output_layers": 2},
 ]
 
 
-@pytest.mark.parametrize("settings", CASES, ids=str)
-@pytest.mark.parametrize("min_product", [1, 10**9], ids=["tiles", "direct"])
+@pytest.mark.parametrize(
+    ("settings", "tiles"), [(case, False) for case in CASES + TILED_CASES] + [(case, True) for case in TILED_CASES]
+)
 def test_wavefront_logits_match_the_full_pass(
-    settings: dict[str, Any], min_product: int, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(toom_cook, "_MIN_CHANNEL_PRODUCT", min_product)
+    monkeypatch.setattr(toom_cook, "_MIN_CHANNEL_PRODUCT", 1 if tiles else 10**9)
     prior = build(attention=False, **settings)
     given = inputs(prior, batch=3)
+    decoder = prior.wavefront_decoder(3, settings["size"][0], given["coarser"], given["labels"])
+    assert decoder is not None
+    assert decoder.shape.skew == (8 if tiles else settings.get("kernel", 3) // 2 + 1)
     found = wavefront_logits(prior, **given)
     assert found is not None
     with torch.no_grad():
         torch.testing.assert_close(found, prior(**given), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("settings", CASES, ids=str)
+@pytest.mark.parametrize("settings", CASES + TILED_CASES, ids=str)
 @pytest.mark.parametrize(
     "params",
     [LevelSamplingParams(), LevelSamplingParams(temperature=0.7, top_k=5), LevelSamplingParams(top_p=0.8)],
@@ -94,9 +100,19 @@ def test_number_of_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"attention": True, "size": (9, 9)}, {"attention": False, "size": (9, 1)}], ids=["attention", "narrow"]
+    ("settings", "tiles"),
+    [
+        ({"attention": True, "size": (9, 9)}, False),
+        ({"attention": False, "size": (9, 1)}, False),
+        ({"attention": False, "size": (9, 32)}, True),
+    ],
+    ids=["attention", "narrow", "too few rows in flight"],
 )
-def test_no_wavefront_decoder_if_it_is_not_valid_or_not_faster(settings: dict[str, Any]) -> None:
+def test_no_wavefront_decoder_if_it_is_not_valid_or_not_faster(
+    settings: dict[str, Any], tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tiles:
+        monkeypatch.setattr(toom_cook, "_MIN_CHANNEL_PRODUCT", 1)
     prior = build(**settings)
     assert prior.wavefront_decoder(2, 9) is None
     assert not isinstance(guidance.make_decoder(prior, 2, 9, (), None), guidance.WavefrontDecoder)

@@ -123,9 +123,11 @@ class PixelSNAIL(Prior):
         width = self.spec.level.width
         if not self.is_raster_order:
             return WavefrontShape(batch, height, width, self.config.kernel // 2 + 1)
-        convs = (module for module in self.modules() if isinstance(module, CausalConv2d))
-        shape = WavefrontShape(batch, height, width, choose_skew(convs, width))
-        return shape if not self.config.attention_blocks and shape.num_steps < height * width else None
+        if self.config.attention_blocks:
+            return None
+        skew = choose_skew((module for module in self.modules() if isinstance(module, CausalConv2d)), width)
+        shape = None if skew is None else WavefrontShape(batch, height, width, skew)
+        return shape if shape is not None and shape.num_steps < height * width else None
 
     def _make_wavefront_decoder(self, shape: WavefrontShape, condition: Tensor | None) -> WavefrontDecoder:
         return _WavefrontPixelSNAIL(self, shape, condition)
