@@ -1,5 +1,6 @@
 """Atomic file writes, JSON files, append-only logs and checksums."""
 
+import atexit
 import hashlib
 import json
 import os
@@ -131,6 +132,7 @@ def lock_folder(folder: Path) -> None:
         os.write(file.fileno(), f"process {os.getpid()} on {_HOST}".encode())
 
 
+@atexit.register
 def release_locks() -> None:
     """Release every folder that `lock_folder` reserved."""
     while _locks:
