@@ -142,9 +142,10 @@ class AutoencoderStage(TrainingStage):
         self._objective.decoder_only = step >= self.config.training.first_decoder_step
         if self._objective.decoder_only:
             self.network.quantizers.eval()  # the codebooks no longer change
-        uninitialized = not all(getattr(each, "initialized", True) for each in self.network.quantizers)
-        if step == first and uninitialized and processes().is_main_process:  # may take a minute with many codes
-            tqdm.write("autoencoder: initializing the codebooks with k-means", sys.stderr)
+        if step == first and processes().is_main_process:
+            if not all(getattr(each, "initialized", True) for each in self.network.quantizers):
+                # May take a minute with many codes.
+                tqdm.write("autoencoder: initializing the codebooks with k-means", sys.stderr)
         if self._objective.perceptual:
             self._objective.perceptual.active = step >= self.config.loss.perceptual.start
         if self.adversarial:

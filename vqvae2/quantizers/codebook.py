@@ -1,7 +1,7 @@
 """Base class of quantizers with a learned codebook: lookup, k-means initialization, statistics, dead-code restarts."""
 
 from abc import abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,9 @@ class CodebookQuantizer(Quantizer):
         self.register_buffer("ema_cluster_size", torch.ones(config.codebook_size))
         self.register_buffer("initialized", torch.tensor(not config.kmeans_init))
         self.register_buffer("updates", torch.tensor(0))
+        # Known on the host, because reading a buffer waits for the device; None after weights were loaded.
         self._known_initialized = not config.kmeans_init
+        self._known_updates: int | None = 0
         # Statistics of the forward passes since the last update.
         self._counts: Tensor | None = None
         self._sums: Tensor | None = None
@@ -131,6 +133,7 @@ class CodebookQuantizer(Quantizer):
         self._update_codebook(counts, sums)
         if self.config.dead_code_threshold > 0:
             self._restart_dead_codes(counts, latents)
+        self._known_updates = self._num_updates() + 1
         self.updates += 1
 
     def _restart_dead_codes(self, counts: Float[Tensor, " k"], latents: Float[Tensor, "n width"]) -> None:
@@ -153,7 +156,7 @@ class CodebookQuantizer(Quantizer):
     def _ensure_initialized(self, latents: Tensor) -> None:
         """Initialize the codebook with k-means centers of the first batch, identical on all ranks."""
         if self._known_initialized or self.initialized.item():
-            self._known_initialized = True  # cached, because `item` synchronizes with a GPU
+            self._known_initialized = True
             return
         generator = self._generator()
         samples = min(self.codebook_size * _KMEANS_SAMPLES_PER_CODE, max(_KMEANS_MAX_SAMPLES, self.codebook_size))
@@ -173,7 +176,16 @@ class CodebookQuantizer(Quantizer):
 
     def _generator(self) -> torch.Generator:
         """Return a random generator in the same state on all ranks."""
-        return torch.Generator().manual_seed(int(self.updates))
+        return torch.Generator().manual_seed(self._num_updates())
+
+    def _num_updates(self) -> int:
+        if self._known_updates is None:
+            self._known_updates = int(self.updates)
+        return self._known_updates
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._known_initialized, self._known_updates = False, None
 
 
 def mean_square(difference: Tensor) -> Tensor:
@@ -189,8 +201,9 @@ def _sample_latents(latents: Float[Tensor, "n d"], count: int, generator: torch.
     """
     sizes = torch.zeros(get_world_size(), dtype=torch.int64, device=latents.device)
     sizes[get_rank()] = len(latents)
-    ends = all_reduce_sum(sizes).cumsum(0).tolist()
-    drawn = torch.randint(max(ends[-1], 1), (count,), generator=generator).to(latents.device)
+    ends = all_reduce_sum(sizes).cumsum(0)  # stay on the device, so that the host need not wait for it
+    drawn = torch.randint(2**62, (count,), generator=generator, pin_memory=latents.device.type == "cuda")
+    drawn = drawn.to(latents.device, non_blocking=True) % ends[-1].clamp_min(1)
     drawn = drawn - (ends[get_rank()] - len(latents))  # relative to this rank's batch
     is_local = (drawn >= 0) & (drawn < len(latents))
     local = latents[drawn.clamp(0, len(latents) - 1)] if len(latents) else latents.new_zeros(count, latents.shape[1])

@@ -1,5 +1,8 @@
 """Nearest-neighbor lookup in bounded memory, and k-means clustering."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,11 +25,26 @@ def nearest_codes(
     block_rows = max(1, block_bytes // (vectors.element_size() * len(codebook)))
     half_norms = codebook.square().sum(1) / 2  # argmin ‖x − e‖² = argmin ‖e‖² / 2 − x·e
     codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    for start in range(0, len(vectors), block_rows):
-        block = vectors[start : start + block_rows]
-        distances = torch.addmm(half_norms, block, codebook.T, alpha=-1)
-        torch.argmin(distances, dim=1, out=codes[start : start + block_rows])
+    with _without_tf32(vectors.device):
+        for start in range(0, len(vectors), block_rows):
+            block = vectors[start : start + block_rows]
+            distances = torch.addmm(half_norms, block, codebook.T, alpha=-1)
+            torch.argmin(distances, dim=1, out=codes[start : start + block_rows])
     return codes
+
+
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """Compute matrix products in float32 on CUDA. TF32, which training may allow, would assign other codes."""
+    precision = torch.get_float32_matmul_precision()
+    if device.type != "cuda" or precision == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()
