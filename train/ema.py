@@ -27,7 +27,7 @@ class ExponentialMovingAverage:
         if not self.decay:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), self._parameters, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), self._parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

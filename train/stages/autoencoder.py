@@ -142,14 +142,16 @@ class AutoencoderStage(TrainingStage):
         self._objective.decoder_only = step >= self.config.training.first_decoder_step
         if self._objective.decoder_only:
             self.network.quantizers.eval()  # the codebooks no longer change
-        if step == first and processes().is_main_process:
-            if not all(getattr(each, "initialized", True) for each in self.network.quantizers):
-                # May take a minute with many codes.
-                tqdm.write("autoencoder: initializing the codebooks with k-means", sys.stderr)
+        if step == first and processes().is_main_process and not self._is_initialized():  # may take a minute
+            tqdm.write("autoencoder: initializing the codebooks with k-means", sys.stderr)
         if self._objective.perceptual:
             self._objective.perceptual.active = step >= self.config.loss.perceptual.start
         if self.adversarial:
             self.adversarial.active = step >= self.adversarial.config.start
+
+    def _is_initialized(self) -> bool:
+        """Return whether all codebooks are initialized. Waits for the device."""
+        return all(getattr(quantizer, "initialized", True) for quantizer in self.network.quantizers)
 
     def auxiliary_batch(self) -> tuple[Tensor, Tensor]:
         """Return the images in [-1, 1] and the reconstructions of the last batch."""

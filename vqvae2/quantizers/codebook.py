@@ -1,6 +1,7 @@
 """Base class of quantizers with a learned codebook: lookup, k-means initialization, statistics, dead-code restarts."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -183,8 +184,8 @@ class CodebookQuantizer(Quantizer):
             self._known_updates = int(self.updates)
         return self._known_updates
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
         self._known_initialized, self._known_updates = False, None
 
 
