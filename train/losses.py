@@ -99,7 +99,7 @@ class EfficientNetDistance(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the distance (B,) of images (B, 3, H, W) in [-1, 1]."""
         if first.requires_grad:
-            down, right = torch.randint(2, (2,)).tolist()
+            down, right = _draw_shift()
             first, second = (_shift(images, down, right) for images in (first, second))
         layers = zip(self._features(first), self._features(second), strict=True)
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in layers]).sum(0)
@@ -186,6 +186,12 @@ class CodebookUsageTracker:
                 )
             self._usages[name] = usage = CodebookUsage(self.sizes[name])
             usage.counts = torch.tensor(counts) * (get_rank() == 0)
+
+
+def _draw_shift() -> tuple[int, int]:
+    """Draw by how many pixels images are shifted, on the CPU."""
+    down, right = torch.randint(2, (2,)).tolist()
+    return down, right
 
 
 def _shift(images: Tensor, down: int, right: int) -> Tensor:
