@@ -92,9 +92,7 @@ class Peak(NamedTuple):
     peak: float  # GiB
 
 
-def step_peak(
-    objective: nn.Module, network: nn.Module, batch: Any, training: TrainingConfig, gpus: int
-) -> float:
+def step_peak(objective: nn.Module, network: nn.Module, batch: Any, training: TrainingConfig, gpus: int) -> float:
     """Run optimizer steps under FakeTensorMode, and return the GiB of the network's training state."""
     parameters = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(objective.parameters(), foreach=False)
@@ -153,9 +151,8 @@ def _build(config: RunConfig, name: str, batch_size: int, stack: ExitStack) -> t
         prior = config.priors[config.levels[level]].model.build(spec)
         codes = tuple(torch.zeros(batch_size, each.height, each.width, dtype=torch.int64) for each in maps)
         return PriorObjective(prior, level).train(), prior, CodeBatch(codes, torch.zeros(batch_size, dtype=torch.int64))
-    # Fake tensors cannot run what depends on values: k-means, and the draw of the perceptual loss.
+    # Fake tensors cannot run k-means, which depends on values.
     stack.enter_context(mock.patch("vqvae2.quantizers.codebook.CodebookQuantizer._ensure_initialized"))
-    stack.enter_context(mock.patch("train.losses._draw_shift", return_value=(1, 1)))
     objective = AutoencoderObjective(autoencoder, config.autoencoder.loss).train()
     stack.enter_context(mock.patch.object(objective, "usage"))
     images = torch.zeros(batch_size, config.data.channels, *config.data.shape, dtype=torch.uint8)

@@ -6,7 +6,6 @@ Fake tensors have a device and a shape but no contents, so no GPU is needed.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +77,6 @@ def fake_cuda() -> Iterator[NoHostWaits]:
     """Run the block with fake tensors, under a check that is active once its attribute `active` is set."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the choice of another one needs a GPU
-        stack.enter_context(mock.patch("train.losses._draw_shift", return_value=(1, 1)))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(NoHostWaits())
 

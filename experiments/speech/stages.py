@@ -109,7 +109,7 @@ class SpeechStage(TrainingStage):
 
     def restore_pending(self, pending: dict[str, list[int]]) -> None:
         if self._objective.usage:
-            self._objective.usage.resume(pending)
+            self._objective.usage.resume(pending, next(self.network.parameters()).device)
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         batch_size = self.config.micro_batch_size(accelerator.num_processes)

@@ -101,7 +101,7 @@ class CodebookQuantizer(Quantizer):
             if self.config.cosine:
                 projected = F.normalize(projected, dim=-1)
             latents = projected.reshape(-1, projected.shape[-1])
-            if self.training and len(latents):
+            if self.training and not self._known_initialized and len(latents):
                 self._ensure_initialized(latents.detach())
             codes = nearest_codes(latents.detach(), self.codebook)
             quantized = F.embedding(codes, self.codebook)
@@ -153,10 +153,11 @@ class CodebookQuantizer(Quantizer):
         self._sums = sums if self._sums is None else self._sums + sums
         self._latents = latents
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _ensure_initialized(self, latents: Tensor) -> None:
         """Initialize the codebook with k-means centers of the first batch, identical on all ranks."""
-        if self._known_initialized or self.initialized.item():
+        if self.initialized.item():
             self._known_initialized = True
             return
         generator = self._generator()

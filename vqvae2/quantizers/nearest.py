@@ -20,6 +20,12 @@ def nearest_codes(
 
     The n × k distances are computed in blocks of at most `block_bytes`, so memory does not grow with n.
     """
+    if torch.compiler.is_compiling():  # one node of the graph; otherwise blocks and the precision would be lost
+        return _nearest_codes_op(vectors, codebook)
+    return _nearest_codes(vectors, codebook, block_bytes)
+
+
+def _nearest_codes(vectors: Tensor, codebook: Tensor, block_bytes: int | None = None) -> Tensor:
     if block_bytes is None:
         block_bytes = _CPU_BLOCK_BYTES if vectors.device.type == "cpu" else _GPU_BLOCK_BYTES
     block_rows = max(1, block_bytes // (vectors.element_size() * len(codebook)))
@@ -31,6 +37,16 @@ def nearest_codes(
             distances = torch.addmm(half_norms, block, codebook.T, alpha=-1)
             torch.argmin(distances, dim=1, out=codes[start : start + block_rows])
     return codes
+
+
+@torch.library.custom_op("vqvae2::nearest_codes", mutates_args=())
+def _nearest_codes_op(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return _nearest_codes(vectors, codebook)
+
+
+@_nearest_codes_op.register_fake
+def _(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return vectors.new_empty(len(vectors), dtype=torch.int64)
 
 
 @contextmanager
