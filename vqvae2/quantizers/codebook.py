@@ -153,7 +153,6 @@ class CodebookQuantizer(Quantizer):
         self._sums = sums if self._sums is None else self._sums + sums
         self._latents = latents
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _ensure_initialized(self, latents: Tensor) -> None:
         """Initialize the codebook with k-means centers of the first batch, identical on all ranks."""

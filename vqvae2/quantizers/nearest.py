@@ -21,7 +21,7 @@ def nearest_codes(
     The n × k distances are computed in blocks of at most `block_bytes`, so memory does not grow with n.
     """
     if torch.compiler.is_compiling():  # one node of the graph; otherwise blocks and the precision would be lost
-        return _nearest_codes_op(vectors, codebook)
+        return torch.ops.vqvae2.nearest_codes(vectors, codebook)
     return _nearest_codes(vectors, codebook, block_bytes)
 
 
@@ -39,12 +39,12 @@ def _nearest_codes(vectors: Tensor, codebook: Tensor, block_bytes: int | None = 
     return codes
 
 
-@torch.library.custom_op("vqvae2::nearest_codes", mutates_args=())
-def _nearest_codes_op(vectors: Tensor, codebook: Tensor) -> Tensor:
-    return _nearest_codes(vectors, codebook)
+# Not `torch.library.custom_op`, which imports the compiler and takes a second.
+torch.library.define("vqvae2::nearest_codes", "(Tensor vectors, Tensor codebook) -> Tensor")
+torch.library.impl("vqvae2::nearest_codes", "CompositeExplicitAutograd", _nearest_codes)
 
 
-@_nearest_codes_op.register_fake
+@torch.library.register_fake("vqvae2::nearest_codes")
 def _(vectors: Tensor, codebook: Tensor) -> Tensor:
     return vectors.new_empty(len(vectors), dtype=torch.int64)
 
