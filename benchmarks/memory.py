@@ -152,7 +152,7 @@ def _build(config: RunConfig, name: str, batch_size: int, stack: ExitStack) -> t
         codes = tuple(torch.zeros(batch_size, each.height, each.width, dtype=torch.int64) for each in maps)
         return PriorObjective(prior, level).train(), prior, CodeBatch(codes, torch.zeros(batch_size, dtype=torch.int64))
     # Fake tensors cannot run k-means, which depends on values.
-    stack.enter_context(mock.patch("vqvae2.quantizers.codebook.CodebookQuantizer._ensure_initialized"))
+    stack.enter_context(mock.patch("vqvae2.quantizers.codebook.CodebookQuantizer._initialize"))
     objective = AutoencoderObjective(autoencoder, config.autoencoder.loss).train()
     stack.enter_context(mock.patch.object(objective, "usage"))
     images = torch.zeros(batch_size, config.data.channels, *config.data.shape, dtype=torch.uint8)

@@ -68,9 +68,8 @@ class CodebookQuantizer(Quantizer):
         self.register_buffer("ema_cluster_size", torch.ones(config.codebook_size))
         self.register_buffer("initialized", torch.tensor(not config.kmeans_init))
         self.register_buffer("updates", torch.tensor(0))
-        # Known on the host, because reading a buffer waits for the device; None after weights were loaded.
-        self._known_initialized = not config.kmeans_init
-        self._known_updates: int | None = 0
+        # The same on the host, because reading a buffer waits for the device.
+        self._is_initialized, self._num_updates = not config.kmeans_init, 0
         # Statistics of the forward passes since the last update.
         self._counts: Tensor | None = None
         self._sums: Tensor | None = None
@@ -101,8 +100,8 @@ class CodebookQuantizer(Quantizer):
             if self.config.cosine:
                 projected = F.normalize(projected, dim=-1)
             latents = projected.reshape(-1, projected.shape[-1])
-            if self.training and not self._known_initialized and len(latents):
-                self._ensure_initialized(latents.detach())
+            if self.training and not self._is_initialized and len(latents):
+                self._initialize(latents.detach())
             codes = nearest_codes(latents.detach(), self.codebook)
             quantized = F.embedding(codes, self.codebook)
             commitment_loss = mean_square(latents - quantized.detach())
@@ -134,7 +133,7 @@ class CodebookQuantizer(Quantizer):
         self._update_codebook(counts, sums)
         if self.config.dead_code_threshold > 0:
             self._restart_dead_codes(counts, latents)
-        self._known_updates = self._num_updates() + 1
+        self._num_updates += 1
         self.updates += 1
 
     def _restart_dead_codes(self, counts: Float[Tensor, " k"], latents: Float[Tensor, "n width"]) -> None:
@@ -154,11 +153,8 @@ class CodebookQuantizer(Quantizer):
         self._latents = latents
 
     @torch.no_grad()
-    def _ensure_initialized(self, latents: Tensor) -> None:
+    def _initialize(self, latents: Tensor) -> None:
         """Initialize the codebook with k-means centers of the first batch, identical on all ranks."""
-        if self.initialized.item():
-            self._known_initialized = True
-            return
         generator = self._generator()
         samples = min(self.codebook_size * _KMEANS_SAMPLES_PER_CODE, max(_KMEANS_MAX_SAMPLES, self.codebook_size))
         sample = _sample_latents(latents, samples, generator)
@@ -173,20 +169,15 @@ class CodebookQuantizer(Quantizer):
         self.ema_cluster_size.copy_(cluster_size)
         self._replace_codes(centers, cluster_size, torch.ones_like(self.ema_cluster_size, dtype=torch.bool))
         self.initialized.fill_(True)
-        self._known_initialized = True
+        self._is_initialized = True
 
     def _generator(self) -> torch.Generator:
         """Return a random generator in the same state on all ranks."""
-        return torch.Generator().manual_seed(self._num_updates())
-
-    def _num_updates(self) -> int:
-        if self._known_updates is None:
-            self._known_updates = int(self.updates)
-        return self._known_updates
+        return torch.Generator().manual_seed(self._num_updates)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, *args, **kwargs)
-        self._known_initialized, self._known_updates = False, None
+        self._is_initialized, self._num_updates = bool(self.initialized), int(self.updates)
 
 
 def mean_square(difference: Tensor) -> Tensor:
