@@ -1,4 +1,4 @@
-"""Classifier-free guidance."""
+"""The decoder that samples a level, and classifier-free guidance."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,7 +6,42 @@ from torch import Tensor
 
 from vqvae2.code_maps import CodeMaps
 from vqvae2.priors import IncrementalDecoder, Prior
-from vqvae2.priors.base import Column
+from vqvae2.priors.base import Column, Wave, WavefrontDecoder
+
+
+def make_decoder(
+    prior: Prior,
+    batch: int,
+    height: int,
+    coarser: CodeMaps,
+    labels: Int[Tensor, " b"] | None,
+    guidance_scale: float = 1.0,
+) -> IncrementalDecoder | WavefrontDecoder:
+    """Return the fastest decoder of the first `height` rows of `batch` maps, with classifier-free guidance if needed.
+
+    Raises:
+        ValueError: If guidance is asked for without labels.
+    """
+    guided = guidance_scale != 1
+    if guided:
+        if labels is None:
+            raise ValueError(f"guidance_scale {guidance_scale:g} needs labels")
+        coarser = tuple(codes.repeat(2, 1, 1) for codes in coarser)
+        labels = torch.cat([labels, torch.full_like(labels, prior.spec.num_classes)])
+        batch *= 2
+    device = next(prior.parameters()).device
+    # On a GPU, one captured position is replayed; a wavefront step has another size in each step.
+    wavefront = None if device.type == "cuda" else prior.wavefront_decoder(batch, height, coarser, labels)
+    if wavefront is not None:
+        return WavefrontGuidance(wavefront, guidance_scale) if guided else wavefront
+    decoder = prior.incremental_decoder(batch, coarser, labels)
+    return ClassifierFreeGuidance(decoder, guidance_scale) if guided else decoder
+
+
+def guide(logits: Float[Tensor, "*r b2 k"], scale: float) -> Float[Tensor, "*r b k"]:
+    """Return u + scale · (c − u) of conditional logits c, the first half of a batch, and unconditional ones u."""
+    conditional, unconditional = logits.float().chunk(2, -2)
+    return unconditional + scale * (conditional - unconditional)
 
 
 class ClassifierFreeGuidance(IncrementalDecoder):
@@ -16,18 +51,27 @@ class ClassifierFreeGuidance(IncrementalDecoder):
     labels, 1 is the prior itself, above 1 exaggerates the effect of the label.
     """
 
-    def __init__(self, prior: Prior, coarser: CodeMaps, labels: Int[Tensor, " b"], scale: float) -> None:
-        unconditional = torch.full_like(labels, prior.spec.num_classes)
-        doubled = tuple(codes.repeat(2, 1, 1) for codes in coarser)
-        self.decoder = prior.incremental_decoder(2 * len(labels), doubled, torch.cat([labels, unconditional]))
-        self.scale = scale
+    def __init__(self, decoder: IncrementalDecoder, scale: float) -> None:
+        self.decoder, self.scale = decoder, scale
 
     def begin_row(self, row: int) -> None:
         self.decoder.begin_row(row)
 
     def logits(self, column: Column) -> Float[Tensor, "b k"]:
-        conditional, unconditional = self.decoder.logits(column).float().chunk(2)
-        return unconditional + self.scale * (conditional - unconditional)
+        return guide(self.decoder.logits(column), self.scale)
 
     def set_codes(self, column: Column, codes: Int[Tensor, " b"]) -> None:
         self.decoder.set_codes(column, codes.repeat(2))
+
+
+class WavefrontGuidance(WavefrontDecoder):
+    """Classifier-free guidance of a wavefront decoder, as `ClassifierFreeGuidance`."""
+
+    def __init__(self, decoder: WavefrontDecoder, scale: float) -> None:
+        self.decoder, self.scale, self.shape = decoder, scale, decoder.shape
+
+    def logits(self, wave: Wave) -> Float[Tensor, "r b k"]:
+        return guide(self.decoder.logits(wave), self.scale)
+
+    def set_codes(self, wave: Wave, codes: Int[Tensor, "r b"]) -> None:
+        self.decoder.set_codes(wave, codes.repeat(1, 2))

@@ -40,7 +40,10 @@ def decoder_bytes(prior: Prior, batch: int) -> int:
     twin.eval().requires_grad_(False)
     coarser = tuple(torch.zeros(batch, *level.shape, dtype=torch.int64, device="meta") for level in prior.spec.coarser)
     labels = torch.zeros(batch, dtype=torch.int64, device="meta") if prior.spec.num_classes else None
-    return _reachable_bytes(twin.incremental_decoder(batch, coarser, labels))
+    wavefront = None
+    if next(prior.parameters()).device.type != "cuda":
+        wavefront = twin.wavefront_decoder(batch, prior.spec.level.height, coarser, labels)
+    return _reachable_bytes(wavefront or twin.incremental_decoder(batch, coarser, labels))
 
 
 def free_bytes(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Sample the codes of one level, row by row, with reproducible noise per image."""
+"""Sample the codes of one level, with reproducible noise per image."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sampling.guidance import ClassifierFreeGuidance
+from sampling.guidance import make_decoder
 from sampling.params import LevelSamplingParams
 from sampling.row_sampler import RowSampler
+from sampling.wavefront_sampler import sample_wavefront
 from vqvae2.code_maps import CodeMaps
-from vqvae2.priors import IncrementalDecoder, Prior
+from vqvae2.priors import Prior
+from vqvae2.priors.base import WavefrontDecoder
 
 
 class Noise:
@@ -66,7 +68,7 @@ def sample_level(
         progress: Called with the number of positions completed since the last call.
     """
     params = params or LevelSamplingParams()
-    height, width = prior.spec.level.shape
+    (height, width), codebook_size = prior.spec.level.shape, prior.spec.level.codebook_size
     batch = len(noise.generators)
     device = next(prior.parameters()).device
     codes = torch.zeros(batch, height, width, dtype=torch.int64, device=device)
@@ -78,22 +80,16 @@ def sample_level(
     if rows == 0:
         progress(codes.numel())
         return codes
-    sampler = RowSampler(_make_decoder(prior, batch, coarser, labels, params), params, batch, prior.spec.level, device)
-    for row in range(rows):
-        keep = None if partial is None else partial.keep[:, row]
-        variates = noise.row(width, prior.spec.level.codebook_size)
-        codes[:, row] = sampler.sample(row, variates, codes[:, row], keep)
-        progress(batch * width)
+    decoder = make_decoder(prior, batch, rows, coarser, labels, params.guidance_scale)
+    if isinstance(decoder, WavefrontDecoder):
+        keep = None if partial is None else partial.keep
+        sample_wavefront(decoder, params, lambda: noise.row(width, codebook_size), codes, keep, progress)
+    else:
+        sampler = RowSampler(decoder, params, batch, prior.spec.level, device)
+        for row in range(rows):
+            keep = None if partial is None else partial.keep[:, row]
+            codes[:, row] = sampler.sample(row, noise.row(width, codebook_size), codes[:, row], keep)
+            progress(batch * width)
     if rows < height:
         progress(batch * width * (height - rows))
     return codes
-
-
-def _make_decoder(
-    prior: Prior, batch: int, coarser: CodeMaps, labels: Int[Tensor, " b"] | None, params: LevelSamplingParams
-) -> IncrementalDecoder:
-    if params.guidance_scale == 1:
-        return prior.incremental_decoder(batch, coarser, labels)
-    if labels is None:
-        raise ValueError(f"guidance_scale {params.guidance_scale:g} needs labels")
-    return ClassifierFreeGuidance(prior, coarser, labels, params.guidance_scale)

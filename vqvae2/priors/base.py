@@ -1,7 +1,8 @@
 """The interface of priors: autoregressive models of one level's code maps, with a training and a sampling path."""
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -60,6 +61,23 @@ class Prior(nn.Module, ABC):
         """Return a decoder that computes the same logits one position at a time, for sampling `batch` maps."""
         return self._make_incremental_decoder(batch, self._condition(batch, coarser, labels))
 
+    @torch.inference_mode()
+    def wavefront_decoder(
+        self, batch: int, height: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    ) -> "WavefrontDecoder | None":
+        """Return a decoder that computes the same logits for many rows at once, to sample the first `height` rows.
+
+        None if this network or map has none.
+        """
+        shape = self._wavefront_shape(batch, height)
+        return None if shape is None else self._make_wavefront_decoder(shape, self._condition(batch, coarser, labels))
+
+    def _wavefront_shape(self, batch: int, height: int) -> "WavefrontShape | None":
+        return None
+
+    def _make_wavefront_decoder(self, shape: "WavefrontShape", condition: Tensor | None) -> "WavefrontDecoder":
+        raise NotImplementedError
+
     @abstractmethod
     def _make_incremental_decoder(self, batch: int, condition: Tensor | None) -> "IncrementalDecoder": ...
 
@@ -109,6 +127,59 @@ class IncrementalDecoder(ABC):
         """Set the codes at a column of the current row."""
 
 
+class Wave(NamedTuple):
+    """Positions of one step: row r from `first` to `end` − 1 is at column `step` − skew · r."""
+
+    step: int
+    first: int
+    end: int
+
+
+class WavefrontShape(NamedTuple):
+    """Sizes of a batch of maps in wavefront order."""
+
+    batch: int
+    height: int
+    width: int
+    skew: int  # columns that a row is behind the row above it
+
+    @property
+    def num_steps(self) -> int:
+        """W + skew · (H − 1), the number of sequential steps."""
+        return self.width + self.skew * (self.height - 1)
+
+    def waves(self) -> Iterator[Wave]:
+        """Yield the positions of each step."""
+        for step in range(self.num_steps):
+            yield Wave(step, max(0, (step - self.width) // self.skew + 1), min(self.height, step // self.skew + 1))
+
+    def raster_positions(self, wave: Wave, device: torch.device | str) -> tuple[Int[Tensor, " r"], Int[Tensor, " r"]]:
+        """Return the row and the column of each position."""
+        rows = torch.arange(wave.first, wave.end, device=device)
+        return rows, wave.step - self.skew * rows
+
+
+class WavefrontDecoder(ABC):
+    """Decoder of a batch of maps that computes one position of each of many rows in one step.
+
+    Usage::
+
+        for wave in decoder.shape.waves():
+            logits = decoder.logits(wave)      # float (rows, B, K)
+            decoder.set_codes(wave, codes)     # int64 (rows, B), sampled from the logits
+    """
+
+    shape: WavefrontShape
+
+    @abstractmethod
+    def logits(self, wave: Wave) -> Float[Tensor, "r b k"]:
+        """Return the logits at the positions of a step."""
+
+    @abstractmethod
+    def set_codes(self, wave: Wave, codes: Int[Tensor, "r b"]) -> None:
+        """Set the codes at the positions of a step."""
+
+
 @torch.inference_mode()
 def incremental_logits(
     prior: Prior,
@@ -133,3 +204,23 @@ def incremental_logits(
             decoder.set_codes(column, codes[:, row, index])
         rows.append(torch.stack(columns, -1))
     return torch.stack(rows, 2)
+
+
+@torch.inference_mode()
+def wavefront_logits(
+    prior: Prior,
+    codes: Int[Tensor, "b h w"],
+    coarser: CodeMaps = (),
+    labels: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b k h w"] | None:
+    """Compute the logits of `Prior.forward` with the wavefront decoder, to test that both paths agree."""
+    batch, height, width = codes.shape
+    decoder = prior.wavefront_decoder(batch, height, coarser, labels)
+    if decoder is None:
+        return None
+    result = torch.empty(batch, height, width, prior.spec.level.codebook_size)
+    for wave in decoder.shape.waves():
+        rows, columns = decoder.shape.raster_positions(wave, codes.device)
+        result[:, rows, columns] = decoder.logits(wave).transpose(0, 1)
+        decoder.set_codes(wave, codes[:, rows, columns].T)
+    return result.movedim(-1, 1)

@@ -11,9 +11,19 @@ from torch import Tensor, nn
 from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.priors.attention import CausalAttention
-from vqvae2.priors.base import Column, IncrementalDecoder, OddKernelSize, Prior, PriorSpec
+from vqvae2.priors.base import (
+    Column,
+    IncrementalDecoder,
+    OddKernelSize,
+    Prior,
+    PriorSpec,
+    Wave,
+    WavefrontDecoder,
+    WavefrontShape,
+)
 from vqvae2.priors.conditioning import Conditioner, ConditionRows
 from vqvae2.priors.layers import CausalConv2d, GatedResidualBlock, PointwiseConv2d, coordinate_map
+from vqvae2.priors.wavefront import WavefrontConv2d, WavefrontGatedResidualBlock, choose_skew
 
 
 class PixelSNAILConfig(Config):
@@ -101,6 +111,15 @@ class PixelSNAIL(Prior):
 
     def _make_incremental_decoder(self, batch: int, condition: Tensor | None) -> IncrementalDecoder:
         return _IncrementalPixelSNAIL(self, batch, condition)
+
+    def _wavefront_shape(self, batch: int, height: int) -> WavefrontShape | None:
+        width = self.spec.level.width
+        convs = (module for module in self.modules() if isinstance(module, CausalConv2d))
+        shape = WavefrontShape(batch, height, width, choose_skew(convs, width))
+        return shape if not self.config.attention_blocks and shape.num_steps < height * width else None
+
+    def _make_wavefront_decoder(self, shape: WavefrontShape, condition: Tensor | None) -> WavefrontDecoder:
+        return _WavefrontPixelSNAIL(self, shape, condition)
 
 
 class PixelSNAILBlock(nn.Module):
@@ -199,3 +218,38 @@ class _IncrementalBlock:
         if self.attention is not None and self.merge is not None:
             features = self.merge.step(column, features, self.attention.step(column, x, features, coordinates))
         return features
+
+
+class _WavefrontPixelSNAIL(WavefrontDecoder):
+    def __init__(self, model: PixelSNAIL, shape: WavefrontShape, condition: Float[Tensor, "b c h w"] | None) -> None:
+        height, width = model.spec.level.shape
+        self.shape = shape
+        self.embedding = model.embedding.weight.detach()
+        self.first = WavefrontConv2d(model.first, shape)
+        coordinates = coordinate_map(height, width, self.embedding.device).flatten(1).T
+        self.coordinates = model.coordinates.incremental()(coordinates).T.contiguous()  # (C, H · W)
+        self.size, self.condition_size = (height, width), (1, 1)
+        if condition is not None:
+            self.condition_size = (condition.shape[2], condition.shape[3])
+            condition = condition.flatten(2).permute(2, 0, 1)
+        self.layers = [
+            WavefrontGatedResidualBlock(layer, shape, condition)
+            for layer in model.modules()
+            if isinstance(layer, GatedResidualBlock)
+        ]
+        self.to_logits = model.logits.incremental()
+
+    @torch.inference_mode()
+    def logits(self, wave: Wave) -> Float[Tensor, "r b k"]:
+        rows, columns = self.shape.raster_positions(wave, self.embedding.device)
+        (height, width), (condition_height, condition_width) = self.size, self.condition_size
+        condition_positions = rows * condition_height // height * condition_width + columns * condition_width // width
+        coordinates = self.coordinates.index_select(1, rows * width + columns)
+        x = self.first.output(wave, coordinates.repeat_interleave(self.shape.batch, 1))
+        for layer in self.layers:
+            x = layer.step(wave, x, condition_positions)
+        return self.to_logits(F.elu(x).T).unflatten(0, (len(rows), self.shape.batch))
+
+    @torch.inference_mode()
+    def set_codes(self, wave: Wave, codes: Int[Tensor, "r b"]) -> None:
+        self.first.set_input(wave, F.embedding(codes.flatten(), self.embedding).T)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)  # evaluation points of the polynomials, besides infinity
-_TILE_SIZE = 4
+TILE_SIZE = 4
 _MIN_CHANNEL_PRODUCT = 96 * 96  # in_channels × out_channels from which tiling is faster
 
 
@@ -76,14 +76,15 @@ def _evaluation_matrix(points: Tensor, num_coefficients: int) -> Tensor:
 def should_tile(weight: Tensor, width: int) -> bool:
     """Return whether tiling is faster than direct summation for a weight (O, I, …, k) and rows of `width` columns."""
     kernel_size, out_channels, in_channels = weight.shape[-1], *weight.shape[:2]
-    large_enough = width >= _TILE_SIZE and out_channels * in_channels >= _MIN_CHANNEL_PRODUCT
-    supported = kernel_size in (3, 5) and weight.device.type == "cpu" and weight.dtype == torch.float32
+    large_enough = width >= TILE_SIZE and out_channels * in_channels >= _MIN_CHANNEL_PRODUCT
+    # Weights on the meta device stand for weights on a CPU when memory is estimated.
+    supported = kernel_size in (3, 5) and weight.device.type in ("cpu", "meta") and weight.dtype == torch.float32
     return supported and large_enough
 
 
 def tiled_conv2d(x: Float[Tensor, "b i h w"], weight: Float[Tensor, "o i r k"]) -> Float[Tensor, "b o h2 w2"]:
     """Compute `F.conv2d(x, weight)` on a CPU: no padding, so the output size is (h − r + 1, w − k + 1)."""
-    return _TiledConv2d.apply(x, weight, make_transforms(_TILE_SIZE, weight.shape[3]))
+    return _TiledConv2d.apply(x, weight, make_transforms(TILE_SIZE, weight.shape[3]))
 
 
 class _TiledConv2d(torch.autograd.Function):
@@ -97,7 +98,7 @@ class _TiledConv2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, transforms: Transforms) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.transforms = transforms
-        values, weights = _transform_input(x, transforms), _transform_weight(weight, transforms)
+        values, weights = _transform_input(x, transforms), transform_weight(weight, transforms)
         num_rows = values.shape[1] - len(weights) + 1
         products = torch.bmm(_slice_rows(values, 0, num_rows), weights[0].transpose(1, 2))
         for row in range(1, len(weights)):
@@ -111,14 +112,14 @@ class _TiledConv2d(torch.autograd.Function):
         kernel_rows, num_rows = weight.shape[2], gradients[0].shape[2]
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            weights = _transform_weight(weight, transforms)
+            weights = transform_weight(weight, transforms)
             inner = gradient.new_zeros(transforms.num_points, x.shape[2], gradient.shape[1] // num_rows, x.shape[1])
             for row in range(kernel_rows):
                 _slice_rows(inner, row, num_rows).baddbmm_(gradient, weights[row])
             grad_x = _transform_input_transposed(inner, x, transforms)
             del inner
         if ctx.needs_input_grad[1]:
-            values, inner = _transform_input(x, transforms), torch.empty_like(_transform_weight(weight, transforms))
+            values, inner = _transform_input(x, transforms), torch.empty_like(transform_weight(weight, transforms))
             for row in range(kernel_rows):
                 torch.bmm(gradient.transpose(1, 2), _slice_rows(values, row, num_rows), out=inner[row])
             inner = inner.view(-1, weight.shape[:2].numel())
@@ -154,7 +155,8 @@ def _transform_input_transposed(
     return result.flatten(2, 3)[:, :, :width].permute(0, 3, 1, 2)
 
 
-def _transform_weight(weight: Float[Tensor, "o i r k"], transforms: Transforms) -> Float[Tensor, "r p o i"]:
+def transform_weight(weight: Float[Tensor, "o i r k"], transforms: Transforms) -> Float[Tensor, "r p o i"]:
+    """Return the transformed weights of each kernel row and point."""
     out_channels, in_channels, kernel_rows, _ = weight.shape
     products = _weight_transform_of_rows(transforms, kernel_rows) @ weight.flatten(2).flatten(0, 1).T
     return products.view(kernel_rows, transforms.num_points, out_channels, in_channels)
@@ -192,10 +194,9 @@ class IncrementalRowConv:
 
     def __init__(self, weight: Float[Tensor, "o i r k"], batch: int, width: int) -> None:
         out_channels, in_channels, self.kernel_rows, kernel_size = weight.shape
-        transforms = make_transforms(_TILE_SIZE if should_tile(weight, width) else 1, kernel_size)
+        transforms = make_transforms(TILE_SIZE if should_tile(weight, width) else 1, kernel_size)
         self.transforms = Transforms(*(matrix.to(weight) for matrix in transforms))
-        # (kernel rows, points, O, I); the last row is the one directly above
-        self.weights = torch.einsum("pk,oirk->rpoi", self.transforms.weight, weight).contiguous()
+        self.weights = transform_weight(weight, self.transforms).contiguous()  # the last row is the one directly above
         self.shape = (width, out_channels, batch)
         self.tiles = self.transforms.num_tiles(width)
         self.padded = weight.new_zeros(batch, self.transforms.tile_size * self.tiles + kernel_size - 1, in_channels)
