@@ -1,4 +1,4 @@
-"""torch.compile: priors are one graph, and a compiled autoencoder step equals an eager one, also under bf16.
+"""torch.compile: networks are one graph, and a compiled autoencoder step equals an eager one, also under bf16.
 
 It runs in another process, because the shape checks that pytest installs cannot be compiled.
 """
@@ -12,23 +12,33 @@ SCRIPT = """
 import copy, json
 import torch
 import torch._dynamo as dynamo
-from train.stages.autoencoder import AutoencoderObjective, exclude_from_compilation
+from train.losses import AdversarialLoss
+from train.stages.autoencoder import AutoencoderObjective
 from train.stages.prior import PriorObjective
-from vqvae2 import AutoencoderConfig, PixelCNNConfig, PixelSNAILConfig, PriorSpec, TransformerConfig
+from vqvae2 import AutoencoderConfig, GradientConfig, LevelConfig, PriorSpec
+from vqvae2 import PixelCNNConfig, PixelSNAILConfig, TransformerConfig
 from vqvae2.data.code_store import CodeBatch
 from vqvae2.data.images import ImageSample
+from vqvae2.models.discriminator import DiscriminatorConfig
+from vqvae2.training_config import AdversarialLossConfig, AutoencoderLossConfig
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-network = AutoencoderConfig(channels=8, residual_channels=4, residual_layers=1).build((16, 16)).train()
+levels = LevelConfig(stride=4), LevelConfig(quantizer=GradientConfig())
+config = AutoencoderConfig(levels=levels, channels=8, residual_channels=4, residual_layers=1)
+network = config.build((16, 16)).train()
 batch = ImageSample(torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
-eager = AutoencoderObjective(network)
+adversarial = AdversarialLossConfig(weight=0.1, discriminator=DiscriminatorConfig(channels=8, layers=2))
+term = AdversarialLoss(adversarial, adversarial.discriminator.build((16, 16)))
+term.active = True
+eager = AutoencoderObjective(network, AutoencoderLossConfig(adversarial=adversarial), adversarial=term)
 eager(batch)  # k-means
-for quantizer in network.quantizers:
-    quantizer.update()
+network.update_codebooks()
 compiled = copy.deepcopy(eager)
-exclude_from_compilation(compiled.network)
 results = {"steps": []}
+dynamo.reset()
+results["autoencoder"] = dynamo.explain(copy.deepcopy(eager))(batch).graph_break_count
+dynamo.reset()
 for enabled in (False, True):
     step = []
     for objective in (eager, torch.compile(compiled, backend="aot_eager")):
@@ -37,7 +47,10 @@ for enabled in (False, True):
             loss, _ = objective(batch)
         loss.backward()
         norms = [float(p.grad.norm()) for p in objective.parameters() if p.grad is not None]
-        step.append([float(loss.detach()), *norms])
+        sums = [float(quantizer._sums.norm()) for quantizer in objective.network.quantizers]
+        usage = [float(each) for each in objective.usage.take().values()]
+        objective.network.update_codebooks()
+        step.append([float(loss.detach()), *norms, *sums, *usage])
     results["steps"].append(step)
 bottom, top = network.map_specs
 codes = CodeBatch((torch.randint(512, (2, 4, 4)), torch.randint(512, (2, 2, 2))), torch.tensor([0, 2]))
@@ -58,7 +71,7 @@ def test_compiled_networks() -> None:
     finished = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     results = json.loads(finished.stdout.splitlines()[-1])
-    for kind in ("pixelsnail", "pixelcnn", "transformer"):
+    for kind in ("autoencoder", "pixelsnail", "pixelcnn", "transformer"):
         assert results[kind] == 0, f"graph breaks of {kind}"
     for eager, compiled in results["steps"]:
         assert len(eager) > 20

@@ -181,6 +181,21 @@ def test_nan_loss_error_names_step_term_and_last_checkpoint(tmp_path: Path) -> N
     assert all(tensor.isfinite().all() for tensor in newest_state(tmp_path).values())
 
 
+def test_no_checkpoint_is_written_from_weights_that_are_not_finite(tmp_path: Path) -> None:
+    stage = LineStage()
+    stage.objective.layer.weight.register_hook(lambda gradient: gradient * (math.nan if stage.updates == 7 else 1))
+    with pytest.raises(UserError, match=r"step 8: `ema/layer.weight` is not finite after the update; .*00000005"):
+        train(stage, config(log_every=100), tmp_path, num_workers=0)
+    assert max((tmp_path / "checkpoints").iterdir()).name == "00000005"
+
+
+def test_nan_loss_is_found_before_a_checkpoint_and_named_with_its_step(tmp_path: Path) -> None:
+    stage = LineStage()
+    stage.objective.nan_at = 6
+    with pytest.raises(UserError, match=r"step 6: the loss term `loss` is nan; .*checkpoints/00000005"):
+        train(stage, config(log_every=100, preview_every=100, checkpoint_every=8), tmp_path, num_workers=0)
+
+
 def test_validation_uses_ema_weights_and_training_keeps_its_own(tmp_path: Path) -> None:
     stage = LineStage()
     train(stage, config(steps=10, validate_every=10), tmp_path, num_workers=0)

@@ -392,6 +392,6 @@ def test_images_too_small_for_perceptual_network_raise(distance: PerceptualLoss,
 @pytest.mark.parametrize("pending", [{"top": [1, 2]}, {"middle": [1, 2, 3]}])
 def test_counts_of_another_codebook_are_refused(pending: dict[str, list[int]]) -> None:
     tracker = CodebookUsageTracker({"top": 3})
-    tracker.resume({"top": [1, 2, 3]})
+    tracker.resume({"top": [1, 2, 3]}, torch.device("cpu"))
     with pytest.raises(UserError, match=r"checkpoint: .* Delete the newest checkpoint"):
-        tracker.resume(pending)
+        tracker.resume(pending, torch.device("cpu"))

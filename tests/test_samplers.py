@@ -1,11 +1,12 @@
 """Test the order of training data: reproducible, resumable, and partitioned over processes."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqvae2.data.samplers import ResumableBatchSampler, SequentialBatchSampler, load_batches
+from vqvae2.data.samplers import ResumableBatchSampler, SequentialBatchSampler, load_batches, spawn_seeds
 from vqvae2.errors import UserError
 
 
@@ -30,6 +31,12 @@ def test_ranks_and_micro_batches_partition_each_batch() -> None:
     assert [first + second for first, second in zip(*ranks, strict=True)] == whole
     micro = keys(batch=8, gradient_accumulation_steps=4)
     assert [[key for part in micro[at : at + 4] for key in part] for at in range(0, len(micro), 4)] == whole
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**41) | st.sampled_from([0, 2**32 - 2, 2**32]), st.integers(0, 4))
+def test_augmentation_seeds_are_those_of_numpy(seed: int, first: int, count: int) -> None:
+    expected = [np.random.SeedSequence((seed, first + n)).generate_state(1, np.uint64)[0] for n in range(count)]
+    assert spawn_seeds(seed, first, first + count).tolist() == expected
 
 
 def test_order_depends_on_the_seed() -> None:

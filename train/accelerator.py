@@ -1,7 +1,9 @@
 """Accelerate's handle on devices, processes and experiment trackers, and moving batches to the device."""
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,13 @@ def make_accelerator(
             gradient_accumulation_steps=gradient_accumulation_steps,
             log_with=None if tracker == "none" else tracker,
             project_dir=folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=find_unused_parameters,
+                    gradient_as_bucket_view=True,  # saves a copy of all gradients
+                    broadcast_buffers=False,  # codebooks are updated from all-reduced statistics, the same on all ranks
+                )
+            ],
         )
     if folder and tracker == "tensorboard":
         accelerator.init_trackers("logs")  # the name of the folder in `folder`
@@ -62,6 +70,25 @@ def make_accelerator(
             reason = " ".join(str(error).split())
             raise UserError(f"tracker: {tracker} cannot start ({reason}). Fix it, or use another tracker.") from error
     return accelerator
+
+
+@contextlib.contextmanager
+def fast_kernels(device: torch.device) -> Iterator[None]:
+    """Inside the block, let CUDA use TF32 and the fastest convolution of each size.
+
+    The settings end with the block, because sampled images depend on them.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def log_preview(accelerator: Accelerator, path: Path, step: int) -> None:

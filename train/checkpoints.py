@@ -87,6 +87,12 @@ class TrainingState:
                 named |= {f"{prefix}optimizer/{index}/{name}": torch.as_tensor(v) for name, v in values.items()}
         return named
 
+    def non_finite(self) -> str | None:
+        """Return the name of a tensor with NaN or infinite values, or None. Reads from the device once."""
+        floating = {name: each for name, each in self.tensors().items() if each.is_floating_point()}
+        finite = torch.stack([each.isfinite().all() for each in floating.values()]).tolist() if floating else []
+        return next((name for name, is_finite in zip(floating, finite, strict=True) if not is_finite), None)
+
     def metadata(self) -> dict[str, Any]:
         """Return everything that is not a tensor, as JSON."""
         return {

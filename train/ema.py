@@ -19,6 +19,7 @@ class ExponentialMovingAverage:
     def __init__(self, network: nn.Module, decay: float | None) -> None:
         self.network, self.decay = network, decay
         self.average = {name: p.detach().clone() for name, p in network.named_parameters()} if decay else {}
+        self._parameters = [parameter.detach() for parameter in network.parameters()] if decay else []
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -26,9 +27,7 @@ class ExponentialMovingAverage:
         if not self.decay:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
-        parameters = dict(self.network.named_parameters())
-        for name, average in self.average.items():
-            average.lerp_(parameters[name], 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), self._parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -5,6 +5,9 @@ clipping, the learning-rate schedule, weight averaging, validation, logs, checkp
 in steps: one update of the weights from one global batch. Random numbers of a step depend on (seed, step, process)
 only, so that resuming from any checkpoint gives the same result.
 
+The host enqueues steps without waiting for the device. Loss terms stay on the device, and are read and checked for NaN
+where the loop waits anyway: for log entries, validation, previews and checkpoints.
+
 A stage may train an auxiliary network against the first. Both gradients of a step are computed at the weights at its
 beginning, so that accumulated batches and several processes give the same result as one batch.
 """
@@ -24,18 +27,20 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from train.accelerator import log_preview, make_accelerator, seed_step, to_device
+from train.accelerator import fast_kernels, log_preview, make_accelerator, seed_step, to_device
 from train.checkpoints import Checkpoints, Optimized, TrainingState
 from train.early_stopping import EarlyStopping
 from train.ema import ExponentialMovingAverage
 from train.lr_schedule import learning_rate
-from train.metric_log import MetricLog
+from train.metric_log import MetricLog, StepValues
 from train.signals import StopSignals
 from vqvae2 import files
 from vqvae2.data.samplers import MapDataset, ResumableBatchSampler, load_batches
 from vqvae2.errors import Stopped, UserError
 from vqvae2.run_folder import StageFolder
 from vqvae2.training_config import Tracker, TrainingConfig
+
+_GRADIENT_NORM = "gradient_norm"  # name in the log, followed by the name of an auxiliary network if it is its norm
 
 
 @dataclass(frozen=True)
@@ -141,14 +146,20 @@ def train(
         stage.restore_pending(state.unlogged["stage"])
     log.resume(state.step, state.unlogged["terms"])
     started = time.monotonic() - state.seconds
-    with StopSignals() as signals, _progress_bar(stage.name, state.step, config.steps, accelerator) as bar:
+    with (
+        fast_kernels(accelerator.device),
+        StopSignals(accelerator) as signals,
+        _progress_bar(stage.name, state.step, config.steps, accelerator) as bar,
+    ):
         finished = state.step == config.steps or early_stopping.should_stop
         for step, batches in () if finished else _batches(stage, config, accelerator, state.step, num_workers):
             seed_step(config.seed, step, accelerator.process_index)
-            log.add(_update(stage, units, batches, config, step, accelerator, checkpoints))
+            log.add(_update(stage, units, batches, config, step, accelerator))
             state.advance(time.monotonic() - started)
             bar.update()
             done, last = state.step, state.step == config.steps
+            if last or any(done % interval == 0 for interval in config.intervals):
+                _check_terms(log, checkpoints)
             if done % config.log_every == 0 or last:
                 extra = {"learning_rate": learning_rate(config, step)} | stage.logged_values()
                 shown = log.write_means(done, "train", extra)
@@ -166,12 +177,11 @@ def train(
                     stage.preview(folder.preview(done))
                 log_preview(accelerator, folder.preview(done), done)
                 log.plot(folder.curves, stage.curves, stage.name)
-            stop = signals.received(accelerator)
+            stop = signals.received()
             if done % config.checkpoint_every == 0 or improved or finished or stop:
+                _check_terms(log, checkpoints)
                 state.unlogged = {"terms": log.pending, "stage": stage.pending_values()}
-                if accelerator.is_main_process:
-                    checkpoints.save(state)
-                accelerator.wait_for_everyone()
+                _save(state, checkpoints, accelerator)
             if stop:
                 message = f"{stage.name}: stopped by {stop.name} at step {done:,}; a checkpoint is saved; "
                 raise Stopped(message + "run the same command again to resume", stop.value)
@@ -258,43 +268,69 @@ def _update(
     config: TrainingConfig,
     step: int,
     accelerator: Accelerator,
-    checkpoints: Checkpoints,
-) -> dict[str, float]:
-    """Update the weights once, and return the mean of each loss term over the micro-batches."""
+) -> StepValues:
+    """Update the weights once, and return the mean of each loss term over the micro-batches, and gradient norms."""
     stage.before_update(step)
     units = [unit for unit in units if step >= unit.start]
-    sums: dict[str, Tensor] = {}
+    names: list[str] = []
+    sums: Tensor | float = 0.0
     for batch in batches:
+        terms: dict[str, Tensor] = {}
         with accelerator.accumulate(*(unit.objective for unit in units)), accelerator.autocast():
             for index, unit in enumerate(units):
-                loss, terms = unit.objective(stage.auxiliary_batch() if index else batch)
+                loss, others = unit.objective(stage.auxiliary_batch() if index else batch)
                 accelerator.backward(loss)
-                for name, term in ({unit.loss: loss} | terms).items():
-                    sums[name] = sums.get(name, 0) + term.detach().float() / len(batches)
-    means = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
-    _check_finite(means, step, checkpoints)
+                terms |= {unit.loss: loss} | others
+        names = list(terms)
+        sums = sums + torch.stack([term.detach().float() for term in terms.values()]) / len(batches)
+    values = [torch.as_tensor(sums)]
     for index, unit in enumerate(units):
         if config.max_grad_norm:
             norm = accelerator.clip_grad_norm_(unit.objective.parameters(), config.max_grad_norm)
-            name = f"gradient_norm_{unit.loss}" if index else "gradient_norm"
-            means[name] = float(norm if norm is not None else math.nan)
+            assert norm is not None, "only DeepSpeed returns none"
+            names.append(f"{_GRADIENT_NORM}_{unit.loss}" if index else _GRADIENT_NORM)
+            values.append(norm[None])
         for group in unit.optimizer.param_groups:
             group["lr"] = unit.relative_learning_rate * learning_rate(config, step)
         unit.optimizer.step()
         unit.optimizer.zero_grad()
     stage.after_update(units[0].optimizer.optimizer)
-    return means
+    return StepValues(step + 1, tuple(names), torch.cat(values))
 
 
-def _check_finite(means: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
-    for name, value in means.items():
-        if not math.isfinite(value):
-            newest = checkpoints.newest()
-            where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
-            raise UserError(
-                f"step {step + 1}: the loss term `{name}` is {value}; {where}. "
-                "Lower the learning rate, set max_grad_norm, or use mixed_precision bf16 instead of fp16."
-            )
+def _check_terms(log: MetricLog, checkpoints: Checkpoints) -> None:
+    """Read the loss terms of the steps since the last call from the device.
+
+    Raises:
+        UserError: If one is NaN or infinite.
+    """
+    for step, values in log.read():
+        for name, value in values.items():
+            # Mixed precision with fp16 skips the steps with infinite gradients.
+            if not math.isfinite(value) and not name.startswith(_GRADIENT_NORM):
+                raise _diverged(step, f"the loss term `{name}` is {value}", checkpoints)
+
+
+def _save(state: TrainingState, checkpoints: Checkpoints, accelerator: Accelerator) -> None:
+    """Write a checkpoint from the main process.
+
+    Raises:
+        UserError: If a tensor is not finite.
+    """
+    if name := state.non_finite():  # on every process, so that all of them stop
+        raise _diverged(state.step, f"`{name}` is not finite after the update", checkpoints)
+    if accelerator.is_main_process:
+        checkpoints.save(state)
+    accelerator.wait_for_everyone()
+
+
+def _diverged(step: int, problem: str, checkpoints: Checkpoints) -> UserError:
+    newest = checkpoints.newest()
+    where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
+    return UserError(
+        f"step {step}: {problem}; {where}. "
+        "Lower the learning rate, set max_grad_norm, or use mixed_precision bf16 instead of fp16."
+    )
 
 
 def _progress_bar(name: str, start: int, stop: int, accelerator: Accelerator) -> tqdm:

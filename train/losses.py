@@ -99,7 +99,7 @@ class EfficientNetDistance(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the distance (B,) of images (B, 3, H, W) in [-1, 1]."""
         if first.requires_grad:
-            down, right = torch.randint(2, (2,)).tolist()
+            down, right = torch.randint(2, (2,), device=first.device).bool().unbind()
             first, second = (_shift(images, down, right) for images in (first, second))
         layers = zip(self._features(first), self._features(second), strict=True)
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in layers]).sum(0)
@@ -150,34 +150,36 @@ class CodebookUsageTracker:
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.sizes = sizes  # number of codes of each level, finest first
-        self._usages: dict[str, CodebookUsage] = {}
+        self._usages: dict[str, CodebookUsage] = {}  # kept by `take`, so that compiled graphs need not allocate them
+        self._is_empty = True
 
     def update(self, levels: Sequence[QuantizerOutput]) -> None:
         """Count the codes of a batch, one `QuantizerOutput` per level."""
+        self._is_empty = False
         for (name, size), level in zip(self.sizes.items(), levels, strict=True):
             codes = level.codes.flatten()
             if name not in self._usages:
                 self._usages[name] = CodebookUsage(size, codes.device)
-            usage = self._usages[name]
-            usage.counts = usage.counts.to(codes.device)  # restored counts are on the CPU
             # Not `CodebookUsage.update`, because its range check and bincount wait for the device.
-            usage.counts.index_add_(0, codes, torch.ones_like(codes))
+            self._usages[name].counts.index_add_(0, codes, torch.ones_like(codes))
 
     def take(self) -> dict[str, float]:
         """Return `usage_LEVEL` and `perplexity_LEVEL` over all processes, and reset. Every process must call this."""
         values: dict[str, float] = {}
-        for name, usage in self._usages.items():
+        for name, usage in self._counted().items():
             usage.all_reduce()
             values |= {f"usage_{name}": usage.usage, f"perplexity_{name}": usage.perplexity}
-        self._usages = {}
+            usage.counts.zero_()
+        self._is_empty = True
         return values
 
     def pending(self) -> dict[str, list[int]]:
         """Return the code counts so far, over all processes. Every process must call this."""
-        return {name: all_reduce_sum(usage.counts.clone()).tolist() for name, usage in self._usages.items()}
+        return {name: all_reduce_sum(usage.counts.clone()).tolist() for name, usage in self._counted().items()}
 
-    def resume(self, pending: dict[str, list[int]]) -> None:
+    def resume(self, pending: dict[str, list[int]], device: torch.device) -> None:
         """Restore code counts. Only rank 0 keeps them, because the counts of all processes are summed later."""
+        self._is_empty = not pending
         for name, counts in pending.items():
             if len(counts) != self.sizes.get(name):
                 raise UserError(
@@ -185,13 +187,16 @@ class CodebookUsageTracker:
                     "Delete the newest checkpoint of the autoencoder and run the same command again."
                 )
             self._usages[name] = usage = CodebookUsage(self.sizes[name])
-            usage.counts = torch.tensor(counts) * (get_rank() == 0)
+            usage.counts = torch.tensor(counts, device=device) * (get_rank() == 0)
+
+    def _counted(self) -> dict[str, CodebookUsage]:
+        return {} if self._is_empty else self._usages
 
 
-def _shift(images: Tensor, down: int, right: int) -> Tensor:
-    """Shift images (B, C, H, W), with reflection at the border."""
-    height, width = images.shape[2:]
-    return F.pad(images, (right, 0, down, 0), mode="reflect")[:, :, :height, :width]
+def _shift(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Shift images (B, C, H, W) by a pixel if `down` () or `right` () is true, with reflection at the border."""
+    images = torch.where(down, F.pad(images, (0, 0, 1, 0), mode="reflect")[:, :, :-1], images)
+    return torch.where(right, F.pad(images, (1, 0, 0, 0), mode="reflect")[:, :, :, :-1], images)
 
 
 def _make_lpips(network: str, weights: Path | None) -> nn.Module:

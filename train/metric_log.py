@@ -4,13 +4,27 @@ import json
 import math
 import warnings
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from vqvae2 import files
 from vqvae2.pictures import save_curves
 
 
+class StepValues(NamedTuple):
+    """Values of one step, on the device."""
+
+    step: int
+    names: tuple[str, ...]
+    values: Tensor  # (names,)
+
+
 class MetricLog:
     """Averages the values of single steps, and appends the means to a JSON-lines file.
+
+    Values stay on their device until `read`, so that adding them does not wait for it.
 
     Args:
         writes: Whether this process writes the file.
@@ -20,6 +34,7 @@ class MetricLog:
         self.path, self.writes = path, writes
         self.entries: list[dict[str, float]] = []
         self.pending: dict[str, list[float]] = {}  # values since the last training entry
+        self._unread: list[StepValues] = []
 
     def resume(self, step: int, pending: dict[str, list[float]]) -> None:
         """Discard entries after `step`, which will be repeated, and continue with the pending values."""
@@ -32,10 +47,21 @@ class MetricLog:
         if self.writes:
             files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
-    def add(self, values: dict[str, float]) -> None:
+    def add(self, values: StepValues) -> None:
         """Add the values of one step."""
-        for name, value in values.items():
-            self.pending.setdefault(name, []).append(value)
+        self._unread.append(values)
+
+    def read(self) -> list[tuple[int, dict[str, float]]]:
+        """Copy the values of all steps since the last call to `pending`, and return them with their steps."""
+        steps, self._unread = self._unread, []
+        numbers = torch.cat([each.values for each in steps]).tolist() if steps else []
+        found = []
+        for step, names, _ in steps:
+            values, numbers = dict(zip(names, numbers, strict=False)), numbers[len(names) :]
+            for name, value in values.items():
+                self.pending.setdefault(name, []).append(value)
+            found.append((step, values))
+        return found
 
     def write_means(self, step: int, split: str, extra: dict[str, float] | None = None) -> dict[str, float]:
         """Write the means since the last call together with `extra`, and return them as `SPLIT/NAME`: value."""

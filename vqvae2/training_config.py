@@ -41,6 +41,15 @@ class TrainingConfig(Config):
         description="stop after this many validations without improvement, and save the best weights",
     )
 
+    @property
+    def intervals(self) -> tuple[int, ...]:
+        """Steps between log entries, validations, previews and checkpoints."""
+        return self.log_every, self.validate_every, self.preview_every, self.checkpoint_every
+
+    def micro_batch_size(self, num_processes: int) -> int:
+        """Return the number of images that a process passes through the network at once."""
+        return max(1, self.batch_size // (num_processes * self.gradient_accumulation_steps))
+
     def phase(self, step: int) -> tuple[int, int]:
         """Return the first step, and the step after the last, of the learning-rate schedule that a step belongs to."""
         return 0, self.steps

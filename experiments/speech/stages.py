@@ -109,10 +109,11 @@ class SpeechStage(TrainingStage):
 
     def restore_pending(self, pending: dict[str, list[int]]) -> None:
         if self._objective.usage:
-            self._objective.usage.resume(pending)
+            self._objective.usage.resume(pending, next(self.network.parameters()).device)
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        return {"bits": bits_per_sample(self.network, self.validation_data, self.config.batch_size, accelerator)}
+        batch_size = self.config.micro_batch_size(accelerator.num_processes)
+        return {"bits": bits_per_sample(self.network, self.validation_data, batch_size, accelerator)}
 
     def preview(self, path: Path) -> None:
         """Write spectrograms of held-out recordings above those of their reconstructions."""

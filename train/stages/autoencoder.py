@@ -83,12 +83,6 @@ class AutoencoderObjective(nn.Module):
         return loss, terms
 
 
-def exclude_from_compilation(network: Autoencoder) -> None:
-    """Run the quantizers of a network eagerly: they read values, which would break graphs in many places."""
-    for quantizer in network.quantizers:
-        quantizer.forward = torch.compiler.disable(quantizer.forward)
-
-
 class AutoencoderStage(TrainingStage):
     """Training of the autoencoder of a run."""
 
@@ -102,8 +96,6 @@ class AutoencoderStage(TrainingStage):
         self.training_data, self.validation_data = open_run_datasets(run.config.data, run.folder)
         torch.manual_seed(self.config.training.seed)
         self._network = self.config.model.build(shape, channels)
-        if self.config.training.compile:
-            exclude_from_compilation(self._network)
         self.pretrained = None
         if self.config.pretrained is not None:
             self.pretrained = Autoencoder.from_pretrained(self.config.pretrained)
@@ -142,13 +134,18 @@ class AutoencoderStage(TrainingStage):
         self._objective.decoder_only = step >= self.config.training.first_decoder_step
         if self._objective.decoder_only:
             self.network.quantizers.eval()  # the codebooks no longer change
-        uninitialized = not all(getattr(each, "initialized", True) for each in self.network.quantizers)
-        if step == first and uninitialized and processes().is_main_process:  # may take a minute with many codes
+        if step == first and processes().is_main_process and not self._is_initialized():  # may take a minute
             tqdm.write("autoencoder: initializing the codebooks with k-means", sys.stderr)
+        if self.config.training.compile:  # k-means would split the graph in many places
+            torch.compiler.set_stance("force_eager" if step == first else "default")
         if self._objective.perceptual:
             self._objective.perceptual.active = step >= self.config.loss.perceptual.start
         if self.adversarial:
             self.adversarial.active = step >= self.adversarial.config.start
+
+    def _is_initialized(self) -> bool:
+        """Return whether all codebooks are initialized. Waits for the device."""
+        return all(getattr(quantizer, "initialized", True) for quantizer in self.network.quantizers)
 
     def auxiliary_batch(self) -> tuple[Tensor, Tensor]:
         """Return the images in [-1, 1] and the reconstructions of the last batch."""
@@ -169,7 +166,7 @@ class AutoencoderStage(TrainingStage):
         return self._objective.usage.pending()
 
     def restore_pending(self, pending: dict[str, list[int]]) -> None:
-        self._objective.usage.resume(pending)
+        self._objective.usage.resume(pending, next(self.network.parameters()).device)
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         batch_size = self.run.config.extract_codes.batch_size

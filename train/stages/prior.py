@@ -99,7 +99,8 @@ class PriorStage(TrainingStage):
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the negative log-likelihood in nats and bits per code, and two baselines in nats per code: the uniform
         distribution, and the frequency of each code."""
-        nll = mean_nll(self.network, self.level, self.validation_data, self.config.training.batch_size, accelerator)
+        batch_size = self.config.training.micro_batch_size(accelerator.num_processes)
+        nll = mean_nll(self.network, self.level, self.validation_data, batch_size, accelerator)
         return {
             "nll": nll,
             "bits": nll / math.log(2),
@@ -162,7 +163,7 @@ def mean_nll(network: Prior, level: int, store: CodeStore, batch_size: int, acce
         with accelerator.autocast():
             loss, _ = PriorObjective(network, level)(batch)
         codes = batch.codes[level].numel()
-        total += torch.tensor([float(loss) * codes, codes], dtype=torch.float64, device=total.device)
+        total += torch.stack([loss.double() * codes, total.new_full((), codes)])
     nats, codes = all_reduce_sum(total).tolist()
     return nats / codes
 

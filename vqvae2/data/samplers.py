@@ -78,19 +78,64 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         for step in range(self.start, self.stop):
             first = step * self.batch_size + self.rank * rank_size
             for begin in range(first, first + rank_size, micro_size):
-                yield [self._key(position) for position in range(begin, begin + micro_size)]
+                yield self._keys(begin, begin + micro_size)
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.gradient_accumulation_steps
 
-    def _key(self, position: int) -> SampleKey:
-        """Return the key at a position in the infinite sequence of samples."""
-        epoch, offset = divmod(position, self.num_samples)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-        augmentation_seed = np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0]
-        return int(self._permutation[offset]), int(augmentation_seed)
+    def _keys(self, first: int, stop: int) -> list[SampleKey]:
+        """Return the keys at the positions from `first` to `stop` in the infinite sequence of samples."""
+        indices: list[int] = []
+        position = first
+        while position < stop:
+            epoch, offset = divmod(position, self.num_samples)
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            indices += self._permutation[offset : offset + stop - position].tolist()
+            position = first + len(indices)
+        return list(zip(indices, spawn_seeds(self.seed, first, stop).tolist(), strict=True))
+
+
+def spawn_seeds(seed: int, first: int, stop: int) -> np.ndarray:
+    """Return `SeedSequence((seed, n)).generate_state(1, np.uint64)[0]` for n from `first` to `stop`, as one vector.
+
+    The hash is that of NumPy's `SeedSequence` (O'Neill 2015, "Developing a seed_seq alternative"), with a pool of four
+    words of 32 bits.
+    """
+    numbers = np.arange(first, stop, dtype=np.uint64)
+    if first >> 32 != (stop - 1) >> 32:  # the high word differs, and may be left out
+        states = [np.random.SeedSequence((seed, int(n))).generate_state(1, np.uint64) for n in numbers]
+        return np.concatenate(states) if states else numbers
+    low, high = numbers.astype(np.uint32), (numbers >> np.uint64(32)).astype(np.uint32)
+    words = [np.full_like(low, word) for word in ([seed & _WORD, seed >> 32] if seed >> 32 else [seed])]
+    words += [low, high] if first >> 32 else [low]
+    absorb = _Hash(0x43B0D7E5, 0x931E8875)
+    pool = [absorb(word) for word in (words + [np.zeros_like(low)] * 4)[:4]]
+    for source in range(4):
+        for target in range(4):
+            if source != target:
+                mixed = np.uint32(0xCA01F9DD) * pool[target] - np.uint32(0x4973F715) * absorb(pool[source])
+                pool[target] = mixed ^ mixed >> np.uint32(16)
+    squeeze = _Hash(0x8B51F9DD, 0x58F38DED)
+    first_half, second_half = (squeeze(word).astype(np.uint64) for word in pool[:2])
+    return first_half | second_half << np.uint64(32)
+
+
+_WORD = 2**32 - 1
+
+
+class _Hash:
+    """A multiplicative hash of words of 32 bits, with another constant in each call."""
+
+    def __init__(self, constant: int, multiplier: int) -> None:
+        self.constant, self.multiplier = constant, multiplier
+
+    def __call__(self, words: np.ndarray) -> np.ndarray:
+        words = words ^ np.uint32(self.constant)
+        self.constant = self.constant * self.multiplier & _WORD
+        words = words * np.uint32(self.constant)
+        return words ^ words >> np.uint32(16)
 
 
 class SequentialBatchSampler(Sampler[list[int]]):

@@ -1,7 +1,8 @@
 """Base class of quantizers with a learned codebook: lookup, k-means initialization, statistics, dead-code restarts."""
 
 from abc import abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,8 @@ class CodebookQuantizer(Quantizer):
         self.register_buffer("ema_cluster_size", torch.ones(config.codebook_size))
         self.register_buffer("initialized", torch.tensor(not config.kmeans_init))
         self.register_buffer("updates", torch.tensor(0))
-        self._known_initialized = not config.kmeans_init
+        # The same on the host, because reading a buffer waits for the device.
+        self._is_initialized, self._num_updates = not config.kmeans_init, 0
         # Statistics of the forward passes since the last update.
         self._counts: Tensor | None = None
         self._sums: Tensor | None = None
@@ -98,8 +100,8 @@ class CodebookQuantizer(Quantizer):
             if self.config.cosine:
                 projected = F.normalize(projected, dim=-1)
             latents = projected.reshape(-1, projected.shape[-1])
-            if self.training and len(latents):
-                self._ensure_initialized(latents.detach())
+            if self.training and not self._is_initialized and len(latents):
+                self._initialize(latents.detach())
             codes = nearest_codes(latents.detach(), self.codebook)
             quantized = F.embedding(codes, self.codebook)
             commitment_loss = mean_square(latents - quantized.detach())
@@ -131,6 +133,7 @@ class CodebookQuantizer(Quantizer):
         self._update_codebook(counts, sums)
         if self.config.dead_code_threshold > 0:
             self._restart_dead_codes(counts, latents)
+        self._num_updates += 1
         self.updates += 1
 
     def _restart_dead_codes(self, counts: Float[Tensor, " k"], latents: Float[Tensor, "n width"]) -> None:
@@ -150,11 +153,8 @@ class CodebookQuantizer(Quantizer):
         self._latents = latents
 
     @torch.no_grad()
-    def _ensure_initialized(self, latents: Tensor) -> None:
+    def _initialize(self, latents: Tensor) -> None:
         """Initialize the codebook with k-means centers of the first batch, identical on all ranks."""
-        if self._known_initialized or self.initialized.item():
-            self._known_initialized = True  # cached, because `item` synchronizes with a GPU
-            return
         generator = self._generator()
         samples = min(self.codebook_size * _KMEANS_SAMPLES_PER_CODE, max(_KMEANS_MAX_SAMPLES, self.codebook_size))
         sample = _sample_latents(latents, samples, generator)
@@ -169,11 +169,15 @@ class CodebookQuantizer(Quantizer):
         self.ema_cluster_size.copy_(cluster_size)
         self._replace_codes(centers, cluster_size, torch.ones_like(self.ema_cluster_size, dtype=torch.bool))
         self.initialized.fill_(True)
-        self._known_initialized = True
+        self._is_initialized = True
 
     def _generator(self) -> torch.Generator:
         """Return a random generator in the same state on all ranks."""
-        return torch.Generator().manual_seed(int(self.updates))
+        return torch.Generator().manual_seed(self._num_updates)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        self._is_initialized, self._num_updates = bool(self.initialized), int(self.updates)
 
 
 def mean_square(difference: Tensor) -> Tensor:
@@ -189,8 +193,9 @@ def _sample_latents(latents: Float[Tensor, "n d"], count: int, generator: torch.
     """
     sizes = torch.zeros(get_world_size(), dtype=torch.int64, device=latents.device)
     sizes[get_rank()] = len(latents)
-    ends = all_reduce_sum(sizes).cumsum(0).tolist()
-    drawn = torch.randint(max(ends[-1], 1), (count,), generator=generator).to(latents.device)
+    ends = all_reduce_sum(sizes).cumsum(0)  # stay on the device, so that the host need not wait for it
+    drawn = torch.randint(2**62, (count,), generator=generator, pin_memory=latents.device.type == "cuda")
+    drawn = drawn.to(latents.device, non_blocking=True) % ends[-1].clamp_min(1)
     drawn = drawn - (ends[get_rank()] - len(latents))  # relative to this rank's batch
     is_local = (drawn >= 0) & (drawn < len(latents))
     local = latents[drawn.clamp(0, len(latents) - 1)] if len(latents) else latents.new_zeros(count, latents.shape[1])

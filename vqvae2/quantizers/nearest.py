@@ -1,5 +1,8 @@
 """Nearest-neighbor lookup in bounded memory, and k-means clustering."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,16 +20,47 @@ def nearest_codes(
 
     The n × k distances are computed in blocks of at most `block_bytes`, so memory does not grow with n.
     """
+    if torch.compiler.is_compiling():  # one node of the graph; otherwise blocks and the precision would be lost
+        return torch.ops.vqvae2.nearest_codes(vectors, codebook)
+    return _nearest_codes(vectors, codebook, block_bytes)
+
+
+def _nearest_codes(vectors: Tensor, codebook: Tensor, block_bytes: int | None = None) -> Tensor:
     if block_bytes is None:
         block_bytes = _CPU_BLOCK_BYTES if vectors.device.type == "cpu" else _GPU_BLOCK_BYTES
     block_rows = max(1, block_bytes // (vectors.element_size() * len(codebook)))
     half_norms = codebook.square().sum(1) / 2  # argmin ‖x − e‖² = argmin ‖e‖² / 2 − x·e
     codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    for start in range(0, len(vectors), block_rows):
-        block = vectors[start : start + block_rows]
-        distances = torch.addmm(half_norms, block, codebook.T, alpha=-1)
-        torch.argmin(distances, dim=1, out=codes[start : start + block_rows])
+    with _without_tf32(vectors.device):
+        for start in range(0, len(vectors), block_rows):
+            block = vectors[start : start + block_rows]
+            distances = torch.addmm(half_norms, block, codebook.T, alpha=-1)
+            torch.argmin(distances, dim=1, out=codes[start : start + block_rows])
     return codes
+
+
+# Not `torch.library.custom_op`, which imports the compiler and takes a second.
+torch.library.define("vqvae2::nearest_codes", "(Tensor vectors, Tensor codebook) -> Tensor")
+torch.library.impl("vqvae2::nearest_codes", "CompositeExplicitAutograd", _nearest_codes)
+
+
+@torch.library.register_fake("vqvae2::nearest_codes")
+def _(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return vectors.new_empty(len(vectors), dtype=torch.int64)
+
+
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """Compute matrix products in float32 on CUDA. TF32, which training may allow, would assign other codes."""
+    precision = torch.get_float32_matmul_precision()
+    if device.type != "cuda" or precision == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()
