@@ -1,10 +1,10 @@
 """Open a run: read its config, and create or resume its run folder."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -13,7 +13,8 @@ from sampling.processes import processes
 from sampling.run_changes import RunChanges, SettingChange
 from sampling.run_config import RunConfig
 from sampling.run_data import open_run_datasets
-from vqvae2 import files
+from train.checkpoints import check_made_from
+from vqvae2 import checkpoint, files
 from vqvae2.command_line import Options, parse, split_config_path
 from vqvae2.config import Config, differences, is_resolved
 from vqvae2.errors import UserError
@@ -57,6 +58,8 @@ _CHANGEABLE_IN_TRAINING = (
 class RunOptions(Options, RunConfig):
     """Options of a training command: a config file, and `--section.field VALUE` for any of its settings."""
 
+    config_class: ClassVar[type[RunConfig]] = RunConfig  # the settings without those that a command adds
+
     resume_with_changes: bool = Field(
         default=False, description="continue an existing run with changed training settings, and record the changes"
     )
@@ -85,7 +88,7 @@ class RunOptions(Options, RunConfig):
     @property
     def config(self) -> RunConfig:
         """The settings without those that a command adds."""
-        return RunConfig(**{name: getattr(self, name) for name in RunConfig.model_fields})
+        return self.config_class(**{name: getattr(self, name) for name in self.config_class.model_fields})
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _check_folder(config: RunConfig, folder: RunFolder, with_changes: bool) -> l
     """Return the differences from the settings that the run was made with, if they are permitted."""
     changes = []
     if folder.config.is_file():
-        previous = RunConfig.from_resolved_yaml(folder.config)
+        previous = type(config).from_resolved_yaml(folder.config)
         for key, old, new in fixed_differences(previous, config):
             possible = _is_changeable_in_training(key, folder)
             if not (possible and with_changes):
@@ -248,6 +251,19 @@ def _check_pretrained(config: RunConfig, folder: RunFolder) -> None:
             if key.startswith("model")
             else f"data.channels is {ours}, but {source} was trained on images with {theirs} channels."
         )
+
+
+def is_finished(weights: Path, made_from: Mapping[str, str | None]) -> bool:
+    """Return whether a stage has written its weights, and say so.
+
+    Raises:
+        UserError: If they were made from other artifacts than those with the digests `made_from`.
+    """
+    if not weights.is_file():
+        return False
+    check_made_from(checkpoint.read_metadata(weights).get("made_from", {}), made_from, weights)
+    print_main(f"{weights.parent.name}: already complete, {weights}")
+    return True
 
 
 def print_main(text: str) -> None:

@@ -91,6 +91,13 @@ def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_
         canvas.save(partial, format="PNG")
 
 
+def save_animation(path: Path, frames: Sequence[UInt8[Tensor, "c h w"]], seconds: float = 0.2) -> None:
+    """Write a GIF that shows each frame for some time, and repeats forever."""
+    first, *others = map(to_pil, frames)
+    with files.atomic_write(path) as partial:
+        first.save(partial, format="GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
+
+
 def interleave_rows(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tensor, int]:
     """Interleave equally long batches so that a grid shows corresponding images below each other.
 

@@ -18,7 +18,7 @@ from vqvae2.data.images import DataConfig
 from vqvae2.data.sources import absolute_source
 from vqvae2.quantizers import EMAConfig, QuantizerConfig
 from vqvae2.run_folder import RunFolder, StageFolder
-from vqvae2.training_config import TrainingConfig
+from vqvae2.training_config import QuantizedTrainingConfig
 
 KINDS = (VAE.kind, VQVAE.kind, VIMCO.kind)
 
@@ -48,21 +48,6 @@ class EvaluationConfig(Config):
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of the samples")
 
 
-class LikelihoodTrainingConfig(TrainingConfig):
-    """How all models are trained."""
-
-    unquantized_steps: int = Field(
-        default=100,
-        ge=0,
-        description="first steps that train the VQ-VAE without quantization, at most a tenth of all steps",
-    )
-
-    @property
-    def first_quantized_step(self) -> int:
-        """Index of the first step that quantizes, from 0."""
-        return min(self.unquantized_steps, self.steps // 10)
-
-
 class LikelihoodConfig(Config):
     """The sections of the YAML file of a comparison of likelihoods."""
 
@@ -71,7 +56,7 @@ class LikelihoodConfig(Config):
     network: NetworkConfig = NetworkConfig()
     capacities: Annotated[tuple[CapacityConfig, ...], Field(min_length=1)] = (CapacityConfig(),)
     vimco_samples: int = Field(default=5, ge=2, le=1024, description="samples per image of VIMCO's bound in training")
-    training: LikelihoodTrainingConfig = LikelihoodTrainingConfig(steps=100_000)
+    training: QuantizedTrainingConfig = QuantizedTrainingConfig(steps=100_000)
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")

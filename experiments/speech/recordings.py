@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from experiments.speech.mu_law import SILENCE, compand
-from experiments.speech.packages import import_package
 from vqvae2.config import Config
 from vqvae2.errors import UserError, printable
+from vqvae2.packages import import_package
 
 _EXTENSIONS = (".flac", ".wav")
 
@@ -180,7 +180,7 @@ def read_waveform(path: Path, config: RecordingsConfig) -> Float[np.ndarray, " t
     Raises:
         UserError: If the file cannot be read or has no samples.
     """
-    soundfile = import_package("soundfile")
+    soundfile = import_package("soundfile", "speech")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, ValueError) as error:
