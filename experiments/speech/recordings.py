@@ -59,6 +59,10 @@ class RecordingsConfig(Config):
                 raise ValueError("pattern: must have the named group (?P<speaker>…)")
         return self
 
+    def with_absolute_paths(self) -> "RecordingsConfig":
+        """Return the settings with an absolute path, which does not depend on the working directory."""
+        return self.model_copy(update={"path": str(Path(self.path).expanduser().absolute())})
+
 
 class Clip(NamedTuple):
     """One clip or a batch."""

@@ -14,12 +14,12 @@ from experiments.speech.decoding import decode, sample_utterances, save_spectrog
 from experiments.speech.mu_law import expand
 from experiments.speech.recordings import Clip, Recordings, collate
 from experiments.speech.spectrum import LogMel
-from experiments.speech.speech_run import SpeechOptions, SpeechRun, open_speech_run
+from experiments.speech.speech_run import SpeechOptions, SpeechRun
 from sampling.processes import processes
 from train.accelerator import to_device
 from train.loop import TrainingStage, train
 from train.losses import CodebookUsageTracker
-from train.run import is_finished
+from train.run import is_finished, open_folder
 from train.stages.autoencoder import update_codebook
 from train.stages.prior import PriorStage
 from vqvae2 import checkpoint, files
@@ -215,4 +215,4 @@ def train_speech(run: SpeechRun) -> None:
 
 def main(options: SpeechOptions) -> None:
     """Run the command `vqvae2 speech train`."""
-    train_speech(open_speech_run(options))
+    train_speech(SpeechRun(*open_folder(options)))

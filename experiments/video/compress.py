@@ -11,14 +11,14 @@ from jaxtyping import UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
-from experiments.video.three_codes import ThreeCodes, load_three_codes
+from experiments.video.three_codes import ThreeCodes
 from experiments.video.video_run import VideoRun
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, sample_level
 from train.loop import TrainingStage, train
 from train.run import is_finished
 from train.stages.autoencoder import update_codebook
-from vqvae2 import files
+from vqvae2 import checkpoint, files
 from vqvae2.command_line import Options
 from vqvae2.data.code_store import CodeBatch, CodeStore
 from vqvae2.data.images import to_float, to_uint8
@@ -60,7 +60,7 @@ class ThreeCodesStage(TrainingStage):
 
     def __init__(self, run: VideoRun) -> None:
         self.run, self.config = run, run.config.three_codes
-        self.training_data, self.validation_data = run.store("train"), run.store("val")
+        self.training_data, self.validation_data = run.stores
         self.made_from = {"autoencoder": run.autoencoder.digest}
         torch.manual_seed(self.config.training.seed)
         self._network = self.config.model.build(self.training_data.header.levels[-1])
@@ -87,7 +87,8 @@ class ThreeCodesStage(TrainingStage):
         save_grid(path, *interleave_rows(*reconstruct(self.run, self.network, _PREVIEW_FRAMES), columns=8))
 
     def save(self, path: Path) -> None:
-        self.network.save(path, **self.made_from)
+        metadata = {"network": self.name, "config": self.config.to_dict(), "made_from": dict(self.made_from)}
+        checkpoint.save(path, self.network.state_dict(), metadata)
 
 
 @torch.inference_mode()
@@ -116,7 +117,7 @@ def reconstruct(
     run: VideoRun, network: ThreeCodes, count: int, params: LevelSamplingParams = _GREEDY
 ) -> list[UInt8[Tensor, "n c h w"]]:
     """Return held-out frames, their reconstructions by the first stage, and those from the latent codes."""
-    store, device = run.store("val"), network.embedding.weight.device
+    store, device = run.stores[1], network.embedding.weight.device
     chosen = range(0, len(store), max(1, len(store) // count))[:count]
     codes = store.read(chosen).codes
     latents = network.encode(codes[-1].to(device))
@@ -126,26 +127,24 @@ def reconstruct(
     return [originals, *map(to_uint8, decoded)]
 
 
-def mean_frame(run: VideoRun, count: int = 1000) -> UInt8[Tensor, "c h w"]:
-    """Return the mean of `count` training frames."""
-    frames = run.frames[0]
-    chosen = range(0, len(frames), max(1, len(frames) // count))[:count]
-    return torch.stack([frames[index].image for index in chosen]).double().mean(0).round().to(torch.uint8)
-
-
 def write_reconstructions(run: VideoRun, options: ThreeCodesOptions) -> dict[str, float]:
     """Write the picture of reconstructions and the metrics to the folder of the stage, and return the metrics."""
     folder = run.three_codes
-    network = load_three_codes(folder.weights)
+    tensors, _ = checkpoint.load(folder.weights, ThreeCodesStage.name)
+    level = run.stores[1].header.levels[-1]
+    network = checkpoint.build_module(lambda: run.config.three_codes.model.build(level), tensors, folder.weights).eval()
     originals, *others = reconstruct(run, network, options.count, options.codes)
     latents = network.config.latents * math.log2(network.quantizer.codebook_size)
     metrics = {"bits": latents, "bits_of_first_stage": network.level.num_codes * math.log2(network.level.codebook_size)}
-    named = dict(zip(("first_stage", "three_codes"), others, strict=True))
-    for name, images in {**named, "mean_frame": mean_frame(run).expand_as(originals)}.items():
+    frames = run.frames[0]
+    chosen = range(0, len(frames), max(1, len(frames) // options.count))
+    mean = torch.stack([frames[index].image for index in chosen]).double().mean(0).round().to(torch.uint8)
+    named = zip(("first_stage", "three_codes", "mean_frame"), (*others, mean.expand_as(originals)), strict=True)
+    for name, images in named:
         errors = ReconstructionStatistics()
         errors.update(to_float(originals), to_float(images))
         metrics[f"psnr_{name}"] = errors.compute().psnr
-    metrics |= measure_codes(network, run.store("val"))
+    metrics |= measure_codes(network, run.stores[1])
     files.write_json(folder.path / "metrics.json", metrics)
     save_grid(folder.path / "reconstructions.png", *interleave_rows(originals, *others, columns=_PREVIEW_FRAMES))
     return metrics

@@ -17,7 +17,6 @@ from sampling.sample_level import Noise, sample_level
 from vqvae2 import files
 from vqvae2.code_maps import CodeMaps
 from vqvae2.command_line import Options
-from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler
 from vqvae2.errors import UserError
@@ -34,8 +33,8 @@ class PredictOptions(Options):
 
     run: tyro.conf.Positional[Path] = Field(description="folder of a video experiment")
     count: int = Field(default=6, ge=1, le=1000, description="clips to predict")
-    futures: int = Field(default=4, ge=1, le=1000, description="futures of each clip")
-    clip: int = Field(default=0, ge=0, description="held-out clip that the futures of other actions start from")
+    clip: int = Field(default=0, ge=0, description="clip that the other futures start from")
+    futures: int = Field(default=4, ge=1, le=1000, description="futures of one start and its own actions")
     codes: LevelSamplingParams = Field(default=PREDICTION, description="sampling of the codes")
     seed: int = Field(
         default=0, ge=0, le=2**63 - 1, description="the future of a clip depends on the seed and the clip"
@@ -43,10 +42,9 @@ class PredictOptions(Options):
 
 
 class Predictor(NamedTuple):
-    """The networks of a run, and how codes are sampled."""
+    """Priors of a run, and how codes are sampled from them."""
 
     run: VideoRun
-    frames: CodeStore  # codes of the held-out frames
     priors: Sequence[Prior]  # finest first
     params: LevelSamplingParams
     seed: int
@@ -54,7 +52,7 @@ class Predictor(NamedTuple):
     def predict(
         self, clips: Sequence[range], actions: Int[Tensor, "n t"], futures: Sequence[int] | None = None
     ) -> UInt8[Tensor, "n t c h w"]:
-        """Return the frames that follow the first frames of clips, given the actions that lead to them.
+        """Return the frames that follow the first frames of held-out clips, given the actions that lead to them.
 
         Args:
             futures: Numbers of the futures, which differ in their noise; 0 if not given.
@@ -62,11 +60,9 @@ class Predictor(NamedTuple):
         keys = [(clip.start, future) for clip, future in zip(clips, futures or [0] * len(clips), strict=True)]
         predicted = []
         for batch in tqdm(list(SequentialBatchSampler(len(clips), _BATCH)), "predicting", leave=False):
-            given = [record for index in batch for record in clips[index][: self.run.config.given]]
-            maps = tuple(level.unflatten(0, (len(batch), -1)) for level in self.frames.read(given).codes)
-            codes = self.continue_codes(maps, actions[batch], [keys[index] for index in batch])
-            images = self.run.autoencoder.decode(tuple(level.flatten(0, 1) for level in codes))
-            predicted.append(to_uint8(images).unflatten(0, (len(batch), -1)))
+            given = self.read([clips[index][: self.run.config.given] for index in batch])
+            codes = self.continue_codes(given, actions[batch], [keys[index] for index in batch])
+            predicted.append(self.decode(codes))
         return torch.cat(predicted)
 
     def continue_codes(
@@ -78,17 +74,21 @@ class Predictor(NamedTuple):
             noise = [(*key, step) for key in keys]
             current: CodeMaps = ()
             for index, prior in reversed(list(enumerate(self.priors))):
-                seen = (*frames[index][: -self.run.config.given - 1 : -1], *current, action[:, None, None])
+                seen = (*frames[index][: -len(given[0][0]) - 1 : -1], *current, action[:, None, None])
                 coarser = seen[: len(prior.spec.coarser)]  # without the action if the prior does not see it
                 current = (sample_level(prior, Noise(self.seed, noise, index), self.params, coarser), *current)
             for level, codes in zip(frames, current, strict=True):
                 level.append(codes)
-        return tuple(torch.stack(level[self.run.config.given :], 1) for level in frames)
+        return tuple(torch.stack(level[-actions.shape[1] :], 1) for level in frames)
 
+    def read(self, clips: Sequence[range]) -> CodeClips:
+        """Return the codes of held-out frames."""
+        codes = self.run.stores[1].read([record for clip in clips for record in clip]).codes
+        return tuple(level.unflatten(0, (len(clips), -1)) for level in codes)
 
-def make_predictor(run: VideoRun, params: LevelSamplingParams, seed: int, blind: bool = False) -> Predictor:
-    """Return a predictor with the trained networks of a run; `blind` uses the priors that do not see the actions."""
-    return Predictor(run, run.store("val"), run.priors(blind), params, seed)
+    def decode(self, codes: CodeClips) -> UInt8[Tensor, "n t c h w"]:
+        """Return images of code maps."""
+        return torch.stack([to_uint8(self.run.autoencoder.decode(maps)) for maps in zip(*codes, strict=True)])
 
 
 def read_clips(run: VideoRun, clips: Sequence[range]) -> UInt8[Tensor, "n t c h w"]:
@@ -98,55 +98,45 @@ def read_clips(run: VideoRun, clips: Sequence[range]) -> UInt8[Tensor, "n t c h 
 
 
 def read_actions(run: VideoRun, clips: Sequence[range]) -> Int[Tensor, "n t"]:
-    """Return the actions that lead to the predicted frames of clips, −1 without actions."""
-    records = [record for clip in clips for record in clip[run.config.given :]]
-    return run.store("val").read(records).label.view(len(clips), -1)
-
-
-def _write(folder: Path, name: str, given: int, rows: Mapping[str, UInt8[Tensor, "t c h w"]]) -> None:
-    """Write clips as rows of a PNG, with a gap after the given frames, and as a GIF."""
-    gap = {caption: torch.full_like(clip[:1], 255) for caption, clip in rows.items()}
-    sheet = {caption: torch.cat([clip[:given], gap[caption], clip[given:]]) for caption, clip in rows.items()}
-    save_rows(folder / f"{name}.png", sheet, enlarge_to=64)
-    frames = torch.stack(list(rows.values()), 1)
-    save_animation(folder / f"{name}.gif", [image_grid(each, columns=len(rows), enlarge_to=128) for each in frames])
+    """Return the actions that lead to the predicted frames of held-out clips, −1 without actions."""
+    return torch.stack([run.stores[1].read(clip[run.config.given :]).label for clip in clips])
 
 
 def write_predictions(run: VideoRun, options: PredictOptions) -> Path:
     """Write pictures and animations to RUN/predictions, and return the folder."""
-    folder, given, predicted = run.folder.path / "predictions", run.config.given, run.config.predicted
+    given, predicted, classes = run.config.given, run.config.predicted, run.frames[1].classes
     clips = run.held_out_clips(given + predicted)
     if options.clip >= len(clips):
         raise UserError(f"--clip: {options.clip} is too large; there are {len(clips)} held-out clips, from 0.")
-    predictor = make_predictor(run, options.codes, options.seed)
-    chosen, classes = clips[: options.count], run.store("val").header.classes
+    predictor = Predictor(run, run.priors(), options.codes, options.seed)
+
+    def write(name: str, rows: Mapping[str, UInt8[Tensor, "t c h w"]]) -> None:
+        """Write clips as rows of a PNG, with a gap after the given frames, and side by side as a GIF."""
+        gap = torch.full_like(next(iter(rows.values()))[:1], 255)
+        sheet = {caption: torch.cat([clip[:given], gap, clip[given:]]) for caption, clip in rows.items()}
+        save_rows(folder / f"{name}.png", sheet, enlarge_to=64)
+        frames = torch.stack(list(rows.values()), 1)
+        save_animation(folder / f"{name}.gif", [image_grid(each, len(rows), enlarge_to=128) for each in frames])
+
+    def futures(clip: range, actions: Int[Tensor, "n t"], numbers: Sequence[int]) -> Tensor:
+        start = read_clips(run, [clip[:given]]).expand(len(actions), -1, -1, -1, -1)
+        return torch.cat([start, predictor.predict([clip] * len(actions), actions, numbers)], 1)
+
+    folder, chosen = run.folder.path / "predictions", clips[: options.count]
     true, actions = read_clips(run, chosen), read_actions(run, chosen)
-    futures = [future for _ in chosen for future in range(options.futures)]
-    repeated = [clip for clip in chosen for _ in range(options.futures)]
-    frames = predictor.predict(repeated, actions.repeat_interleave(options.futures, 0), futures)
-    frames = frames.unflatten(0, (len(chosen), -1))
-
-    def extend(clip: Tensor, future: Tensor) -> Tensor:
-        return torch.cat([clip[:given], future])
-
-    both = {
-        f"{k} {name}": clip
-        for k in range(len(chosen))
-        for name, clip in (("true", true[k]), ("predicted", extend(true[k], frames[k, 0])))
-    }
-    _write(folder, "clips", given, both)
-    several = {f"future {k}": extend(true[0], future) for k, future in enumerate(frames[0])}
-    _write(folder, "futures", given, {"true": true[0], **several})
+    others = [futures(clip, each[None], [0])[0] for clip, each in zip(chosen, actions, strict=True)]
+    rows = [
+        (f"{k} {name}", clips[k]) for k in range(len(chosen)) for name, clips in (("true", true), ("predicted", others))
+    ]
+    write("clips", dict(rows))
+    start, count = clips[options.clip], options.futures
+    several = futures(start, read_actions(run, [start]).expand(count, -1), range(count))
+    write("futures", {"true": read_clips(run, [start])[0]} | {f"future {k}": clip for k, clip in enumerate(several)})
     if classes:
-        start = clips[options.clip]
         constant = torch.arange(len(classes))[:, None].expand(-1, predicted)
-        others = predictor.predict([start] * len(classes), constant)
-        first = read_clips(run, [start])[0]
-        _write(
-            folder, "actions", given, {name: extend(first, each) for name, each in zip(classes, others, strict=True)}
-        )
+        write("actions", dict(zip(classes, futures(start, constant, [0] * len(classes)), strict=True)))
     networks = [str(run.autoencoder.digest), *(str(prior.digest) for prior in predictor.priors)]
-    files.write_json(folder / "manifest.json", {"networks": networks, **options.to_dict(), "run": None})
+    files.write_json(folder / "manifest.json", options.to_dict() | {"run": None, "networks": networks})
     return folder
 
 

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from experiments.video.clips import FrameHistories
-from experiments.video.video_run import VideoOptions, VideoRun
+from experiments.video.video_run import VideoConfig, VideoOptions, VideoRun
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, sample_level
 from train.accelerator import to_device
 from train.loop import train
-from train.run import is_finished
+from train.run import is_finished, open_run
 from train.stages.autoencoder import train_autoencoder
 from train.stages.extract_codes import extract_codes
 from train.stages.prior import PriorStage
 from vqvae2 import files
+from vqvae2.data.clips import FrameHistories
 from vqvae2.data.images import to_uint8
 from vqvae2.pictures import interleave_rows, save_grid
 
@@ -24,9 +24,8 @@ class FramePriorStage(PriorStage):
 
     def __init__(self, run: VideoRun, level: str, blind: bool) -> None:
         self.run, self.index = run, run.config.levels.index(level)
-        stores = [run.store(split) for split in ("train", "val")]
-        with_actions = bool(stores[0].header.classes) and not blind
-        training, held_out = (FrameHistories(each, self.index, run.config.given, with_actions) for each in stores)
+        with_actions = bool(run.stores[0].header.classes) and not blind
+        training, held_out = (FrameHistories(each, self.index, run.config.given, with_actions) for each in run.stores)
         made_from = {"autoencoder": run.autoencoder.digest}
         super().__init__(
             (f"{level}-blind" if blind else level, 0), training, held_out, run.config.priors[level], made_from
@@ -52,13 +51,16 @@ def train_video(run: VideoRun) -> None:
     train_autoencoder(run)
     extract_codes(run)
     made_from = {"autoencoder": files.digest(run.folder.autoencoder_weights)}
-    for level, blind in run.stages():
-        folder = run.prior(level, blind)
-        if not is_finished(folder.weights, made_from):
-            stage = FramePriorStage(run, level, blind)
-            train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
+    for blind in (False, True) if run.config.blind else (False,):
+        for level in reversed(run.config.levels):
+            folder = run.prior(level, blind)
+            if not is_finished(folder.weights, made_from):
+                stage = FramePriorStage(run, level, blind)
+                train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
 
 
 def main(options: VideoOptions) -> None:
     """Run the command `vqvae2 video train`."""
-    train_video(VideoRun.open(options))
+    run = open_run(options)
+    assert isinstance(run.config, VideoConfig)
+    train_video(VideoRun(run.config, run.folder))

@@ -1,14 +1,10 @@
 """A VQ-VAE of the codes of an image with a few latents, whose decoder is an autoregressive prior (2017 paper, 4.2)."""
 
-from pathlib import Path
-from typing import Any, Literal
-
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from vqvae2 import checkpoint
 from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.config import Config
 from vqvae2.models.blocks import ResidualBlock
@@ -37,15 +33,6 @@ class ThreeCodesConfig(Config):
 
     model: ThreeCodesModelConfig = ThreeCodesModelConfig()
     training: QuantizedTrainingConfig = QuantizedTrainingConfig(steps=50_000)
-
-
-class _StoredThreeCodes(Config):
-    """Metadata of a weights file."""
-
-    network: Literal["three-codes"] = "three-codes"
-    config: ThreeCodesModelConfig
-    level: MapSpec
-    made_from: dict[str, Any] = Field(default_factory=dict)
 
 
 class LatentConditioner(nn.Module):
@@ -120,20 +107,3 @@ class ThreeCodes(nn.Module):
     def encode(self, codes: Int[Tensor, "b h w"]) -> Int[Tensor, "b 1 n"]:
         """Return the latent codes, as the coarser map of the decoder."""
         return self.quantizer(self.features(codes)).codes
-
-    def save(self, path: Path, **made_from: Any) -> None:
-        """Write weights, config and provenance to one safetensors file."""
-        stored = _StoredThreeCodes(config=self.config, level=self.level, made_from=made_from)
-        checkpoint.save(path, self.state_dict(), stored.to_dict())
-
-
-def load_three_codes(path: Path) -> ThreeCodes:
-    """Load a file written by `ThreeCodes.save`, in evaluation mode.
-
-    Raises:
-        UserError: If the file is missing, corrupted or another network.
-    """
-    tensors, metadata = checkpoint.load(path, "three-codes")
-    stored = _StoredThreeCodes.from_dict(metadata, str(path))
-    network = checkpoint.build_module(lambda: stored.config.build(stored.level), tensors, path)
-    return network.eval().requires_grad_(False)

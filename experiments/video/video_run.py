@@ -1,6 +1,5 @@
 """Settings of a video experiment, and what its run folder holds."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,12 +7,14 @@ from typing import ClassVar, Self
 
 from pydantic import Field
 
-from experiments.video.clips import find_clips
 from experiments.video.three_codes import ThreeCodesConfig
 from sampling.run_config import RunConfig
 from sampling.run_data import load_run_autoencoder, open_run_datasets
-from train.run import Run, RunOptions, open_run
+from train.checkpoints import check_made_from
+from train.run import Run, RunOptions
 from vqvae2 import files
+from vqvae2.config import Config
+from vqvae2.data.clips import find_clips
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import ImageDataset
 from vqvae2.errors import UserError
@@ -34,7 +35,7 @@ class VideoConfig(RunConfig):
 class VideoOptions(RunOptions, VideoConfig):
     """Train the autoencoder of single frames, cache their codes, and train the priors of the next frame, or resume."""
 
-    config_class: ClassVar[type[RunConfig]] = VideoConfig
+    config_class: ClassVar[type[Config]] = VideoConfig
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,13 @@ class VideoRun(Run):
     config: VideoConfig
 
     @classmethod
-    def open(cls, options: VideoOptions) -> Self:
-        """Create or open a run folder. See `train.run.open_run`."""
-        run = open_run(options)
-        assert isinstance(run.config, VideoConfig)
-        return cls(run.config, run.folder)
-
-    @classmethod
     def existing(cls, path: Path) -> Self:
         """Return the run in a folder.
 
         Raises:
             UserError: If `path` is not the folder of a video experiment.
         """
-        folder = RunFolder(path)
-        if not folder.config.is_file():
-            raise UserError(f"{path}: not a run folder (no config.yaml). Create one with `vqvae2 video train CONFIG`.")
+        folder = RunFolder.existing(path, "vqvae2 video train")
         files.lock_folder(path)
         return cls(VideoConfig.from_resolved_yaml(folder.config), folder)
 
@@ -73,11 +65,13 @@ class VideoRun(Run):
         """Frames for training and for validation, in the order of the code stores."""
         return open_run_datasets(self.config.data, self.folder)
 
-    def store(self, split: str) -> CodeStore:
-        """Return the finished code store of a split."""
-        store = CodeStore.open(self.folder.code_store(split))
-        store.header.check_autoencoder(self.autoencoder.digest, store.path)
-        return store
+    @cached_property
+    def stores(self) -> tuple[CodeStore, CodeStore]:
+        """Codes of the frames for training and for validation."""
+        stores = [CodeStore.open(self.folder.code_store(split)) for split in ("train", "val")]
+        for store in stores:
+            store.header.check_autoencoder(self.autoencoder.digest, store.path)
+        return stores[0], stores[1]
 
     def held_out_clips(self, length: int) -> list[range]:
         """Return the records of the first frames of each held-out clip that has at least `length` frames.
@@ -85,7 +79,7 @@ class VideoRun(Run):
         Raises:
             UserError: If there are none.
         """
-        clips = [clip[:length] for clip in find_clips(self.store("val")) if len(clip) >= length]
+        clips = [clip[:length] for clip in find_clips(self.stores[1]) if len(clip) >= length]
         if not clips:
             raise UserError(f"{self.folder.path}: no held-out clip has {length} frames. Lower `predicted` or `given`.")
         return clips
@@ -98,18 +92,10 @@ class VideoRun(Run):
     def three_codes(self) -> StageFolder:
         return StageFolder(self.folder.path / "three-codes")
 
-    def stages(self) -> Iterator[tuple[str, bool]]:
-        """Yield level and `blind` of all priors to train, the coarsest level first."""
-        for blind in (False, True) if self.config.blind else (False,):
-            for level in reversed(self.config.levels):
-                yield level, blind
-
     def priors(self, blind: bool = False) -> list[Prior]:
         """Return the trained priors of all levels, finest first."""
-        priors = []
-        for level in self.config.levels:
-            path = self.prior(level, blind).weights
-            priors.append(load_prior(path))
-            if priors[-1].made_from.get("autoencoder") != self.autoencoder.digest:
-                raise UserError(f"{path}: trained on codes of another autoencoder. Delete its folder and train again.")
+        paths = [self.prior(level, blind).weights for level in self.config.levels]
+        priors = [load_prior(path) for path in paths]
+        for prior, path in zip(priors, paths, strict=True):
+            check_made_from(prior.made_from, {"autoencoder": self.autoencoder.digest}, path)
         return priors
