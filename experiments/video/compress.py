@@ -63,7 +63,7 @@ class ThreeCodesStage(TrainingStage):
         self.training_data, self.validation_data = run.stores
         self.made_from = {"autoencoder": run.autoencoder.digest}
         torch.manual_seed(self.config.training.seed)
-        self._network = self.config.model.build(self.training_data.header.levels[-1])
+        self._network = ThreeCodes(self.config, self.training_data.header.levels[-1])
         self.objective = self._objective = ThreeCodesObjective(self._network)
         others = ["validation/nll", "validation/nll_of_other"]
         self.curves = {"nats per code": ["train/nll", *others], "codes in use": ["validation/usage"]}
@@ -129,18 +129,16 @@ def reconstruct(
 
 def write_reconstructions(run: VideoRun, options: ThreeCodesOptions) -> dict[str, float]:
     """Write the picture of reconstructions and the metrics to the folder of the stage, and return the metrics."""
-    folder = run.three_codes
+    folder, level, (frames, _) = run.three_codes, run.stores[1].header.levels[-1], run.frames
     tensors, _ = checkpoint.load(folder.weights, ThreeCodesStage.name)
-    level = run.stores[1].header.levels[-1]
-    network = checkpoint.build_module(lambda: run.config.three_codes.model.build(level), tensors, folder.weights).eval()
+    network = checkpoint.build_module(lambda: ThreeCodes(run.config.three_codes, level), tensors, folder.weights).eval()
     originals, *others = reconstruct(run, network, options.count, options.codes)
-    latents = network.config.latents * math.log2(network.quantizer.codebook_size)
-    metrics = {"bits": latents, "bits_of_first_stage": network.level.num_codes * math.log2(network.level.codebook_size)}
-    frames = run.frames[0]
     chosen = range(0, len(frames), max(1, len(frames) // options.count))
     mean = torch.stack([frames[index].image for index in chosen]).double().mean(0).round().to(torch.uint8)
-    named = zip(("first_stage", "three_codes", "mean_frame"), (*others, mean.expand_as(originals)), strict=True)
-    for name, images in named:
+    latents = network.config.latents * math.log2(network.quantizer.codebook_size)
+    metrics = {"bits": latents, "bits_of_first_stage": level.num_codes * math.log2(level.codebook_size)}
+    images_of = {"first_stage": others[0], "three_codes": others[1], "mean_frame": mean.expand_as(originals)}
+    for name, images in images_of.items():
         errors = ReconstructionStatistics()
         errors.update(to_float(originals), to_float(images))
         metrics[f"psnr_{name}"] = errors.compute().psnr

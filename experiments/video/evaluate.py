@@ -14,7 +14,6 @@ from experiments.video.video_run import VideoRun
 from sampling.params import LevelSamplingParams
 from vqvae2 import files
 from vqvae2.command_line import Options
-from vqvae2.config import Config, Measured
 from vqvae2.data.clips import find_clips
 from vqvae2.data.images import to_float
 from vqvae2.metrics.reconstruction import ReconstructionStatistics
@@ -28,39 +27,20 @@ class EvaluateVideoOptions(Options):
 
     run: tyro.conf.Positional[Path] = Field(description="folder of a video experiment")
     count: int = Field(default=1000, ge=1, le=10**6, description="clips; all held-out ones if there are fewer")
+    predicted: int = Field(default=10, ge=1, le=10**4, description="frames to predict")
     codes: LevelSamplingParams = Field(default=PREDICTION, description="sampling of the codes")
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of the predictions")
     classifier_steps: int = Field(default=1000, ge=1, le=10**6, description="training steps of the action classifier")
 
 
-class VideoMetrics(Config):
-    """Contents of metrics.json. Errors are means over clips of each predicted frame, the first one first."""
-
-    clips: int
-    codes: LevelSamplingParams
-    seed: int
-    mse: dict[str, list[Measured]]  # of images scaled to [0, 1]
-    ssim: dict[str, list[Measured]]
-    actions_recognized: dict[str, Measured]  # fractions of the frames; empty without actions
-
-    def lines(self) -> list[str]:
-        """Return the metrics as text."""
-        errors = [
-            f"{f'{metric} {name}':<20} {' '.join(f'{value:.4f}' for value in values)}"
-            for metric, named in (("MSE", self.mse), ("SSIM", self.ssim))
-            for name, values in named.items()
-        ]
-        return [*errors, *(f"actions, {name:<20} {value:.3f}" for name, value in self.actions_recognized.items())]
-
-
-def evaluate(run: VideoRun, options: EvaluateVideoOptions) -> VideoMetrics:
-    """Measure a run on held-out clips.
+def evaluate(run: VideoRun, options: EvaluateVideoOptions) -> dict[str, dict[str, list[float]]]:
+    """Return the mean MSE and SSIM of each predicted frame of held-out clips, and the fractions of recognized actions.
 
     Predictions are compared with those of priors that do not see the actions, with the last given frame, and with the
     reconstructions of the true frames, whose error predictions in code space can hardly reach.
     """
     given = run.config.given
-    clips = run.held_out_clips(given + run.config.predicted)[: options.count]
+    clips = run.held_out_clips(given + options.predicted)[: options.count]
     frames, actions = read_clips(run, clips), read_actions(run, clips)
     start, true = frames[:, :given], frames[:, given:]
     predictor = Predictor(run, run.priors(), options.codes, options.seed)
@@ -71,22 +51,16 @@ def evaluate(run: VideoRun, options: EvaluateVideoOptions) -> VideoMetrics:
     }
     if run.config.blind:
         sets["blind"] = predictor._replace(priors=run.priors(blind=True)).predict(clips, actions)
-    errors = {name: _errors(true, images) for name, images in sets.items()}
-    recognized = {}
+    metrics: dict[str, dict[str, list[float]]] = {"mse": {}, "ssim": {}, "recognized": {}}
+    for name, images in sets.items():
+        metrics["mse"][name], metrics["ssim"][name] = _errors(true, images)
     if run.frames[0].classes:
         classifier, others = train_classifier(run, options.classifier_steps), actions.roll(1, 0)  # of another clip
         sets |= {"real": true, "other actions": predictor.predict(clips, others)}
         for name in ("real", "reconstruction", "prediction", "other actions"):
             intended = others if name == "other actions" else actions
-            recognized[name] = _recognized(classifier, torch.cat([start[:, -1:], sets[name]], 1), intended)
-    return VideoMetrics(
-        clips=len(clips),
-        codes=options.codes,
-        seed=options.seed,
-        mse={name: mse for name, (mse, _) in errors.items()},
-        ssim={name: ssim for name, (_, ssim) in errors.items()},
-        actions_recognized=recognized,
-    )
+            metrics["recognized"][name] = _recognized(classifier, torch.cat([start[:, -1:], sets[name]], 1), intended)
+    return metrics
 
 
 def train_classifier(run: VideoRun, steps: int) -> nn.Module:
@@ -115,10 +89,10 @@ def _pairs(before: UInt8[Tensor, "n c h w"], after: UInt8[Tensor, "n c h w"]) ->
 
 
 @torch.inference_mode()
-def _recognized(classifier: nn.Module, clips: UInt8[Tensor, "n t c h w"], actions: Int[Tensor, "n s"]) -> float:
-    """Return the fraction of recognized actions, each of which leads from a frame to the next one."""
+def _recognized(classifier: nn.Module, clips: UInt8[Tensor, "n t c h w"], actions: Int[Tensor, "n s"]) -> list[float]:
+    """Return the fraction of recognized actions, each of which leads from a frame to the next one, at each step."""
     found = [classifier(_pairs(clips[:, t], clips[:, t + 1])).argmax(1) for t in range(actions.shape[1])]
-    return float((torch.stack(found, 1) == actions).double().mean())
+    return (torch.stack(found, 1) == actions).double().mean(0).tolist()
 
 
 def _errors(true: UInt8[Tensor, "n t c h w"], others: UInt8[Tensor, "n t c h w"]) -> tuple[list[float], list[float]]:
@@ -135,5 +109,8 @@ def main(options: EvaluateVideoOptions) -> None:
     """Run the command `vqvae2 video evaluate`."""
     run = VideoRun.existing(options.run)
     metrics = evaluate(run, options)
-    files.write_json(run.folder.metrics, metrics.to_dict())
-    print("\n".join([*metrics.lines(), str(run.folder.metrics)]))
+    files.write_json(run.folder.metrics, {"options": options.to_dict() | {"run": None}, **metrics})
+    for kind, named in metrics.items():
+        for name, values in named.items():
+            print(f"{f'{kind}, {name}:':<28} {' '.join(f'{value:.4f}' for value in values)}")
+    print(run.folder.metrics)

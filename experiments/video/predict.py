@@ -12,10 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.video.video_run import VideoRun
+from sampling.next_frames import CodeClips, sample_next_frames
 from sampling.params import LevelSamplingParams
-from sampling.sample_level import Noise, sample_level
 from vqvae2 import files
-from vqvae2.code_maps import CodeMaps
 from vqvae2.command_line import Options
 from vqvae2.data.images import to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler
@@ -25,7 +24,6 @@ from vqvae2.priors import Prior
 
 PREDICTION = LevelSamplingParams(temperature=0.5)  # errors are lowest with little noise, see docs/video.md
 _BATCH = 64  # clips predicted at once
-CodeClips = tuple[Int[Tensor, "n _ _ _"], ...]  # code maps of consecutive frames (N, T, H_l, W_l), finest level first
 
 
 class PredictOptions(Options):
@@ -33,6 +31,7 @@ class PredictOptions(Options):
 
     run: tyro.conf.Positional[Path] = Field(description="folder of a video experiment")
     count: int = Field(default=6, ge=1, le=1000, description="clips to predict")
+    predicted: int = Field(default=10, ge=1, le=10**4, description="frames to predict")
     clip: int = Field(default=0, ge=0, description="clip that the other futures start from")
     futures: int = Field(default=4, ge=1, le=1000, description="futures of one start and its own actions")
     codes: LevelSamplingParams = Field(default=PREDICTION, description="sampling of the codes")
@@ -61,25 +60,10 @@ class Predictor(NamedTuple):
         predicted = []
         for batch in tqdm(list(SequentialBatchSampler(len(clips), _BATCH)), "predicting", leave=False):
             given = self.read([clips[index][: self.run.config.given] for index in batch])
-            codes = self.continue_codes(given, actions[batch], [keys[index] for index in batch])
+            numbers = [keys[index] for index in batch]
+            codes = sample_next_frames(self.priors, given, actions[batch], self.seed, numbers, self.params)
             predicted.append(self.decode(codes))
         return torch.cat(predicted)
-
-    def continue_codes(
-        self, given: CodeClips, actions: Int[Tensor, "n t"], keys: Sequence[tuple[int, ...]]
-    ) -> CodeClips:
-        """Return the codes of the next frames, sampled one frame after another, coarser levels first."""
-        frames = [list(level.unbind(1)) for level in given]
-        for step, action in enumerate(actions.unbind(1)):
-            noise = [(*key, step) for key in keys]
-            current: CodeMaps = ()
-            for index, prior in reversed(list(enumerate(self.priors))):
-                seen = (*frames[index][: -len(given[0][0]) - 1 : -1], *current, action[:, None, None])
-                coarser = seen[: len(prior.spec.coarser)]  # without the action if the prior does not see it
-                current = (sample_level(prior, Noise(self.seed, noise, index), self.params, coarser), *current)
-            for level, codes in zip(frames, current, strict=True):
-                level.append(codes)
-        return tuple(torch.stack(level[-actions.shape[1] :], 1) for level in frames)
 
     def read(self, clips: Sequence[range]) -> CodeClips:
         """Return the codes of held-out frames."""
@@ -104,8 +88,8 @@ def read_actions(run: VideoRun, clips: Sequence[range]) -> Int[Tensor, "n t"]:
 
 def write_predictions(run: VideoRun, options: PredictOptions) -> Path:
     """Write pictures and animations to RUN/predictions, and return the folder."""
-    given, predicted, classes = run.config.given, run.config.predicted, run.frames[1].classes
-    clips = run.held_out_clips(given + predicted)
+    given, classes = run.config.given, run.frames[1].classes
+    clips = run.held_out_clips(given + options.predicted)
     if options.clip >= len(clips):
         raise UserError(f"--clip: {options.clip} is too large; there are {len(clips)} held-out clips, from 0.")
     predictor = Predictor(run, run.priors(), options.codes, options.seed)
@@ -133,7 +117,7 @@ def write_predictions(run: VideoRun, options: PredictOptions) -> Path:
     several = futures(start, read_actions(run, [start]).expand(count, -1), range(count))
     write("futures", {"true": read_clips(run, [start])[0]} | {f"future {k}": clip for k, clip in enumerate(several)})
     if classes:
-        constant = torch.arange(len(classes))[:, None].expand(-1, predicted)
+        constant = torch.arange(len(classes))[:, None].expand(-1, options.predicted)
         write("actions", dict(zip(classes, futures(start, constant, [0] * len(classes)), strict=True)))
     networks = [str(run.autoencoder.digest), *(str(prior.digest) for prior in predictor.priors)]
     files.write_json(folder / "manifest.json", options.to_dict() | {"run": None, "networks": networks})

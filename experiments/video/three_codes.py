@@ -15,30 +15,20 @@ from vqvae2.training_config import QuantizedTrainingConfig
 _SIDE = 4  # of the maps between the latents and the convolutions
 
 
-class ThreeCodesModelConfig(Config):
-    """Settings of the network."""
+class ThreeCodesConfig(Config):
+    """Settings of the network and its training."""
 
     latents: int = Field(default=3, ge=1, le=1024, description="codes of an image")
     channels: int = Field(default=128, ge=1, le=4096, description="hidden channels of the encoder")
     quantizer: QuantizerConfig = EMAConfig(codebook_size=512, code_dim=64)
     decoder: PriorConfig = PixelSNAILConfig(channels=96, residual_channels=96, kernel=3, blocks=2, layers=2, heads=4)
-
-    def build(self, level: MapSpec) -> "ThreeCodes":
-        """Build the network for code maps of `level`, with random weights."""
-        return ThreeCodes(self, level)
-
-
-class ThreeCodesConfig(Config):
-    """The network and its training."""
-
-    model: ThreeCodesModelConfig = ThreeCodesModelConfig()
     training: QuantizedTrainingConfig = QuantizedTrainingConfig(steps=50_000)
 
 
 class LatentConditioner(nn.Module):
     """Conditioner of the decoder: features (B, C, H, W) from the quantized latents."""
 
-    def __init__(self, config: ThreeCodesModelConfig, level: MapSpec) -> None:
+    def __init__(self, config: ThreeCodesConfig, level: MapSpec) -> None:
         super().__init__()
         self.shape, channels = level.shape, config.decoder.channels
         self.quantizer = config.quantizer.build()
@@ -62,12 +52,12 @@ class ThreeCodes(nn.Module):
     `decoder` is a prior of the library with the latents as its coarser level, so it is sampled as other priors.
 
     >>> import torch
-    >>> network = ThreeCodesModelConfig().build(MapSpec(codebook_size=16, height=8, width=8))
+    >>> network = ThreeCodes(ThreeCodesConfig(), MapSpec(codebook_size=16, height=8, width=8))
     >>> network.eval().encode(torch.zeros(2, 8, 8, dtype=torch.int64)).shape
     torch.Size([2, 1, 3])
     """
 
-    def __init__(self, config: ThreeCodesModelConfig, level: MapSpec) -> None:
+    def __init__(self, config: ThreeCodesConfig, level: MapSpec) -> None:
         super().__init__()
         self.config, self.level = config, level
         channels, size = config.channels, config.latents * config.quantizer.code_dim

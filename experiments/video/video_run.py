@@ -27,7 +27,6 @@ class VideoConfig(RunConfig):
     """The sections of a video experiment's YAML file: those of a run on images, and settings of clips."""
 
     given: int = Field(default=6, ge=1, le=64, description="frames that are given, and that the prior of a frame sees")
-    predicted: int = Field(default=10, ge=1, le=10**4, description="frames that are predicted")
     blind: bool = Field(default=False, description="also train priors that do not see the actions, to compare with")
     three_codes: ThreeCodesConfig = ThreeCodesConfig()
 
@@ -81,7 +80,7 @@ class VideoRun(Run):
         """
         clips = [clip[:length] for clip in find_clips(self.stores[1]) if len(clip) >= length]
         if not clips:
-            raise UserError(f"{self.folder.path}: no held-out clip has {length} frames. Lower `predicted` or `given`.")
+            raise UserError(f"{self.folder.path}: no held-out clip has {length} frames. Predict fewer.")
         return clips
 
     def prior(self, level: str, blind: bool) -> StageFolder:
