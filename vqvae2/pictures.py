@@ -1,4 +1,4 @@
-"""Image grids and curves as PNG files."""
+"""Image grids and curves as PNG files, and animations."""
 
 import os
 from collections.abc import Mapping, Sequence
