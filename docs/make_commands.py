@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from experiments.likelihoods.likelihood_run import LikelihoodConfig, LikelihoodOptions
 from experiments.speech.speech_run import SpeechConfig, SpeechOptions
+from experiments.video.video_run import VideoConfig, VideoOptions
 from sampling.run_config import RunConfig
 from train.run import RunOptions
 from vqvae2.__main__ import COMMANDS
@@ -35,11 +36,13 @@ joined by dots, and list elements are numbered: `--autoencoder.training.steps 10
 
 # Options of commands that take a config file, and the class of the file's settings.
 _CONFIGS: dict[type[Options], type[Config]] = {
+    VideoOptions: VideoConfig,  # before its base class
     RunOptions: RunConfig,
     SpeechOptions: SpeechConfig,
     LikelihoodOptions: LikelihoodConfig,
 }
 _ANCHORS = {
+    VideoConfig: "settings-of-video-experiments",
     RunConfig: "settings",
     SpeechConfig: "settings-of-speech-experiments",
     LikelihoodConfig: "settings-of-comparisons-of-likelihoods",
@@ -93,11 +96,15 @@ def _settings() -> Iterator[str]:
     yield from _section("", SpeechConfig)
     yield "# Settings of comparisons of likelihoods\n"
     yield from _section("", LikelihoodConfig)
+    yield "# Settings of video experiments\n\nThose of a run on images, and the following ones.\n"
+    yield from _section("", VideoConfig, skip=RunConfig.model_fields)
 
 
-def _section(path: str, cls: type[Config]) -> Iterator[str]:
+def _section(path: str, cls: type[Config], skip: typing.Collection[str] = ()) -> Iterator[str]:
     rows, nested = [], []
     for name, field in cls.model_fields.items():
+        if name in skip:
+            continue
         children = list(_config_classes(field.annotation))
         if children:
             child_path = f"{path}.{name}" if path else name

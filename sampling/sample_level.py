@@ -23,10 +23,10 @@ class Noise:
     The variates are drawn on the CPU, so that a GPU samples the same images.
 
     Args:
-        images: Numbers of the images, or pairs (image, variant).
+        images: Numbers of the images, or tuples of numbers, such as (image, variant).
     """
 
-    def __init__(self, seed: int, images: Sequence[int | tuple[int, int]], level: int) -> None:
+    def __init__(self, seed: int, images: Sequence[int | tuple[int, ...]], level: int) -> None:
         keys = [image if isinstance(image, tuple) else (image,) for image in images]
         self.generators = [
             torch.Generator().manual_seed(

@@ -10,7 +10,9 @@ from vqvae2.models import Autoencoder
 from vqvae2.priors import Prior, PriorSpec
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-IMAGES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("speech-", "likelihoods-")))
+IMAGES = sorted(
+    path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("speech-", "likelihoods-", "video-"))
+)
 
 
 def build(name: str) -> tuple[RunConfig, Autoencoder, dict[str, Prior]]:

@@ -11,6 +11,7 @@ import pytest
 
 from experiments.likelihoods.likelihood_run import LikelihoodConfig, LikelihoodOptions
 from experiments.speech.speech_run import SpeechConfig, SpeechOptions
+from experiments.video.video_run import VideoConfig, VideoOptions
 from sampling.run_config import RunConfig
 from train.run import RunOptions
 from vqvae2.__main__ import COMMANDS
@@ -19,12 +20,13 @@ from vqvae2.command_line import option_names, options_class
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"])
+EXPERIMENTS = ("speech.md", "likelihoods.md", "video.md")
 ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 
 
 def file_tree() -> set[str]:
     """Return the paths in the file trees; a folder of Python files stands for its `__init__.py` too."""
-    pages = [(DOCS / name).read_text(encoding="utf-8") for name in ("architecture.md", "speech.md", "likelihoods.md")]
+    pages = [(DOCS / name).read_text(encoding="utf-8") for name in ("architecture.md", *EXPERIMENTS)]
     return set().union(*(paths_in_tree(page) for page in pages))
 
 
@@ -107,7 +109,9 @@ def options_of(command: str) -> set[str]:
     module, _, function = COMMANDS[command].target.partition(":")
     cls = options_class(getattr(importlib.import_module(module), function))
     names = {name for name, _ in option_names(cls)}
-    if issubclass(cls, RunOptions):
+    if issubclass(cls, VideoOptions):
+        names |= {name for name, _ in option_names(VideoConfig.from_yaml(ROOT / "configs" / "video-mazes.yaml"))}
+    elif issubclass(cls, RunOptions):
         names |= {name for name, _ in option_names(RunConfig.from_yaml(ROOT / "configs" / "demo.yaml"))}
     if issubclass(cls, SpeechOptions):
         names |= {name for name, _ in option_names(SpeechConfig.from_yaml(ROOT / "configs" / "speech-digits.yaml"))}
@@ -153,9 +157,10 @@ def test_settings_in_the_documentation_exist() -> None:
     likelihoods = {
         name for name, _ in option_names(LikelihoodConfig.from_yaml(ROOT / "configs" / "likelihoods-32.yaml"))
     }
+    video = {name for name, _ in option_names(VideoConfig.from_yaml(ROOT / "configs" / "video-mazes.yaml"))}
     unknown = []
     for page in PAGES:
-        names = {"speech.md": speech, "likelihoods.md": likelihoods}.get(page.name, images)
+        names = {"speech.md": speech, "likelihoods.md": likelihoods, "video.md": video}.get(page.name, images)
         last = {name.rpartition(".")[2] for name in names}
         sections = "|".join(sorted({name.partition(".")[0] for name in names}))
         for code in set(re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))) - set(functions()):

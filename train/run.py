@@ -1,10 +1,10 @@
 """Open a run: read its config, and create or resume its run folder."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -13,7 +13,8 @@ from sampling.processes import processes
 from sampling.run_changes import RunChanges, SettingChange
 from sampling.run_config import RunConfig
 from sampling.run_data import open_run_datasets
-from vqvae2 import files
+from train.checkpoints import check_made_from
+from vqvae2 import checkpoint, files
 from vqvae2.command_line import Options, parse, split_config_path
 from vqvae2.config import Config, differences, is_resolved
 from vqvae2.errors import UserError
@@ -54,8 +55,41 @@ _CHANGEABLE_IN_TRAINING = (
 )
 
 
-class RunOptions(Options, RunConfig):
-    """Options of a training command: a config file, and `--section.field VALUE` for any of its settings."""
+class ConfigOptions(Options):
+    """Options of a training command: a config file, and `--section.field VALUE` for any of its settings.
+
+    A subclass also inherits the class of the settings, which has the fields `run` and `data`.
+    """
+
+    config_class: ClassVar[type[Config]]  # the settings without those that a command adds
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
+        path, overrides = split_config_path(arguments, prog)
+        if path is None:
+            return parse(cls, arguments, f"{prog} CONFIG.yaml")
+        return cls.from_config(path, overrides, f"{prog} {path}")
+
+    @classmethod
+    def from_config(cls, path: Path, overrides: Sequence[str], prog: str) -> Self:
+        """Return the settings in a YAML file with overrides applied, and with absolute paths and the run folder."""
+        default = cls.from_yaml(path)
+        if is_resolved(path):  # the config of a run, which may have been moved
+            default = default.model_copy(update={"run": str(path.parent)})
+        options: Any = parse(cls, overrides, prog, default)
+        run = options.run or str(Path("runs") / path.stem)
+        return options.model_copy(update={"run": run, "data": options.data.with_absolute_paths()})
+
+    @property
+    def config(self) -> Any:
+        """The settings without those that a command adds."""
+        return self.config_class(**{name: getattr(self, name) for name in self.config_class.model_fields})
+
+
+class RunOptions(ConfigOptions, RunConfig):
+    """Options of a training command of a run on images."""
+
+    config_class: ClassVar[type[Config]] = RunConfig
 
     resume_with_changes: bool = Field(
         default=False, description="continue an existing run with changed training settings, and record the changes"
@@ -70,22 +104,11 @@ class RunOptions(Options, RunConfig):
 
     @classmethod
     def from_config(cls, path: Path, overrides: Sequence[str], prog: str) -> Self:
-        """Return the settings in a YAML file with overrides applied, and the run folder resolved."""
-        default = cls.from_yaml(path)
-        if is_resolved(path):  # the config of a run, which may have been moved
-            default = default.model_copy(update={"run": str(path.parent)})
-        options = parse(cls, overrides, prog, default)
-        data = options.data.with_absolute_paths()
+        options = super().from_config(path, overrides, prog)
         autoencoder = options.autoencoder
         if autoencoder.pretrained is not None and (source := Path(autoencoder.pretrained).expanduser()).exists():
             autoencoder = autoencoder.model_copy(update={"pretrained": str(source.absolute())})
-        run = options.run or str(Path("runs") / path.stem)
-        return options.model_copy(update={"run": run, "data": data, "autoencoder": autoencoder})
-
-    @property
-    def config(self) -> RunConfig:
-        """The settings without those that a command adds."""
-        return RunConfig(**{name: getattr(self, name) for name in RunConfig.model_fields})
+        return options.model_copy(update={"autoencoder": autoencoder})
 
 
 @dataclass(frozen=True)
@@ -111,7 +134,7 @@ def open_run(options: RunOptions) -> Run:
     Raises:
         UserError: If the folder holds another run. The message names the first setting that differs.
     """
-    config = options.config
+    config: RunConfig = options.config
     folder = RunFolder(Path(config.run or "runs"))
     with torch.device("meta"):  # raises before anything is written if sizes do not divide
         config.autoencoder.model.build(config.data.shape, config.data.channels)
@@ -130,7 +153,7 @@ def _check_folder(config: RunConfig, folder: RunFolder, with_changes: bool) -> l
     """Return the differences from the settings that the run was made with, if they are permitted."""
     changes = []
     if folder.config.is_file():
-        previous = RunConfig.from_resolved_yaml(folder.config)
+        previous = type(config).from_resolved_yaml(folder.config)
         for key, old, new in fixed_differences(previous, config):
             possible = _is_changeable_in_training(key, folder)
             if not (possible and with_changes):
@@ -155,12 +178,17 @@ def fixed_differences(previous: Config, config: Config) -> Iterator[tuple[str, A
             yield key, old, new
 
 
-def open_folder(folder: RunFolder, config: Config) -> None:
+def open_folder(options: ConfigOptions) -> tuple[Any, RunFolder]:
     """Create a run folder with its resolved config, or check that an existing one has the same config.
+
+    Returns:
+        The config and the folder.
 
     Raises:
         UserError: If the folder holds another run. The message names the first setting that differs.
     """
+    config = options.config
+    folder = RunFolder(Path(config.run or "runs"))
     with processes().main_process_first():
         if folder.config.is_file():
             for key, old, new in fixed_differences(type(config).from_resolved_yaml(folder.config), config):
@@ -173,6 +201,7 @@ def open_folder(folder: RunFolder, config: Config) -> None:
         if processes().is_main_process:
             files.lock_folder(folder.path)
             files.write_text(folder.config, config.to_yaml())
+    return config, folder
 
 
 def check_unused(folder: Path) -> None:
@@ -248,6 +277,19 @@ def _check_pretrained(config: RunConfig, folder: RunFolder) -> None:
             if key.startswith("model")
             else f"data.channels is {ours}, but {source} was trained on images with {theirs} channels."
         )
+
+
+def is_finished(weights: Path, made_from: Mapping[str, str | None]) -> bool:
+    """Return whether a stage has written its weights, and say so.
+
+    Raises:
+        UserError: If they were made from other artifacts than those with the digests `made_from`.
+    """
+    if not weights.is_file():
+        return False
+    check_made_from(checkpoint.read_metadata(weights).get("made_from", {}), made_from, weights)
+    print_main(f"{weights.parent.name}: already complete, {weights}")
+    return True
 
 
 def print_main(text: str) -> None:

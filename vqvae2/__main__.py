@@ -165,6 +165,30 @@ COMMANDS = {
         "Measure likelihood, recognition of contents and speakers, and codes",
         "vqvae2 speech evaluate runs/speech-digits",
     ),
+    "video train": Command(
+        "Video",
+        "experiments.video.stages:main",
+        "Train an autoencoder of frames, and priors of the next frame",
+        "vqvae2 video train configs/video-mazes.yaml --data.path data/mazes64",
+    ),
+    "video predict": Command(
+        "Video",
+        "experiments.video.predict:main",
+        "Predict frames of clips, also with other actions",
+        "vqvae2 video predict runs/video-mazes --count 6",
+    ),
+    "video evaluate": Command(
+        "Video",
+        "experiments.video.evaluate:main",
+        "Measure errors of predicted frames, and recognition of actions",
+        "vqvae2 video evaluate runs/video-mazes",
+    ),
+    "video three-codes": Command(
+        "Video",
+        "experiments.video.compress:main",
+        "Compress frames to three codes, and reconstruct them",
+        "vqvae2 video three-codes runs/video-mazes",
+    ),
     "likelihoods": Command(
         "Likelihoods",
         "experiments.likelihoods.compare:main",

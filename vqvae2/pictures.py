@@ -1,4 +1,4 @@
-"""Image grids and curves as PNG files."""
+"""Image grids and curves as PNG files, and animations."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -89,6 +89,13 @@ def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_
         draw.text((_CAPTION // 2, _BORDER + row * step + step // 2), name, ink, font, anchor="lm")
     with files.atomic_write(path) as partial:
         canvas.save(partial, format="PNG")
+
+
+def save_animation(path: Path, frames: Sequence[UInt8[Tensor, "c h w"]], seconds: float = 0.2) -> None:
+    """Write a GIF that shows each frame for some time, and repeats forever."""
+    first, *others = map(to_pil, frames)
+    with files.atomic_write(path) as partial:
+        first.save(partial, format="GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
 
 
 def interleave_rows(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tensor, int]:

@@ -68,15 +68,15 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def existing(cls, path: Path) -> "RunFolder":
-        """Return the folder of a run that has begun.
+    def existing(cls, path: Path, command: str = "vqvae2 run") -> "RunFolder":
+        """Return the folder of a run that has begun. `command` creates runs of its kind.
 
         Raises:
             UserError: If `path` is not a run folder.
         """
         folder = cls(path)
         if not folder.config.is_file():
-            raise UserError(f"{path}: not a run folder (no config.yaml). Create one with `vqvae2 run CONFIG`.")
+            raise UserError(f"{path}: not a run folder (no config.yaml). Create one with `{command} CONFIG`.")
         return folder
 
     @property

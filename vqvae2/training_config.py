@@ -61,12 +61,9 @@ class TrainingConfig(Config):
         return self
 
 
-class AutoencoderTrainingConfig(TrainingConfig):
-    """How the autoencoder is trained."""
+class QuantizedTrainingConfig(TrainingConfig):
+    """How a network with codes is trained."""
 
-    steps: int = Field(
-        default=0, ge=0, le=2**40, description="optimizer steps; 0 uses pretrained weights without training them"
-    )
     unquantized_steps: int = Field(
         default=100,
         ge=0,
@@ -74,6 +71,18 @@ class AutoencoderTrainingConfig(TrainingConfig):
         "may collapse before the decoder has learned to use it",
     )
 
+    @property
+    def first_quantized_step(self) -> int:
+        """Index of the first step that quantizes, from 0."""
+        return min(self.unquantized_steps, self.steps // 10)
+
+
+class AutoencoderTrainingConfig(QuantizedTrainingConfig):
+    """How the autoencoder is trained."""
+
+    steps: int = Field(
+        default=0, ge=0, le=2**40, description="optimizer steps; 0 uses pretrained weights without training them"
+    )
     decoder_steps: int = Field(
         default=0,
         ge=0,

@@ -12,7 +12,6 @@ from experiments.likelihoods.likelihood_run import (
     LikelihoodConfig,
     LikelihoodOptions,
     LikelihoodRun,
-    open_likelihood_run,
 )
 from experiments.likelihoods.networks import multi_sample_bound
 from experiments.likelihoods.stage import LikelihoodStage, bits_per_dim
@@ -23,7 +22,7 @@ from sampling.processes import processes
 from sampling.run_data import open_run_datasets
 from train.accelerator import make_accelerator
 from train.loop import train
-from train.run import print_main
+from train.run import open_folder, print_main
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config, Measured
 from vqvae2.data.images import ImageDataset
@@ -136,4 +135,4 @@ def _plot(path: Path, labels: Sequence[str], columns: Mapping[str, Sequence[floa
 
 def main(options: LikelihoodOptions) -> None:
     """Run the command `vqvae2 likelihoods`."""
-    compare(open_likelihood_run(options))
+    compare(LikelihoodRun(*open_folder(options)))

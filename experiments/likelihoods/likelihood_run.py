@@ -1,9 +1,8 @@
 """Settings of a comparison of likelihoods, and the models of its run folder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -11,14 +10,12 @@ from experiments.likelihoods.networks import LatentModel, NetworkConfig
 from experiments.likelihoods.vae import VAE
 from experiments.likelihoods.vimco import VIMCO
 from experiments.likelihoods.vqvae import VQVAE
-from train.run import open_folder
-from vqvae2.command_line import Options, parse, split_config_path
-from vqvae2.config import Config, is_resolved
+from train.run import ConfigOptions
+from vqvae2.config import Config
 from vqvae2.data.images import DataConfig
-from vqvae2.data.sources import absolute_source
 from vqvae2.quantizers import EMAConfig, QuantizerConfig
 from vqvae2.run_folder import RunFolder, StageFolder
-from vqvae2.training_config import TrainingConfig
+from vqvae2.training_config import QuantizedTrainingConfig
 
 KINDS = (VAE.kind, VQVAE.kind, VIMCO.kind)
 
@@ -48,21 +45,6 @@ class EvaluationConfig(Config):
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of the samples")
 
 
-class LikelihoodTrainingConfig(TrainingConfig):
-    """How all models are trained."""
-
-    unquantized_steps: int = Field(
-        default=100,
-        ge=0,
-        description="first steps that train the VQ-VAE without quantization, at most a tenth of all steps",
-    )
-
-    @property
-    def first_quantized_step(self) -> int:
-        """Index of the first step that quantizes, from 0."""
-        return min(self.unquantized_steps, self.steps // 10)
-
-
 class LikelihoodConfig(Config):
     """The sections of the YAML file of a comparison of likelihoods."""
 
@@ -71,7 +53,7 @@ class LikelihoodConfig(Config):
     network: NetworkConfig = NetworkConfig()
     capacities: Annotated[tuple[CapacityConfig, ...], Field(min_length=1)] = (CapacityConfig(),)
     vimco_samples: int = Field(default=5, ge=2, le=1024, description="samples per image of VIMCO's bound in training")
-    training: LikelihoodTrainingConfig = LikelihoodTrainingConfig(steps=100_000)
+    training: QuantizedTrainingConfig = QuantizedTrainingConfig(steps=100_000)
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -99,30 +81,14 @@ class LikelihoodConfig(Config):
         return self.data.channels * height * width
 
 
-class LikelihoodOptions(Options, LikelihoodConfig):
+class LikelihoodOptions(ConfigOptions, LikelihoodConfig):
     """Train a VAE, a VQ-VAE and VIMCO with the same encoder and decoder, and compare their likelihoods.
 
     Run the same command again to resume. The table is printed and written to RUN/results.json, its plot to
     RUN/likelihoods.png.
     """
 
-    @classmethod
-    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        path, overrides = split_config_path(arguments, prog)
-        if path is None:
-            return parse(cls, arguments, f"{prog} CONFIG.yaml")
-        default = cls.from_yaml(path)
-        if is_resolved(path):  # the config of a run, which may have been moved
-            default = default.model_copy(update={"run": str(path.parent)})
-        options = parse(cls, overrides, f"{prog} {path}", default)
-        run = options.run or str(Path("runs") / path.stem)
-        data = options.data.model_copy(update={"path": absolute_source(options.data.path)})
-        return options.model_copy(update={"run": run, "data": data})
-
-    @property
-    def config(self) -> LikelihoodConfig:
-        """The settings without those that a command adds."""
-        return LikelihoodConfig(**{name: getattr(self, name) for name in LikelihoodConfig.model_fields})
+    config_class: ClassVar[type[Config]] = LikelihoodConfig
 
 
 @dataclass(frozen=True)
@@ -157,15 +123,3 @@ class LikelihoodRun:
             return VQVAE(network, channels, latents, quantizer)
         sizes = quantizer.codebook_size, quantizer.code_dim
         return VIMCO(network, channels, latents, *sizes, self.config.vimco_samples)
-
-
-def open_likelihood_run(options: LikelihoodOptions) -> LikelihoodRun:
-    """Create the run folder with its resolved config, or check that an existing one has the same config.
-
-    Raises:
-        UserError: If the folder holds another run. The message names the first setting that differs.
-    """
-    config = options.config
-    run = LikelihoodRun(config, RunFolder(Path(config.run or "runs")))
-    open_folder(run.folder, config)
-    return run

@@ -13,12 +13,11 @@ from experiments.likelihoods.networks import LatentModel
 from experiments.likelihoods.vqvae import VQVAE
 from train.accelerator import to_device
 from train.loop import TrainingStage
-from train.stages.autoencoder import reset_moments
+from train.stages.autoencoder import update_codebook
 from vqvae2 import checkpoint
 from vqvae2.data.images import ImageDataset, ImageSample, to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.pictures import interleave_rows, save_grid
-from vqvae2.quantizers import GradientQuantizer
 
 _PREVIEW_IMAGES = 16
 
@@ -62,10 +61,7 @@ class LikelihoodStage(TrainingStage):
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(self.network, VQVAE):
-            quantizer = self.network.quantizer
-            quantizer.update()
-            if isinstance(quantizer, GradientQuantizer) and quantizer.restarted is not None:
-                reset_moments(optimizer, quantizer.embedding, quantizer.restarted)
+            update_codebook(self.network.quantizer, optimizer)
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the bound. Every process measures all images, so that all have the same value."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from experiments.speech.autoencoder import SpeechAutoencoder
 from experiments.speech.incremental import sample_waveforms
 from experiments.speech.mu_law import expand
-from experiments.speech.packages import import_package
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, sample_level
 from vqvae2 import files
+from vqvae2.packages import import_package
 from vqvae2.pictures import make_figure
 from vqvae2.priors import Prior
 
@@ -71,7 +71,9 @@ def sample_utterances(
 def save_wav(path: Path, waveform: Float[Tensor, " t"], sample_rate: int) -> None:
     """Write a waveform as a WAV file of 16-bit samples, atomically."""
     with files.atomic_write(path) as partial:
-        import_package("soundfile").write(partial, waveform.numpy(), sample_rate, subtype="PCM_16", format="WAV")
+        import_package("soundfile", "speech").write(
+            partial, waveform.numpy(), sample_rate, subtype="PCM_16", format="WAV"
+        )
 
 
 def save_spectrograms(

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from scipy.fft import dct
 
-from experiments.speech.packages import import_package
 from experiments.speech.spectrum import LogMel
+from vqvae2.packages import import_package
 
 _COEFFICIENTS, _SEGMENTS = 20, 16
 _SILENT = 1.0  # below the loudest frame, in units of the spectrogram
@@ -38,11 +38,11 @@ class Recognizer:
 
     def __init__(self, waveforms: Iterable[np.ndarray], labels: Int[np.ndarray, " n"], sample_rate: int) -> None:
         scaler, classifier = (
-            import_package("sklearn.preprocessing").StandardScaler(),
-            import_package("sklearn.svm").SVC(C=10),
+            import_package("sklearn.preprocessing", "speech").StandardScaler(),
+            import_package("sklearn.svm", "speech").SVC(C=10),
         )
         self.sample_rate = sample_rate
-        self.classifier = import_package("sklearn.pipeline").make_pipeline(scaler, classifier)
+        self.classifier = import_package("sklearn.pipeline", "speech").make_pipeline(scaler, classifier)
         self.classifier.fit(self._features(waveforms), labels)
 
     def accuracy(self, waveforms: Iterable[np.ndarray], labels: Int[np.ndarray, " n"]) -> float:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from experiments.speech.mu_law import SILENCE, compand
-from experiments.speech.packages import import_package
 from vqvae2.config import Config
 from vqvae2.errors import UserError, printable
+from vqvae2.packages import import_package
 
 _EXTENSIONS = (".flac", ".wav")
 
@@ -58,6 +58,10 @@ class RecordingsConfig(Config):
             if "speaker" not in groups:
                 raise ValueError("pattern: must have the named group (?P<speaker>…)")
         return self
+
+    def with_absolute_paths(self) -> "RecordingsConfig":
+        """Return the settings with an absolute path, which does not depend on the working directory."""
+        return self.model_copy(update={"path": str(Path(self.path).expanduser().absolute())})
 
 
 class Clip(NamedTuple):
@@ -180,7 +184,7 @@ def read_waveform(path: Path, config: RecordingsConfig) -> Float[np.ndarray, " t
     Raises:
         UserError: If the file cannot be read or has no samples.
     """
-    soundfile = import_package("soundfile")
+    soundfile = import_package("soundfile", "speech")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, ValueError) as error:

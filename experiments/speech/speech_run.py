@@ -1,10 +1,9 @@
 """Settings of a speech experiment and its run folder."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -12,10 +11,9 @@ from experiments.speech.autoencoder import SpeechAutoencoder, SpeechModelConfig,
 from experiments.speech.recordings import Recordings, RecordingsConfig, open_recordings
 from sampling.run_config import PriorStageConfig
 from train.checkpoints import check_made_from
-from train.run import open_folder
+from train.run import ConfigOptions
 from vqvae2 import checkpoint, files
-from vqvae2.command_line import Options, parse, split_config_path
-from vqvae2.config import Config, is_resolved
+from vqvae2.config import Config
 from vqvae2.data.code_store import CodeStore
 from vqvae2.errors import UserError
 from vqvae2.priors import Prior, TransformerConfig, load_prior
@@ -63,23 +61,10 @@ class SpeechConfig(Config):
         return self
 
 
-class SpeechOptions(Options, SpeechConfig):
+class SpeechOptions(ConfigOptions, SpeechConfig):
     """Train all stages of a speech experiment, or resume their training: the autoencoder, its baseline, the prior."""
 
-    @classmethod
-    def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
-        path, overrides = split_config_path(arguments, prog)
-        if path is None:
-            return parse(cls, arguments, f"{prog} CONFIG.yaml")
-        options = parse(cls, overrides, f"{prog} {path}", cls.from_yaml(path))
-        run = options.run or str(path.parent if is_resolved(path) else Path("runs") / path.stem)
-        data = options.data.model_copy(update={"path": str(Path(options.data.path).expanduser().absolute())})
-        return options.model_copy(update={"run": run, "data": data})
-
-    @property
-    def config(self) -> SpeechConfig:
-        """The settings without those that a command adds."""
-        return SpeechConfig(**{name: getattr(self, name) for name in SpeechConfig.model_fields})
+    config_class: ClassVar[type[Config]] = SpeechConfig
 
 
 @dataclass(frozen=True)
@@ -96,10 +81,8 @@ class SpeechRun:
         Raises:
             UserError: If `path` is not the folder of a speech experiment.
         """
-        config = RunFolder(path).config
-        if not config.is_file():
-            raise UserError(f"{path}: not a run folder (no config.yaml). Create one with `vqvae2 speech train CONFIG`.")
-        return cls(SpeechConfig.from_resolved_yaml(config), RunFolder(path))
+        folder = RunFolder.existing(path, "vqvae2 speech train")
+        return cls(SpeechConfig.from_resolved_yaml(folder.config), folder)
 
     @property
     def baseline(self) -> StageFolder:
@@ -148,15 +131,3 @@ class SpeechRun:
         if prior.made_from.get("autoencoder") != self.autoencoder.digest:
             raise UserError(f"{path}: trained on codes of another autoencoder than {weights}. {_FIX}")
         return prior
-
-
-def open_speech_run(options: SpeechOptions) -> SpeechRun:
-    """Create the run folder with its resolved config, or check that an existing one has the same config.
-
-    Raises:
-        UserError: If the folder holds another run. The message names the first setting that differs.
-    """
-    config = options.config
-    run = SpeechRun(config, RunFolder(Path(config.run or "runs")))
-    open_folder(run.folder, config)
-    return run

@@ -1,7 +1,6 @@
 """The stages of training: the autoencoder or its baseline, the codes of all recordings, and the prior."""
 
 import math
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -15,14 +14,13 @@ from experiments.speech.decoding import decode, sample_utterances, save_spectrog
 from experiments.speech.mu_law import expand
 from experiments.speech.recordings import Clip, Recordings, collate
 from experiments.speech.spectrum import LogMel
-from experiments.speech.speech_run import SpeechOptions, SpeechRun, open_speech_run
+from experiments.speech.speech_run import SpeechOptions, SpeechRun
 from sampling.processes import processes
 from train.accelerator import to_device
-from train.checkpoints import check_made_from
 from train.loop import TrainingStage, train
 from train.losses import CodebookUsageTracker
-from train.run import print_main
-from train.stages.autoencoder import reset_moments
+from train.run import is_finished, open_folder
+from train.stages.autoencoder import update_codebook
 from train.stages.prior import PriorStage
 from vqvae2 import checkpoint, files
 from vqvae2.code_maps import MapSpec
@@ -30,7 +28,6 @@ from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeHeader, CodeStore, CodeWriter
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.distributed import all_reduce_sum
-from vqvae2.quantizers import GradientQuantizer
 
 _PREVIEW_CLIPS = 4
 
@@ -96,10 +93,7 @@ class SpeechStage(TrainingStage):
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(self.network, SpeechAutoencoder):
-            quantizer = self.network.quantizer
-            quantizer.update()
-            if isinstance(quantizer, GradientQuantizer) and quantizer.restarted is not None:
-                reset_moments(optimizer, quantizer.embedding, quantizer.restarted)
+            update_codebook(self.network.quantizer, optimizer)
 
     def logged_values(self) -> dict[str, float]:
         return self._objective.usage.take() if self._objective.usage else {}
@@ -209,25 +203,17 @@ def train_speech(run: SpeechRun) -> None:
     """Train all stages of a run. Finished ones are skipped."""
     folder, workers, training = run.folder, run.config.data.num_workers, run.config.training
     data = {"data": run.recordings[0].digest()}
-    if not _is_finished(folder.autoencoder_weights, data):
+    if not is_finished(folder.autoencoder_weights, data):
         train(SpeechStage(run, baseline=False), training, folder.autoencoder.path, workers)
     if processes().is_main_process:
         extract_speech_codes(run)
     processes().wait_for_everyone()
-    if not _is_finished(folder.prior_weights("top"), {"autoencoder": files.digest(folder.autoencoder_weights)}):
+    if not is_finished(folder.prior_weights("top"), {"autoencoder": files.digest(folder.autoencoder_weights)}):
         train(SpeechPriorStage(run), run.config.prior.training, folder.prior("top").path, workers)
-    if run.config.baseline and not _is_finished(run.baseline.weights, data):
+    if run.config.baseline and not is_finished(run.baseline.weights, data):
         train(SpeechStage(run, baseline=True), training, run.baseline.path, workers)
-
-
-def _is_finished(weights: Path, made_from: Mapping[str, str | None]) -> bool:
-    if not weights.is_file():
-        return False
-    check_made_from(checkpoint.read_metadata(weights).get("made_from", {}), made_from, weights)
-    print_main(f"{weights.parent.name}: already complete, {weights}")
-    return True
 
 
 def main(options: SpeechOptions) -> None:
     """Run the command `vqvae2 speech train`."""
-    train_speech(open_speech_run(options))
+    train_speech(SpeechRun(*open_folder(options)))

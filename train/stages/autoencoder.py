@@ -30,7 +30,7 @@ from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.metrics.reconstruction import ReconstructionStatistics
 from vqvae2.models import Autoencoder
 from vqvae2.pictures import interleave_rows, save_grid
-from vqvae2.quantizers import GradientQuantizer
+from vqvae2.quantizers import GradientQuantizer, Quantizer
 from vqvae2.run_folder import StageFolder, level_names
 from vqvae2.training_config import AutoencoderLossConfig
 
@@ -154,10 +154,9 @@ class AutoencoderStage(TrainingStage):
         return self.adversarial.latest
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        self.network.update_codebooks()
         for quantizer in self.network.quantizers:
-            if isinstance(quantizer, GradientQuantizer) and quantizer.restarted is not None:
-                reset_moments(optimizer, quantizer.embedding, quantizer.restarted)
+            assert isinstance(quantizer, Quantizer)
+            update_codebook(quantizer, optimizer)
 
     def logged_values(self) -> dict[str, float]:
         return self._objective.usage.take()
@@ -192,6 +191,13 @@ class AutoencoderStage(TrainingStage):
 
     def save(self, path: Path) -> None:
         self.network.save(path, data=self.run.config.data.path, config=self.config.to_dict(), **self.made_from)
+
+
+def update_codebook(quantizer: Quantizer, optimizer: torch.optim.Optimizer) -> None:
+    """Update a codebook after an optimizer step, and the optimizer's moments if codes were restarted."""
+    quantizer.update()
+    if isinstance(quantizer, GradientQuantizer) and quantizer.restarted is not None:
+        reset_moments(optimizer, quantizer.embedding, quantizer.restarted)
 
 
 @torch.no_grad()

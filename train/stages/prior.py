@@ -16,10 +16,9 @@ from sampling.run_config import PriorStageConfig
 from sampling.run_data import load_run_autoencoder
 from sampling.sample_level import Noise, sample_level
 from train.accelerator import to_device
-from train.checkpoints import check_made_from
 from train.loop import TrainingStage, train
-from train.run import Run, RunOptions, open_run, print_main
-from vqvae2 import checkpoint, files
+from train.run import Run, RunOptions, is_finished, open_run
+from vqvae2 import files
 from vqvae2.data.code_store import CodeBatch, CodeStore, to_int64
 from vqvae2.data.images import to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
@@ -173,10 +172,9 @@ def train_prior(run: Run, level: str) -> None:
     if level not in run.config.levels:
         raise UserError(f"--level: there is no level {level!r}. The levels are {', '.join(run.config.levels)}.")
     folder = run.folder.prior(level)
-    if folder.weights.is_file():
-        made_from = {"autoencoder": files.digest(run.folder.autoencoder_weights)}
-        check_made_from(checkpoint.read_metadata(folder.weights).get("made_from", {}), made_from, folder.weights)
-        print_main(f"prior-{level}: already complete, {folder.weights}")
+    if folder.weights.is_file() and is_finished(
+        folder.weights, {"autoencoder": files.digest(run.folder.autoencoder_weights)}
+    ):
         return
     stage = ImagePriorStage(run, level)
     train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)

@@ -39,8 +39,8 @@ class DataConfig(Config):
     path: str = Field(
         default="scenes",
         description="a folder of images, a .txt file that lists images, a .zip or .tar archive, shards such as "
-        "`a{000..123}.tar`, a folder written by `vqvae2 prepare`, torchvision:NAME, huggingface:NAME, or `scenes`, the "
-        "built-in data set",
+        "`a{000..123}.tar`, a folder written by `vqvae2 prepare`, torchvision:NAME, huggingface:NAME, videos:FOLDER, "
+        "or the built-in data sets `scenes` and mazes:CLIPS",
     )
     val_path: str | None = Field(
         default=None,
@@ -57,6 +57,10 @@ class DataConfig(Config):
         "another column of labels",
     )
     val_fraction: float = Field(default=0.05, gt=0, lt=1, description="fraction of images held out for validation")
+    split_by: Literal["image", "folder"] = Field(
+        default="image",
+        description="what `val_fraction` holds out: single images, or whole folders, such as the frames of a video",
+    )
     max_unreadable_fraction: float = Field(
         default=0.01, ge=0, lt=1, description="fraction of the whole data set that may be unreadable and is skipped"
     )

@@ -6,7 +6,7 @@ that is memory-mapped, so opening it is fast and worker processes share it.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, overload
@@ -95,11 +95,10 @@ class ImageIndex:
             class_names = class_folders(names)
         classes = classes if classes is not None else tuple(sorted({name for name in class_names if name is not None}))
         label_of: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
-        hashed = (hashlib.sha256(names[i].encode("utf-8", "surrogateescape")).digest()[:8] for i in order)
         return cls(
             StringTable.from_strings([names[i] for i in order]),
             np.fromiter((label_of.get(class_names[i], -1) for i in order), np.int32, len(names)),
-            np.fromiter(map(int.from_bytes, hashed), np.uint64, len(names)),
+            _hash_all(names[i] for i in order),
             tuple(map(printable, classes)),
             {name: np.asarray(column, np.int64)[order] for name, column in (columns or {}).items()},
             stamp or {},
@@ -124,16 +123,18 @@ class ImageIndex:
         labels = np.fromiter((label_of.get(name, -1) for name in class_names), np.int32, len(self))
         return replace(self, labels=labels, classes=tuple(map(printable, classes)))
 
-    def split(self, val_fraction: float) -> tuple[IntArray, IntArray]:
+    def split(self, val_fraction: float, by_folder: bool = False) -> tuple[IntArray, IntArray]:
         """Return the indices of training and validation images, `val_fraction` of them for validation.
 
         The split depends only on the hash of the name, so adding images does not move others. Each split has at least
-        one image.
+        one image. With `by_folder`, the hash is that of the name's folder, so that the images of a folder stay
+        together; training images are empty if there is only one folder.
         """
-        quantiles = self.hashes.astype(np.float64) / 2**64
-        order = np.argsort(quantiles, kind="stable")
-        held_out = quantiles <= max(val_fraction, quantiles[order[0]])
-        held_out[order[-1]] = False
+        hashes = _hash_all(name.rpartition("/")[0] for name in self.names) if by_folder else self.hashes
+        quantiles = hashes.astype(np.float64) / 2**64
+        held_out = (quantiles <= max(val_fraction, quantiles.min())) & (quantiles < quantiles.max())
+        if not held_out.any():
+            held_out = quantiles <= quantiles.min()
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
     def digest(self, indices: IntArray) -> str:
@@ -213,6 +214,12 @@ def class_folders(names: Sequence[str]) -> list[str | None]:
             break
         start = end + 1
     return [name[start:].split("/", 1)[0] if "/" in name[start:] else None for name in names]
+
+
+def _hash_all(names: Iterable[str]) -> NDArray[np.uint64]:
+    """Return the first 64 bits of the SHA-256 of each name."""
+    hashed = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in names)
+    return np.array([int.from_bytes(digest) for digest in hashed], np.uint64)
 
 
 def sorted_classes(names: Collection[str]) -> tuple[str, ...]:

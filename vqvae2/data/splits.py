@@ -32,7 +32,9 @@ def open_datasets(config: DataConfig, cache: Path | None = None) -> tuple[ImageD
             raise UserError(
                 f"data.path: only one image in {config.path}. Training and validation need at least one each."
             )
-        training, held_out = source.index.split(config.val_fraction)
+        training, held_out = source.index.split(config.val_fraction, config.split_by == "folder")
+        if not len(training):
+            raise UserError(f"data.split_by: all images of {config.path} are in one folder. Use `image`.")
         return ImageDataset(config, source, training), ImageDataset(config, source, held_out)
     val_source = _open_val_source(config, source, cache.with_stem(f"{cache.stem}-val") if cache else None)
     return _all_images(config, source), _all_images(config, val_source)

@@ -47,7 +47,6 @@ class Prior(nn.Module, ABC):
         super().__init__()
         self.spec, self.made_from = spec, {}
 
-    @abstractmethod
     def forward(
         self, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
     ) -> Float[Tensor, "b k h w"]:
@@ -56,6 +55,13 @@ class Prior(nn.Module, ABC):
         Logits depend on `codes` at earlier positions, on all of `coarser` (finest first), and on the label. If the spec
         has classes, `labels=None` gives the unconditional distribution.
         """
+        return self.conditional_logits(codes, self._condition(len(codes), coarser, labels))
+
+    @abstractmethod
+    def conditional_logits(
+        self, codes: Int[Tensor, "b h w"], condition: Float[Tensor, "b c h2 w2"] | None
+    ) -> Float[Tensor, "b k h w"]:
+        """Return the logits of all positions, given the features that the conditioner returns."""
 
     @property
     def is_raster_order(self) -> bool:

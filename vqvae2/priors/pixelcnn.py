@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.priors.base import Column, IncrementalDecoder, OddKernelSize, Prior, PriorSpec
 from vqvae2.priors.conditioning import Conditioner, ConditionRows
@@ -63,10 +62,9 @@ class PixelCNN(Prior):
         self.hidden = PointwiseConv2d(channels, config.output_channels)
         self.logits = PointwiseConv2d(config.output_channels, spec.level.codebook_size)
 
-    def forward(
-        self, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    def conditional_logits(
+        self, codes: Int[Tensor, "b h w"], condition: Float[Tensor, "b c h2 w2"] | None
     ) -> Float[Tensor, "b k h w"]:
-        condition = self._condition(len(codes), coarser, labels)
         coordinates = self.coordinates(coordinate_map(codes.shape[1], codes.shape[2], codes.device)[None])
         embedded = self.embedding(codes).movedim(-1, 1)
         vertical = F.pad(embedded, (0, 0, 1, 0))[:, :, :-1] + coordinates

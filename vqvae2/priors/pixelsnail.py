@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.priors.attention import CausalAttention, WavefrontAttention
 from vqvae2.priors.base import (
@@ -100,10 +99,9 @@ class PixelSNAIL(Prior):
         )
         self.logits = PointwiseConv2d(channels, spec.level.codebook_size)
 
-    def forward(
-        self, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    def conditional_logits(
+        self, codes: Int[Tensor, "b h w"], condition: Float[Tensor, "b c h2 w2"] | None
     ) -> Float[Tensor, "b k h w"]:
-        condition = self._condition(len(codes), coarser, labels)
         coordinates = coordinate_map(codes.shape[1], codes.shape[2], codes.device).expand(len(codes), -1, -1, -1)
         x = self.first(self.embedding(codes).movedim(-1, 1)) + self.coordinates(coordinates)
         for block in self.blocks:

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.priors.attention import RasterPosition, cached_attention
 from vqvae2.priors.base import Column, IncrementalDecoder, Prior, PriorSpec
@@ -77,14 +76,13 @@ class Transformer(Prior):
         nn.init.normal_(self.start, std=0.02)
         nn.init.normal_(self.logits.weight, std=0.02)
 
-    def forward(
-        self, codes: Int[Tensor, "b h w"], coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    def conditional_logits(
+        self, codes: Int[Tensor, "b h w"], condition: Float[Tensor, "b c h2 w2"] | None
     ) -> Float[Tensor, "b k h w"]:
-        condition = self._condition(len(codes), coarser, labels)
         previous = self.embedding(codes.flatten(1)[:, :-1])
         x = torch.cat([self.start.to(previous.dtype).expand(len(codes), 1, -1), previous], 1)
         if condition is not None:
-            x = x + condition
+            x = x + self._at_positions(condition)
         rotary = self.rotary()
         for block in self.blocks:
             x = self._run_block(block, x, rotary)
@@ -96,14 +94,12 @@ class Transformer(Prior):
         return rotary_embedding(level.height, level.width, self.config.channels // self.config.heads, device)
 
     def _make_incremental_decoder(self, batch: int, condition: Tensor | None) -> IncrementalDecoder:
-        return _IncrementalTransformer(self, batch, condition)
+        at_positions = None if condition is None else self._at_positions(condition)
+        return _IncrementalTransformer(self, batch, at_positions)
 
-    def _condition(
-        self, batch: int, coarser: CodeMaps, labels: Int[Tensor, " b"] | None
-    ) -> Float[Tensor, "b n c"] | None:
+    def _at_positions(self, condition: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
         """Return the conditioning features of each position. N is 1 if there is only a label."""
-        features = super()._condition(batch, coarser, labels)
-        return None if features is None else upsample_to(features, *self.spec.level.shape).flatten(2).transpose(1, 2)
+        return upsample_to(condition, *self.spec.level.shape).flatten(2).transpose(1, 2)
 
 
 class TransformerBlock(nn.Module):

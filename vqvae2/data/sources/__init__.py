@@ -8,15 +8,19 @@ from vqvae2.data.sources.base import Source
 from vqvae2.data.sources.file_list import ListSource
 from vqvae2.data.sources.folder import FolderSource
 from vqvae2.data.sources.huggingface import HuggingFaceSource
+from vqvae2.data.sources.mazes import MazeSource
 from vqvae2.data.sources.prepared import PreparedSource
 from vqvae2.data.sources.scenes import SceneSource
 from vqvae2.data.sources.tar import TarSource
 from vqvae2.data.sources.torchvision import TorchvisionSource
+from vqvae2.data.sources.videos import VideoSource
 from vqvae2.data.sources.zip import ZipSource
 
 # The first source that matches a path opens it. FolderSource matches any path.
 SOURCES: tuple[type[Source], ...] = (
     SceneSource,
+    MazeSource,
+    VideoSource,
     TorchvisionSource,
     HuggingFaceSource,
     PreparedSource,
@@ -29,8 +33,13 @@ SOURCES: tuple[type[Source], ...] = (
 
 def absolute_source(path: str) -> str:
     """Return a local path as an absolute path, with `~` expanded; return names and addresses unchanged."""
-    if any(kind.matches(path) for kind in (SceneSource, TorchvisionSource, HuggingFaceSource)) or path == "scenes":
+    if (
+        any(kind.matches(path) for kind in (SceneSource, MazeSource, TorchvisionSource, HuggingFaceSource))
+        or path == "scenes"
+    ):
         return path
+    if VideoSource.matches(path):
+        return VideoSource.absolute(path)
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
