@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from sampling.guidance import make_decoder
 from sampling.params import LevelSamplingParams
@@ -81,6 +82,8 @@ def sample_level(
     if rows == 0:
         progress(codes.numel())
         return codes
+    if params.dtype == "bf16":
+        prior = _to_bfloat16(prior)
     decoder = make_decoder(prior, batch, rows, coarser, labels, params.guidance_scale)
     if isinstance(decoder, WavefrontDecoder):
         keep = None if partial is None else partial.keep
@@ -94,3 +97,14 @@ def sample_level(
     if rows < height:
         progress(batch * width * (height - rows))
     return codes
+
+
+def _to_bfloat16(prior: Prior) -> Prior:
+    """Return a copy in bfloat16, with weight norm folded into the weights beforehand."""
+    with torch.device("meta"):
+        copied: Prior = prior.config.build(prior.spec)
+    copied.load_state_dict(prior.state_dict(), assign=True)  # a copy of the module would share its parametrizations
+    for module in copied.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    return copied.eval().requires_grad_(False).bfloat16()

@@ -47,14 +47,14 @@ def ignore(_: int) -> None:
     """Ignore progress."""
 
 
-def test_samples_are_those_of_the_library_with_progress_per_row(pipeline: VQVAE2Pipeline) -> None:
+def test_samples_are_those_of_the_library_with_progress_per_step(pipeline: VQVAE2Pipeline) -> None:
     progress: list[int] = []
     config = SamplingConfig.from_dict({**PARAMS, "count": 5, "seed": 2, "classes": (4, 1), "batch_size": 3}, "test")
     found = sample(pipeline, config, progress.append)
     expected = pipeline(num_images=5, seed=2, class_labels=(4, 1), **PARAMS)
     assert torch.equal(found, to_uint8(expected))
     assert sum(progress) == 5 * pipeline.num_codes
-    assert max(progress) == 3 * 16  # one row of the bottom level, of a batch
+    assert max(progress) == 3 * 8  # one step of the bottom level: eight rows of each image of a batch
 
 
 def test_canceled_job_stops_at_the_next_row(pipeline: VQVAE2Pipeline) -> None:

@@ -124,3 +124,19 @@ def test_decoded_images_do_not_depend_on_the_batch() -> None:
     for size in (1, 3, 7, 16):
         parts = zip(*(level.split(size) for level in codes), strict=True)
         assert torch.equal(torch.cat([pipeline.decode(part) for part in parts]), expected)
+
+
+@pytest.mark.parametrize("kind", ["pixelsnail", "pixelcnn", "transformer"])
+def test_bfloat16_samples_from_nearly_the_same_distribution(kind: str) -> None:
+    prior = build(size=(6, 5), coarser=((3, 5),), classes=3, kind=kind)
+    given = inputs(prior, batch=40)
+
+    def sample(dtype: str) -> torch.Tensor:
+        params = LevelSamplingParams.from_dict({"dtype": dtype}, "sampling")
+        return sample_level(prior, Noise(0, range(40), 0), params, given["coarser"], given["labels"])
+
+    expected = sample("fp32")
+    found = sample("bf16")
+    assert 0.9 < (found == expected).double().mean() <= 1
+    assert torch.equal(sample("bf16"), found)
+    assert torch.equal(sample("fp32"), expected), "the prior itself is unchanged"

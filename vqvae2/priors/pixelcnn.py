@@ -65,7 +65,8 @@ class PixelCNN(Prior):
     def conditional_logits(
         self, codes: Int[Tensor, "b h w"], condition: Float[Tensor, "b c h2 w2"] | None
     ) -> Float[Tensor, "b k h w"]:
-        coordinates = self.coordinates(coordinate_map(codes.shape[1], codes.shape[2], codes.device)[None])
+        coordinates = coordinate_map(codes.shape[1], codes.shape[2], codes.device).to(self.embedding.weight.dtype)
+        coordinates = self.coordinates(coordinates[None])
         embedded = self.embedding(codes).movedim(-1, 1)
         vertical = F.pad(embedded, (0, 0, 1, 0))[:, :, :-1] + coordinates
         horizontal = F.pad(embedded, (1, 0))[:, :, :, :-1] + coordinates
@@ -115,7 +116,7 @@ class _IncrementalPixelCNN(IncrementalDecoder):
         self.condition_rows = ConditionRows(condition, height)
         self.batch = batch
         self.embedding = model.embedding.weight.detach()
-        coordinates = coordinate_map(height, width, self.embedding.device).permute(1, 2, 0)
+        coordinates = coordinate_map(height, width, self.embedding.device).to(self.embedding.dtype).permute(1, 2, 0)
         self.coordinates = model.coordinates.incremental()(coordinates)  # (H, W, C)
         # Embedded codes of the row above, and of the current row, shifted right by one.
         self.above = self.embedding.new_zeros(width, batch, self.embedding.shape[1])

@@ -102,8 +102,11 @@ class PixelSNAIL(Prior):
     def conditional_logits(
         self, codes: Int[Tensor, "b h w"], condition: Float[Tensor, "b c h2 w2"] | None
     ) -> Float[Tensor, "b k h w"]:
-        coordinates = coordinate_map(codes.shape[1], codes.shape[2], codes.device).expand(len(codes), -1, -1, -1)
-        x = self.first(self.embedding(codes).movedim(-1, 1)) + self.coordinates(coordinates)
+        x = self.first(self.embedding(codes).movedim(-1, 1))
+        # In the type of the features, which autocast may have lowered; float32 would raise it again.
+        coordinates = coordinate_map(codes.shape[1], codes.shape[2], codes.device).to(x.dtype)
+        coordinates = coordinates.expand(len(codes), -1, -1, -1)
+        x = x + self.coordinates(coordinates)
         for block in self.blocks:
             x = self._run_block(block, x, coordinates, condition)
         for layer in self.output:
@@ -168,7 +171,8 @@ class _IncrementalPixelSNAIL(IncrementalDecoder):
         self.condition_rows = ConditionRows(condition, height)
         self.embedding = model.embedding.weight.detach()
         self.first = model.first.incremental(batch, width)
-        self.coordinates = coordinate_map(height, width, self.embedding.device).permute(1, 2, 0).contiguous()
+        self.coordinates = coordinate_map(height, width, self.embedding.device).to(self.embedding.dtype)
+        self.coordinates = self.coordinates.permute(1, 2, 0).contiguous()
         self.row_coordinates = self.coordinates[0].clone()
         self.project_coordinates = model.coordinates.incremental()
         self.blocks = [
@@ -236,7 +240,8 @@ class _WavefrontPixelSNAIL(WavefrontDecoder):
         self.shape = shape
         self.embedding = model.embedding.weight.detach()
         self.first = WavefrontConv2d(model.first, shape)
-        self.coordinates = coordinate_map(height, width, self.embedding.device).flatten(1).T  # (H · W, 2)
+        self.coordinates = coordinate_map(height, width, self.embedding.device).to(self.embedding.dtype)
+        self.coordinates = self.coordinates.flatten(1).T  # (H · W, 2)
         self.projected_coordinates = model.coordinates.incremental()(self.coordinates)
         self.size, self.condition_size = (height, width), (1, 1)
         if condition is not None:
