@@ -144,7 +144,8 @@ def write_reconstructions(run: VideoRun, options: ThreeCodesOptions) -> dict[str
         metrics[f"psnr_{name}"] = errors.compute().psnr
     metrics |= measure_codes(network, run.stores[1])
     files.write_json(folder.path / "metrics.json", metrics)
-    save_grid(folder.path / "reconstructions.png", *interleave_rows(originals, *others, columns=_PREVIEW_FRAMES))
+    shown = (images[:: max(1, len(images) // _PREVIEW_FRAMES)][:_PREVIEW_FRAMES] for images in (originals, *others))
+    save_grid(folder.path / "reconstructions.png", *interleave_rows(*shown, columns=8))
     return metrics
 
 

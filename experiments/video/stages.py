@@ -14,6 +14,7 @@ from train.stages.prior import PriorStage
 from vqvae2 import files
 from vqvae2.data.clips import FrameHistories
 from vqvae2.data.images import to_uint8
+from vqvae2.errors import UserError
 from vqvae2.pictures import interleave_rows, save_grid
 
 _PREVIEW_FRAMES = 8
@@ -61,6 +62,8 @@ def train_video(run: VideoRun) -> None:
 
 def main(options: VideoOptions) -> None:
     """Run the command `vqvae2 video train`."""
+    if options.resume_with_changes and options.blind:
+        raise UserError("--resume-with-changes: would change only one of two priors that are compared. Use --no-blind.")
     run = open_run(options)
     assert isinstance(run.config, VideoConfig)
     train_video(VideoRun(run.config, run.folder))
