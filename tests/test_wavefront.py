@@ -47,7 +47,9 @@ def test_wavefront_logits_match_the_full_pass(
     ids=str,
 )
 @pytest.mark.parametrize("partial", [False, True], ids=["all", "partial"])
-def test_codes_equal_those_in_raster_order(settings: dict[str, Any], params: LevelSamplingParams, partial: bool) -> None:
+def test_codes_equal_those_in_raster_order(
+    settings: dict[str, Any], params: LevelSamplingParams, partial: bool
+) -> None:
     prior = build(attention=False, **settings)
     given = inputs(prior, batch=3)
     known = None
@@ -57,9 +59,7 @@ def test_codes_equal_those_in_raster_order(settings: dict[str, Any], params: Lev
         known = PartialCodes(given["codes"], keep)
     for scale in (1.0, 2.5) if prior.spec.num_classes else (1.0,):
         scaled = params.model_copy(update={"guidance_scale": scale})
-        found, expected = (
-            sample(prior, given, scaled, known, wavefront=wavefront) for wavefront in (True, False)
-        )
+        found, expected = (sample(prior, given, scaled, known, wavefront=wavefront) for wavefront in (True, False))
         assert torch.equal(found, expected)
 
 
@@ -76,7 +76,9 @@ def sample(
 
     done: list[int] = []
     with mock.patch.object(type(prior), "wavefront_decoder", record):
-        codes = sample_level(prior, Noise(4, range(3), 0), params, given["coarser"], given["labels"], known, done.append)
+        codes = sample_level(
+            prior, Noise(4, range(3), 0), params, given["coarser"], given["labels"], known, done.append
+        )
     assert len(decoders) == 1 and (decoders[0] is not None) == wavefront
     assert sum(done) == codes.numel()
     return codes
