@@ -151,6 +151,7 @@ def _build(config: RunConfig, name: str, batch_size: int, stack: ExitStack) -> t
         prior = config.priors[config.levels[level]].model.build(spec)
         codes = tuple(torch.zeros(batch_size, each.height, each.width, dtype=torch.int64) for each in maps)
         return PriorObjective(prior, level).train(), prior, CodeBatch(codes, torch.zeros(batch_size, dtype=torch.int64))
+    stack.enter_context(mock.patch("vqvae2.priors.layers.is_eager_cpu", return_value=False))  # as on a GPU
     # Fake tensors cannot run k-means, which depends on values.
     stack.enter_context(mock.patch("vqvae2.quantizers.codebook.CodebookQuantizer._initialize"))
     objective = AutoencoderObjective(autoencoder, config.autoencoder.loss).train()

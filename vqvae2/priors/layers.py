@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from vqvae2.priors import toom_cook
 from vqvae2.priors.base import Column
+from vqvae2.priors.causal_conv import CausalTaps, causal_conv2d, is_eager_cpu, split_weight
 from vqvae2.priors.toom_cook import IncrementalRowConv
 
 
@@ -35,29 +35,24 @@ class CausalConv2d(nn.Module):
         rows_above: int | None = None,
     ) -> None:
         super().__init__()
-        self.kernel_size, self.padding = kernel_size, kernel_size // 2
-        self.rows_above = kernel_size - 1 if rows_above is None else rows_above
-        self.taps_above = self.rows_above * kernel_size
-        self.taps_current = kernel_size // 2 + int(include_current)  # on the current row
+        rows_above = kernel_size - 1 if rows_above is None else rows_above
+        self.taps = CausalTaps(kernel_size, rows_above, kernel_size // 2 + int(include_current))
+        self.kernel_size, self.padding, self.rows_above = kernel_size, self.taps.padding, rows_above
+        self.taps_above, self.taps_current = self.taps.above, self.taps.current
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, self.taps_above + self.taps_current))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         weight_norm(self, "weight")
 
-    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
-        weight = self.weight  # weight norm recomputes it at each access
-        weight_above = self.weight_above(weight)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if self.taps_above and toom_cook.should_tile(weight_above, x.shape[3]) and not autocast:
-            finished = F.pad(x, (self.padding, self.padding, self.rows_above, -1))
-            weight_current = weight[:, :, None, self.taps_above :]
-            current = F.conv2d(F.pad(x, (self.padding, 0)), weight_current, self.bias)
-            return current[..., : x.shape[3]] + toom_cook.tiled_conv2d(finished, weight_above)
-        num_rows = self.rows_above + 1
-        masked_taps = num_rows * self.kernel_size - weight.shape[2]  # the last taps in raster order
-        weight = F.pad(weight, (0, masked_taps)).unflatten(2, (num_rows, self.kernel_size))
-        x = F.pad(x, (self.padding, self.padding, self.rows_above, 0))
-        return F.conv2d(x, weight, self.bias)
+    def forward(self, x: Float[Tensor, "b i h w"], elu: bool = False, dropout: float = 0.0) -> Float[Tensor, "b o h w"]:
+        """Convolve x, or with `elu`, the dropout of ELU(x)."""
+        if is_eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
+            parametrization: Any = self.parametrizations["weight"]
+            length, direction = parametrization.original0, parametrization.original1
+            return causal_conv2d(x, direction, length, self.bias, self.taps, elu, dropout)
+        x = F.dropout(F.elu(x), dropout) if elu else x
+        (part,) = split_weight(self.weight, self.taps, 0)  # not tiled
+        return F.conv2d(F.pad(x, part.padding), part.weight, self.bias)
 
     def incremental(self, batch: int, width: int) -> "IncrementalConv2d":
         """Return the incremental counterpart for a batch of maps of this width."""
@@ -163,12 +158,12 @@ class GatedResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, extra: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        hidden = self.first(F.elu(x))
+        hidden = self.first(x, elu=True)
         if self.extra is not None and extra is not None:
-            hidden = hidden + self.extra(F.elu(extra))
-        gates = self.second(self.dropout(F.elu(hidden)))
+            hidden += self.extra(F.elu(extra))
+        gates = self.second(hidden, elu=True, dropout=self.dropout.p if self.training else 0.0)
         if self.condition is not None and condition is not None:
-            gates = gates + upsample_to(self.condition(condition), gates.shape[2], gates.shape[3])
+            gates += upsample_to(self.condition(condition), gates.shape[2], gates.shape[3])
         return x + glu(gates)
 
     def incremental(self, batch: int, width: int) -> "IncrementalGatedResidualBlock":
@@ -205,8 +200,7 @@ class IncrementalGatedResidualBlock:
 
 def glu(gates: Float[Tensor, "b _ h w"]) -> Float[Tensor, "b c h w"]:
     """Compute `F.glu(gates, 1)`. On a CPU, the gradient keeps the memory format that convolutions are fast with."""
-    is_eager_cpu = gates.device.type == "cpu" and not torch.compiler.is_compiling()
-    return _GLU.apply(gates) if is_eager_cpu else F.glu(gates, 1)
+    return _GLU.apply(gates) if is_eager_cpu(gates) else F.glu(gates, 1)
 
 
 class _GLU(torch.autograd.Function):

@@ -84,7 +84,7 @@ def should_tile(weight: Tensor, width: int) -> bool:
 
 def tiled_conv2d(x: Float[Tensor, "b i h w"], weight: Float[Tensor, "o i r k"]) -> Float[Tensor, "b o h2 w2"]:
     """Compute `F.conv2d(x, weight)` on a CPU: no padding, so the output size is (h − r + 1, w − k + 1)."""
-    return _TiledConv2d.apply(x, weight, make_transforms(TILE_SIZE, weight.shape[3]))
+    return _TiledConv2d.apply(x, weight)
 
 
 class _TiledConv2d(torch.autograd.Function):
@@ -95,9 +95,9 @@ class _TiledConv2d(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, transforms: Transforms) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.transforms = transforms
+        transforms = make_transforms(TILE_SIZE, weight.shape[3])
         values, weights = _transform_input(x, transforms), transform_weight(weight, transforms)
         num_rows = values.shape[1] - len(weights) + 1
         products = torch.bmm(_slice_rows(values, 0, num_rows), weights[0].transpose(1, 2))
@@ -106,25 +106,37 @@ class _TiledConv2d(torch.autograd.Function):
         return _transform_output(products, len(x), x.shape[3] - weight.shape[3] + 1, transforms)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x, weight), transforms = ctx.saved_tensors, ctx.transforms
-        gradient = _transform_output_transposed(gradients[0], transforms)
-        kernel_rows, num_rows = weight.shape[2], gradients[0].shape[2]
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            weights = transform_weight(weight, transforms)
-            inner = gradient.new_zeros(transforms.num_points, x.shape[2], gradient.shape[1] // num_rows, x.shape[1])
-            for row in range(kernel_rows):
-                _slice_rows(inner, row, num_rows).baddbmm_(gradient, weights[row])
-            grad_x = _transform_input_transposed(inner, x, transforms)
-            del inner
-        if ctx.needs_input_grad[1]:
-            values, inner = _transform_input(x, transforms), torch.empty_like(transform_weight(weight, transforms))
-            for row in range(kernel_rows):
-                torch.bmm(gradient.transpose(1, 2), _slice_rows(values, row, num_rows), out=inner[row])
-            inner = inner.view(-1, weight.shape[:2].numel())
-            grad_weight = (inner.T @ _weight_transform_of_rows(transforms, kernel_rows)).view(weight.shape)
-        return grad_x, grad_weight, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return tiled_conv2d_backward(gradients[0], x, weight, *ctx.needs_input_grad)
+
+
+def tiled_conv2d_backward(
+    gradient: Float[Tensor, "b o h2 w2"],
+    x: Float[Tensor, "b i h w"],
+    weight: Float[Tensor, "o i r k"],
+    needs_x: bool = True,
+    needs_weight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the input and the weight of `tiled_conv2d`, given that of its output."""
+    transforms = make_transforms(TILE_SIZE, weight.shape[3])
+    kernel_rows, num_rows = weight.shape[2], gradient.shape[2]
+    gradient = _transform_output_transposed(gradient, transforms)
+    grad_x = grad_weight = None
+    if needs_x:
+        weights = transform_weight(weight, transforms)
+        inner = gradient.new_zeros(transforms.num_points, x.shape[2], gradient.shape[1] // num_rows, x.shape[1])
+        for row in range(kernel_rows):
+            _slice_rows(inner, row, num_rows).baddbmm_(gradient, weights[row])
+        grad_x = _transform_input_transposed(inner, x, transforms)
+        del inner
+    if needs_weight:
+        values, inner = _transform_input(x, transforms), torch.empty_like(transform_weight(weight, transforms))
+        for row in range(kernel_rows):
+            torch.bmm(gradient.transpose(1, 2), _slice_rows(values, row, num_rows), out=inner[row])
+        inner = inner.view(-1, weight.shape[:2].numel())
+        grad_weight = (inner.T @ _weight_transform_of_rows(transforms, kernel_rows)).view(weight.shape)
+    return grad_x, grad_weight
 
 
 def _slice_rows(values: Float[Tensor, "p h bt c"], first: int, count: int) -> Float[Tensor, "p h2bt c"]:
