@@ -84,7 +84,7 @@ class _CausalConv2d(torch.autograd.Function):
         ctx.save_for_backward(x, dropped, direction, length)
         ctx.taps, ctx.elu, ctx.scale = taps, elu, scale
         inputs = _activate(x, dropped, elu, scale)
-        weight, _ = torch._weight_norm_interface(direction, length, 0)
+        weight, _ = torch.ops.aten._weight_norm_interface(direction, length, 0)
         first, *others = split_weight(weight, taps, x.shape[3])
         output = F.conv2d(_pad(inputs, first.padding), first.weight, bias)
         for part in others:
@@ -92,13 +92,14 @@ class _CausalConv2d(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x, dropped, direction, length) = gradients, ctx.saved_tensors
-        weight, norms = torch._weight_norm_interface(direction, length, 0)
+        weight, norms = torch.ops.aten._weight_norm_interface(direction, length, 0)
         grad_weight = torch.empty_like(weight)
         grad_x = grad_bias = None
         inputs = _activate(x, dropped, ctx.elu, ctx.scale)
+        grad_padded: Any
+        grad_part: Any
         for part in split_weight(weight, ctx.taps, x.shape[3]):
             padded = _pad(inputs, part.padding)
             if part.tiled:

@@ -47,8 +47,8 @@ class CausalConv2d(nn.Module):
     def forward(self, x: Float[Tensor, "b i h w"], elu: bool = False, dropout: float = 0.0) -> Float[Tensor, "b o h w"]:
         """Convolve x, or with `elu`, the dropout of ELU(x)."""
         if is_eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
-            parametrization: Any = self.parametrizations["weight"]
-            length, direction = parametrization.original0, parametrization.original1
+            parametrized: Any = self.parametrizations
+            length, direction = parametrized.weight.original0, parametrized.weight.original1
             return causal_conv2d(x, direction, length, self.bias, self.taps, elu, dropout)
         x = F.dropout(F.elu(x), dropout) if elu else x
         (part,) = split_weight(self.weight, self.taps, 0)  # not tiled
