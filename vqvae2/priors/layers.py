@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from vqvae2.priors.base import Column
 from vqvae2.priors.causal_conv import CausalTaps, causal_conv2d, is_eager_cpu, split_weight
@@ -46,7 +47,7 @@ class CausalConv2d(nn.Module):
 
     def forward(self, x: Float[Tensor, "b i h w"], elu: bool = False, dropout: float = 0.0) -> Float[Tensor, "b o h w"]:
         """Convolve x, or with `elu`, the dropout of ELU(x)."""
-        if is_eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
+        if is_eager_cpu(x) and not torch.is_autocast_enabled("cpu") and is_parametrized(self, "weight"):
             parametrized: Any = self.parametrizations
             length, direction = parametrized.weight.original0, parametrized.weight.original1
             return causal_conv2d(x, direction, length, self.bias, self.taps, elu, dropout)
