@@ -156,18 +156,20 @@ class VQVAE2Pipeline:
         top_k: int | Mapping[str, int] = 0,
         top_p: float | Mapping[str, float] = 1.0,
         guidance_scale: float | Mapping[str, float] = 1.0,
+        dtype: Literal["fp32", "bf16"] = "fp32",
     ) -> Float[Tensor, "b c h w"]:
         """Sample images in [-1, 1]. Image k depends on the seed and k only.
 
         Args:
             class_labels: Names or numbers of the classes to cycle through; all classes if not given.
             temperature, top_k, top_p, guidance_scale: One value, or values per level: `{"top": 1.0, "bottom": 0.9}`.
+            dtype: Data type of the priors. The autoencoder decodes in float32.
 
         Raises:
             UserError: If an argument is out of range or does not fit the model.
         """
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        params = SamplingParams.from_dict(settings, "sampling")
+        params = SamplingParams.from_dict(settings | {"dtype": dtype}, "sampling")
         batches = []
         size = self.batch_that_fits(min(self.batch_size, num_images), params)
         for start in range(0, num_images, size):

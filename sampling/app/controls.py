@@ -75,8 +75,8 @@ class LevelControls:
 
     def settings(self, call: Call) -> dict[str, Any]:
         """Return the seed and the sampling parameters per level, as keys of a config."""
-        settings: dict[str, Any] = {"seed": call[self.seed]}
-        for name in type(self._defaults).model_fields:
+        settings: dict[str, Any] = {"seed": call[self.seed]} | dict(self._defaults)
+        for name in {name for name, _ in self._sliders}:
             defaults = {level: getattr(self._defaults.for_level(level), name) for level in self._levels}
             chosen = {level: call[slider] for (key, level), slider in self._sliders.items() if key == name}
             settings[name] = defaults | chosen
