@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,3 +296,25 @@ def test_address_that_is_not_free_is_refused(capsys: pytest.CaptureFixture[str])
         port = str(taken.getsockname()[1])
         fails(capsys, ["app", "scenes64", "--port", port], f"--port {port}: Address already in use", "another port")
     fails(capsys, ["app", "scenes64", "--host", "256.0.0.1"], "--host 256.0.0.1", "another port or host")
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "is_printed"),
+    [(UserError("no such class: fish"), "no such class: fish", False), (KeyError("fish"), "KeyError: 'fish'.", True)],
+)
+def test_errors_become_messages(error: Exception, message: str, is_printed: bool) -> None:
+    gr = pytest.importorskip("gradio")
+    from sampling.app import events
+
+    class Worker:
+        async def run(self, *_: Any) -> None:
+            raise error
+
+    handlers: list[Any] = []
+    output: Any = object()
+    model: Any = SimpleNamespace(worker=Worker())
+    events.bind(model, lambda handle, *_, **__: handlers.append(handle), lambda call: None, [], [output], "sample")
+    with pytest.raises(gr.Error) as raised:
+        asyncio.run(handlers[0]({}, None, SimpleNamespace(session_hash="1")))
+    assert raised.value.message.startswith(message)
+    assert raised.value.print_exception == is_printed

@@ -37,7 +37,7 @@ def bind(
 ) -> None:
     """Run `work` in the worker of the model when an event occurs, and show what it returns in `outputs`.
 
-    Progress is shown on `progress_on`. A UserError becomes a message in the page.
+    Progress is shown on `progress_on`. An error becomes a message in the page; only a UserError is not also printed.
 
     Args:
         listener: Method of a component, such as `button.click`.
@@ -59,6 +59,9 @@ def bind(
             return gr.skip()
         except UserError as error:
             raise gr.Error(str(error), duration=_MESSAGE_SECONDS, print_exception=False) from None
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}. This is a bug; the terminal of the server shows where."
+            raise gr.Error(message, duration=_MESSAGE_SECONDS) from error
 
     shown_on = [progress_on or outputs[-1]]
     listener(
