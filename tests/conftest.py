@@ -115,7 +115,8 @@ def app_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
 
     server = start_server(tmp_path_factory.mktemp("app"))
     yield server
-    assert stop_server(server, signal.SIGINT) == "vqvae2: stopped by SIGINT\n"  # no traceback, and no warning
+    printed = stop_server(server, signal.SIGINT)
+    assert printed == "vqvae2: stopped by SIGINT\n", printed  # no traceback, and no warning
 
 
 @pytest.fixture(scope="module")
