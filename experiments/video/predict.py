@@ -22,7 +22,7 @@ from vqvae2.errors import UserError
 from vqvae2.pictures import image_grid, save_animation, save_rows
 from vqvae2.priors import Prior
 
-PREDICTION = LevelSamplingParams(temperature=0.5)  # errors are lowest with little noise, see docs/video.md
+PREDICTION = LevelSamplingParams(temperature=0.5)  # other values are compared in docs/video.md
 _BATCH = 64  # clips predicted at once
 
 
