@@ -76,7 +76,6 @@ class Prior(nn.Module, ABC):
         assert self.is_raster_order, "positions in wavefront order cannot be sampled in raster order"
         return self._make_incremental_decoder(batch, self._condition(batch, coarser, labels))
 
-    @torch.inference_mode()
     def wavefront_decoder(
         self, batch: int, height: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
     ) -> "WavefrontDecoder | None":
@@ -84,14 +83,7 @@ class Prior(nn.Module, ABC):
 
         None if this network or map has none.
         """
-        shape = self._wavefront_shape(batch, height)
-        return None if shape is None else self._make_wavefront_decoder(shape, self._condition(batch, coarser, labels))
-
-    def _wavefront_shape(self, batch: int, height: int) -> "WavefrontShape | None":
         return None
-
-    def _make_wavefront_decoder(self, shape: "WavefrontShape", condition: Tensor | None) -> "WavefrontDecoder":
-        raise NotImplementedError
 
     @abstractmethod
     def _make_incremental_decoder(self, batch: int, condition: Tensor | None) -> "IncrementalDecoder": ...

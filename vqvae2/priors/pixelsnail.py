@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
 from vqvae2.priors.attention import CausalAttention, WavefrontAttention
 from vqvae2.priors.base import (
@@ -130,8 +131,12 @@ class PixelSNAIL(Prior):
         shape = None if skew is None else WavefrontShape(batch, height, width, skew)
         return shape if shape is not None and shape.num_steps < height * width else None
 
-    def _make_wavefront_decoder(self, shape: WavefrontShape, condition: Tensor | None) -> WavefrontDecoder:
-        return _WavefrontPixelSNAIL(self, shape, condition)
+    @torch.inference_mode()
+    def wavefront_decoder(
+        self, batch: int, height: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    ) -> WavefrontDecoder | None:
+        shape = self._wavefront_shape(batch, height)
+        return None if shape is None else _WavefrontPixelSNAIL(self, shape, self._condition(batch, coarser, labels))
 
 
 class PixelSNAILBlock(nn.Module):

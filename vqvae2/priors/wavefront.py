@@ -45,6 +45,11 @@ def _can_tile(conv: CausalConv2d, weight: Tensor, width: int) -> bool:
     return conv.taps_above > 0 and toom_cook.should_tile(conv.weight_above(weight), width)
 
 
+def _rows_of_buffer(first: int, end: int, batch: int) -> slice:
+    """Return the entries of rows `first` to `end` − 1 of all images."""
+    return slice(first * batch, end * batch)
+
+
 class WavefrontConv2d:
     """Causal convolution: `set_input` and `output` for each step, in the order that the kernel requires.
 
@@ -55,7 +60,7 @@ class WavefrontConv2d:
     def __init__(self, conv: CausalConv2d, shape: WavefrontShape) -> None:
         weight = conv.weight.detach()  # with weight norm folded in
         _, in_channels, _ = weight.shape
-        self.shape, self.padding, self.rows_above = shape, conv.padding, conv.rows_above
+        self.shape, self.rows_above = shape, conv.rows_above
         self.bias = conv.bias.detach()
         columns = range(-conv.padding, conv.padding + 1)
         # (steps back, rows above) of each tap, in raster order
@@ -63,7 +68,7 @@ class WavefrontConv2d:
         current = [(-j, 0) for j in columns[: conv.taps_current]]
         self.tiles = None
         if shape.skew >= tiled_skew(conv.padding) and _can_tile(conv, weight, shape.width):
-            self.tiles = TiledRowsAbove(conv.weight_above(weight), conv.bias.detach(), shape)
+            self.tiles = TiledRowsAbove(conv.weight_above(weight), self.bias, shape)
             above, weight = [], weight[:, :, conv.taps_above :]
         self.taps = above + current
         self.weight = weight.transpose(1, 2).flatten(1).contiguous().T  # (taps · I, O)
@@ -90,7 +95,7 @@ class WavefrontConv2d:
         return self.slots[step % self.num_slots][self._part(first, end)]
 
     def _part(self, first: int, end: int) -> slice:
-        return slice((first + self.rows_above) * self.shape.batch, (end + self.rows_above) * self.shape.batch)
+        return _rows_of_buffer(first + self.rows_above, end + self.rows_above, self.shape.batch)
 
 
 class TiledRowsAbove:
@@ -153,7 +158,7 @@ class TiledRowsAbove:
         return max(0, (tile - num_tiles) // self.skew + 1), min(self.shape.height, tile // self.skew + 1)
 
     def _part(self, first: int, end: int) -> slice:
-        return slice((first + self.kernel_rows) * self.shape.batch, (end + self.kernel_rows) * self.shape.batch)
+        return _rows_of_buffer(first + self.kernel_rows, end + self.kernel_rows, self.shape.batch)
 
 
 class WavefrontGatedResidualBlock:
