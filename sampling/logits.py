@@ -8,18 +8,21 @@ from sampling.params import LevelSamplingParams
 
 
 def sample_codes(
-    logits: Float[Tensor, "b k"], noise: Float[Tensor, "b k"], params: LevelSamplingParams
+    logits: Float[Tensor, "b k"], uniform: Float[Tensor, " b"], params: LevelSamplingParams
 ) -> Int[Tensor, " b"]:
-    """Sample codes by the Gumbel-max trick. `noise` holds standard exponential variates.
+    """Sample codes by inversion of the cumulative distribution. `uniform` holds variates in [0, 1).
 
-    >>> logits = torch.tensor([[0.0, 3.0, 1.0]])
-    >>> sample_codes(logits, torch.ones(1, 3), LevelSamplingParams(temperature=0)).tolist()
-    [1]
+    >>> probabilities = torch.tensor([0.2, 0.5, 0.3])
+    >>> sample_codes(probabilities.log().expand(3, 3), torch.tensor([0.9, 0.5, 0.1]), LevelSamplingParams()).tolist()
+    [0, 1, 2]
     """
     if params.temperature == 0:
         return logits.argmax(1)
     logits = keep_top_p(keep_top_k(logits.float() / params.temperature, params.top_k), params.top_p)
-    return (logits - noise.log()).argmax(1)  # −log of an exponential variate is a Gumbel variate
+    cumulative = logits.softmax(1).cumsum(1, dtype=torch.float64)  # in float32, the order of additions would matter
+    # The bound is positive and at most the total, so a code of probability 0 is never sampled.
+    bound = (1 - uniform.double()) * cumulative[:, -1]
+    return (cumulative < bound[:, None]).sum(1)
 
 
 def keep_top_k(logits: Float[Tensor, "b k"], count: int) -> Float[Tensor, "b k"]:

@@ -29,7 +29,7 @@ class RowSampler:
         device: torch.device,
     ) -> None:
         self.decoder, self.params, self.width = decoder, params, level.width
-        self.noise = torch.empty(level.width, batch, level.codebook_size, device=device)
+        self.uniform = torch.zeros(batch, level.width, device=device)
         self.codes = torch.zeros(batch, level.width, dtype=torch.int64, device=device)
         self.keep = torch.zeros(batch, level.width, dtype=torch.bool, device=device)
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
@@ -39,15 +39,20 @@ class RowSampler:
     def sample(
         self,
         row: int,
-        noise: Float[Tensor, "w b k"],
+        uniform: Float[Tensor, "b w"],
         codes: Int[Tensor, "b w"],
         keep: Bool[Tensor, "b w"] | None = None,
     ) -> Int[Tensor, "b w"]:
-        """Return the codes of a row: those of `codes` if `keep` is true, sampled codes otherwise."""
+        """Return the codes of a row: those of `codes` if `keep` is true, sampled codes otherwise.
+
+        Args:
+            uniform: Variates in [0, 1).
+        """
         if self.use_graph and self.graph is None:
-            self.graph = capture(self._next_position)  # before the first row, because the warmup writes to the buffers
+            # Before the first row, because the warmup writes to the buffers.
+            self.graph = capture(self._next_position, self.codes.device)
         self.decoder.begin_row(row)
-        self.noise.copy_(noise, non_blocking=True)
+        self.uniform.copy_(uniform)
         self.codes.copy_(codes)
         if keep is not None:
             self.keep.copy_(keep)
@@ -62,7 +67,7 @@ class RowSampler:
 
     def _sample_position(self, column: Column) -> None:
         logits = self.decoder.logits(column)
-        sampled = sample_codes(logits, self.noise[column].view(logits.shape), self.params)
+        sampled = sample_codes(logits, self.uniform[:, column].flatten(), self.params)
         sampled = torch.where(self.keep[:, column].flatten(), self.codes[:, column].flatten(), sampled)
         self.decoder.set_codes(column, sampled)
         if isinstance(column, Tensor):
@@ -75,15 +80,17 @@ class RowSampler:
         self.column.add_(1).remainder_(self.width)
 
 
-def capture(work: Callable[[], None]) -> Any:
+def capture(work: Callable[[], None], device: torch.device) -> Any:
     """Capture `work` as a CUDA graph, after a few warmup calls, which capturing requires."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the one of a DataLoader that pins memory, may call CUDA during the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
     return graph

@@ -19,7 +19,7 @@ from vqvae2.priors.base import WavefrontDecoder
 
 
 class Noise:
-    """Exponential variates with one random stream per image, a function of (seed, image, level) only.
+    """Uniform variates with one random stream per image, a function of (seed, image, level) only.
 
     The variates are drawn on the CPU, so that a GPU samples the same images.
 
@@ -36,10 +36,9 @@ class Noise:
             for key in keys
         ]
 
-    def row(self, width: int, codebook_size: int) -> Float[Tensor, "w b k"]:
-        """Draw the variates of the next row."""
-        rows = [torch.empty(width, codebook_size).exponential_(generator=generator) for generator in self.generators]
-        return torch.stack(rows, 1)
+    def draw(self, *shape: int) -> Float[Tensor, "b ..."]:
+        """Return the next variates in [0, 1) of each image, of shape `shape`."""
+        return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])
 
 
 class PartialCodes(NamedTuple):
@@ -69,7 +68,7 @@ def sample_level(
         progress: Called with the number of positions completed since the last call.
     """
     params = params or LevelSamplingParams()
-    (height, width), codebook_size = prior.spec.level.shape, prior.spec.level.codebook_size
+    height, width = prior.spec.level.shape
     batch = len(noise.generators)
     device = next(prior.parameters()).device
     codes = torch.zeros(batch, height, width, dtype=torch.int64, device=device)
@@ -84,15 +83,15 @@ def sample_level(
         return codes
     if params.dtype == "bf16":
         prior = _to_bfloat16(prior)
+    uniform = noise.draw(height, width).to(device)
     decoder = make_decoder(prior, batch, rows, coarser, labels, params.guidance_scale)
     if isinstance(decoder, WavefrontDecoder):
-        keep = None if partial is None else partial.keep
-        sample_wavefront(decoder, params, lambda: noise.row(width, codebook_size), codes, keep, progress)
+        sample_wavefront(decoder, params, uniform, codes, None if partial is None else partial.keep, progress)
     else:
         sampler = RowSampler(decoder, params, batch, prior.spec.level, device)
         for row in range(rows):
             keep = None if partial is None else partial.keep[:, row]
-            codes[:, row] = sampler.sample(row, noise.row(width, codebook_size), codes[:, row], keep)
+            codes[:, row] = sampler.sample(row, uniform[:, row], codes[:, row], keep)
             progress(batch * width)
     if rows < height:
         progress(batch * width * (height - rows))

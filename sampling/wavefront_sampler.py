@@ -14,7 +14,7 @@ from vqvae2.priors.base import WavefrontDecoder
 def sample_wavefront(
     decoder: WavefrontDecoder,
     params: LevelSamplingParams,
-    next_noise: Callable[[], Float[Tensor, "w b k"]],
+    uniform: Float[Tensor, "b h w"],
     codes: Int[Tensor, "b h w"],
     keep: Bool[Tensor, "b h w"] | None = None,
     progress: Callable[[int], object] = lambda positions: None,
@@ -22,18 +22,15 @@ def sample_wavefront(
     """Replace `codes` by sampled ones, except if `keep` is true.
 
     Args:
-        next_noise: Draws the exponential variates of the next row.
+        uniform: Variates in [0, 1).
         progress: Called with the number of positions completed since the last call.
     """
-    noise: dict[int, Tensor] = {}  # of the rows in flight
     for wave in decoder.shape.waves():
-        noise.pop(wave.first - 1, None)
-        if wave.end - 1 not in noise:
-            noise[wave.end - 1] = next_noise().to(codes.device, non_blocking=True)
         rows, columns = decoder.shape.index_tensors(wave, codes.device)
-        variates = torch.cat([noise[row][column] for row, column in decoder.shape.positions(wave)])
         logits = decoder.logits(wave)
-        sampled = sample_codes(logits.flatten(0, 1), variates, params).view(logits.shape[:2])
+        sampled = sample_codes(logits.flatten(0, 1), uniform[:, rows, columns].T.flatten(), params).view(
+            logits.shape[:2]
+        )
         if keep is not None:
             sampled = torch.where(keep[:, rows, columns].T, codes[:, rows, columns].T, sampled)
         decoder.set_codes(wave, sampled)

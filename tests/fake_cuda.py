@@ -6,6 +6,7 @@ Fake tensors have a device and a shape but no contents, so no GPU is needed.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from vqvae2.priors.toom_cook import make_transforms
 
 CUDA = torch.device("cuda", 0)
 _TOLD = torch.device("meta")
@@ -35,9 +38,9 @@ class NoHostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        # C++ code is told that tensors are on the meta device. Otherwise autograd would look for a stream of the GPU.
+        # C++ code is told that tensors on the GPU are on the meta device. Otherwise autograd would look for a stream.
         if func is torch.ops.prim.device.default:
-            return _TOLD
+            return _TOLD if args[0].fake_device.type == "cuda" else args[0].fake_device
         if kwargs.get("device") == _TOLD:
             kwargs["device"] = CUDA
         if not self.active:
@@ -76,7 +79,12 @@ class NoHostWaits(TorchDispatchMode):
 def fake_cuda() -> Iterator[NoHostWaits]:
     """Run the block with fake tensors, under a check that is active once its attribute `active` is set."""
     with ExitStack() as stack:
+        # In inference mode, composite operations would arrive in one piece, with the device that C++ code is told.
+        stack.enter_context(mock.patch.object(torch.inference_mode, "__enter__", return_value=None))
+        stack.enter_context(mock.patch.object(torch.inference_mode, "__exit__", return_value=None))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the choice of another one needs a GPU
+        make_transforms.cache_clear()  # fake ones must not stay in the cache either
+        stack.callback(make_transforms.cache_clear)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(NoHostWaits())
 

@@ -56,13 +56,12 @@ def test_partial_codes_match_naive_sampler(kind: str, part: str) -> None:
         prior, Noise(0, range(3), 0), LevelSamplingParams(), given["coarser"], progress=progress.append, partial=partial
     )
     assert sum(progress) == 3 * 30
-    noise, codes = Noise(0, range(3), 0), torch.zeros(3, 5, 6, dtype=torch.int64)
+    uniform, codes = Noise(0, range(3), 0).draw(5, 6), torch.zeros(3, 5, 6, dtype=torch.int64)
     for row in range(5):
-        variates = noise.row(6, prior.spec.level.codebook_size)
         for column in range(6):
             with torch.no_grad():
                 logits = prior(codes, given["coarser"])[:, :, row, column]
-            sampled = sample_codes(logits, variates[column], LevelSamplingParams())
+            sampled = sample_codes(logits, uniform[:, row, column], LevelSamplingParams())
             codes[:, row, column] = torch.where(keep[:, row, column], given["codes"][:, row, column], sampled)
     assert torch.equal(found, codes)
     assert torch.equal(found[keep], given["codes"][keep])

@@ -80,15 +80,14 @@ def test_guided_codes_match_two_full_passes(kind: str, scale: float) -> None:
     given = inputs(prior, batch=3)
     coarser, labels = given["coarser"], given["labels"]
     found = sample_level(prior, Noise(0, range(3), 0), LevelSamplingParams(guidance_scale=scale), coarser, labels)
-    noise, codes = Noise(0, range(3), 0), torch.zeros(3, 4, 6, dtype=torch.int64)
+    uniform, codes = Noise(0, range(3), 0).draw(4, 6), torch.zeros(3, 4, 6, dtype=torch.int64)
     for row in range(4):
-        variates = noise.row(6, prior.spec.level.codebook_size)
         for column in range(6):
             with torch.no_grad():
                 conditional = prior(codes, coarser, labels)[:, :, row, column]
                 unconditional = prior(codes, coarser, None)[:, :, row, column]
             logits = unconditional + scale * (conditional - unconditional)
-            codes[:, row, column] = sample_codes(logits, variates[column], LevelSamplingParams())
+            codes[:, row, column] = sample_codes(logits, uniform[:, row, column], LevelSamplingParams())
     assert torch.equal(found, codes)
     for part in ([2], [1, 0]):
         coarser_part = tuple(level[part] for level in coarser)

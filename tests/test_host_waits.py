@@ -9,7 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sampling.guidance import make_decoder
+from sampling.params import LevelSamplingParams
+from sampling.row_sampler import RowSampler
 from sampling.run_config import AutoencoderStageConfig
+from sampling.wavefront_sampler import sample_wavefront
 from tests.fake_cuda import CUDA, HostWaitError, fake_cuda, move_to_fake_cuda
 from train.accelerator import to_device
 from train.checkpoints import TrainingState
@@ -26,6 +30,7 @@ from vqvae2.code_maps import MapSpec
 from vqvae2.data.code_store import CodeBatch
 from vqvae2.data.images import ImageSample
 from vqvae2.models.discriminator import DiscriminatorConfig
+from vqvae2.priors.base import IncrementalDecoder, WavefrontDecoder
 from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig, QuantizerConfig, SimVQConfig
 from vqvae2.training_config import (
     AdversarialLossConfig,
@@ -38,6 +43,7 @@ from vqvae2.training_config import (
 
 SETTINGS = {"steps": 100, "batch_size": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "ema_decay": 0.99}
 CODEBOOK = {"codebook_size": 16, "code_dim": 4, "kmeans_init": False}
+FILTERS = LevelSamplingParams(temperature=0.9, top_k=4, top_p=0.9)
 BOTTOM, TOP = (MapSpec(codebook_size=16, height=side, width=side) for side in (8, 4))
 
 
@@ -160,6 +166,56 @@ def test_step_with_perceptual_and_adversarial_loss_does_not_wait() -> None:
 )
 def test_prior_step_does_not_wait(model: PixelSNAILConfig | PixelCNNConfig | TransformerConfig) -> None:
     trace(PriorSteps(model), PriorTrainingConfig(**SETTINGS), codes)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "params",
+    [
+        LevelSamplingParams(),
+        LevelSamplingParams(temperature=0.9, top_k=4, top_p=0.9),
+        LevelSamplingParams(temperature=0),
+    ],
+    ids=["plain", "filters", "argmax"],
+)
+@pytest.mark.parametrize(
+    "model",
+    [
+        PixelSNAILConfig(channels=8, residual_channels=8, blocks=2, layers=1, heads=2, kernel=3, output_layers=1),
+        PixelCNNConfig(channels=8, layers=2, output_channels=8, kernel=3),
+        TransformerConfig(channels=8, layers=2, heads=2),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_captured_position_has_no_wait_and_no_tensor_on_the_cpu(
+    model: PixelSNAILConfig | PixelCNNConfig | TransformerConfig, params: LevelSamplingParams, guidance_scale: float
+) -> None:
+    prior = model.build(PriorSpec(level=BOTTOM, coarser=(TOP,), num_classes=3)).eval().requires_grad_(False)
+    with fake_cuda() as check, torch.no_grad():
+        move_to_fake_cuda(prior)
+        coarser = (torch.zeros(2, *TOP.shape, dtype=torch.int64, device=CUDA),)
+        decoder = make_decoder(
+            prior, 2, BOTTOM.height, coarser, torch.zeros(2, dtype=torch.int64, device=CUDA), guidance_scale
+        )
+        assert isinstance(decoder, IncrementalDecoder)
+        sampler = RowSampler(decoder, params, 2, BOTTOM, CUDA)
+        decoder.begin_row(0)
+        sampler._next_position()
+        check.active = True
+        sampler._next_position()
+
+
+def test_wavefront_does_not_wait() -> None:
+    model = PixelSNAILConfig(channels=8, residual_channels=8, blocks=2, layers=1, kernel=3, attention=False)
+    prior = model.build(PriorSpec(level=BOTTOM, coarser=(TOP,))).eval().requires_grad_(False)
+    with fake_cuda() as check, torch.no_grad():
+        move_to_fake_cuda(prior)
+        coarser = (torch.zeros(2, *TOP.shape, dtype=torch.int64, device=CUDA),)
+        decoder = make_decoder(prior, 2, BOTTOM.height, coarser, None)
+        assert isinstance(decoder, WavefrontDecoder)
+        codes = torch.zeros(2, *BOTTOM.shape, dtype=torch.int64, device=CUDA)
+        check.active = True
+        sample_wavefront(decoder, LevelSamplingParams(), torch.zeros(codes.shape, device=CUDA), codes)
 
 
 def test_a_read_in_the_step_is_found() -> None:

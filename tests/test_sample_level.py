@@ -42,17 +42,30 @@ def test_top_p_keeps_the_smallest_sufficient_set(seed: int, threshold: float) ->
 def test_sampled_codes_follow_the_softmax(temperature: float) -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
     count = 40_000
-    noise = Noise(0, [7], 0).row(count, 4)[:, 0]
-    codes = sample_codes(logits.expand(count, 4), noise, LevelSamplingParams(temperature=temperature))
+    uniform = Noise(0, [7], 0).draw(count)[0]
+    codes = sample_codes(logits.expand(count, 4), uniform, LevelSamplingParams(temperature=temperature))
     found = np.bincount(codes.numpy(), minlength=4) / count
     expected = (logits / temperature).softmax(0).numpy()
     assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / count)
 
 
+@given(seed=st.integers(0, 999), uniform=st.floats(0, 1, exclude_max=True, width=32))
+@settings(deadline=None)
+def test_a_code_is_the_first_whose_cumulative_probability_exceeds_the_variate(seed: int, uniform: float) -> None:
+    logits = 4 * torch.randn(1, 40, generator=torch.Generator().manual_seed(seed))
+    logits[0, torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:20]] = -torch.inf
+    code = int(sample_codes(logits, torch.tensor([uniform]), LevelSamplingParams()))
+    probabilities = np.exp(logits[0].double().numpy()) / np.exp(logits[0].double().numpy()).sum()
+    assert probabilities[code] > 0
+    # Numbered from the last code, the cumulative probability reaches the variate at the sampled code.
+    assert probabilities[code + 1 :].sum() <= uniform + 1e-6
+    assert probabilities[code:].sum() >= uniform - 1e-6
+
+
 def test_temperature_zero_is_argmax() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0]])
     for seed in range(20):
-        assert sample_codes(logits, Noise(seed, [0], 0).row(1, 3)[0], LevelSamplingParams(temperature=0)) == 1
+        assert sample_codes(logits, Noise(seed, [0], 0).draw(), LevelSamplingParams(temperature=0)) == 1
 
 
 def test_samples_depend_on_seed_and_index_but_not_on_the_batch() -> None:
@@ -78,21 +91,20 @@ def test_incremental_sampler_matches_naive_sampler(params: LevelSamplingParams, 
     prior = build(size=(5, 6), coarser=((5, 3),), kind=kind)
     coarser = inputs(prior, batch=3)["coarser"]
     found = sample_level(prior, Noise(0, range(3), 0), params, coarser)
-    noise = Noise(0, range(3), 0)
+    uniform = Noise(0, range(3), 0).draw(5, 6)
     codes = torch.zeros(3, 5, 6, dtype=torch.int64)
     for row in range(5):
-        variates = noise.row(6, prior.spec.level.codebook_size)
         for column in range(6):
             with torch.no_grad():
                 logits = prior(codes, coarser)[:, :, row, column]
-            codes[:, row, column] = sample_codes(logits, variates[column], params)
+            codes[:, row, column] = sample_codes(logits, uniform[:, row, column], params)
     assert torch.equal(found, codes)
 
 
 class Replay:
     """A stand-in for a CUDA graph: three warmup calls, and `replay` calls the function again."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], None], _: torch.device) -> None:
         self.replay = work
         for _ in range(3):
             work()

@@ -10,6 +10,7 @@ from tests.test_priors import build, inputs
 from vqvae2.priors import toom_cook
 from vqvae2.priors.base import incremental_logits
 from vqvae2.priors.layers import glu
+from vqvae2.priors.toom_cook import make_transforms
 
 
 @given(
@@ -97,3 +98,10 @@ def test_attention_uses_the_fused_kernel() -> None:
     codes = inputs(prior)["codes"]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         F.cross_entropy(prior(codes), codes).backward()
+
+
+def test_transforms_made_while_sampling_can_be_used_for_training() -> None:
+    make_transforms.cache_clear()
+    with torch.inference_mode():
+        make_transforms(4, 5)
+    assert not any(matrix.is_inference() for matrix in make_transforms(4, 5))

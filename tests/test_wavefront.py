@@ -95,7 +95,7 @@ def test_number_of_steps() -> None:
     shape = WavefrontShape(batch=1, height=64, width=64, skew=3)
     waves = list(shape.waves())
     assert len(waves) == shape.num_steps == 64 + 3 * 63
-    positions = [position for wave in waves for position in shape.positions(wave)]
+    positions = [(int(r), int(c)) for wave in waves for r, c in zip(*shape.index_tensors(wave, "cpu"), strict=True)]
     assert sorted(positions) == [(row, column) for row in range(64) for column in range(64)]
 
 
@@ -163,8 +163,7 @@ def test_wavefront_attention_samples_what_the_full_pass_gives(settings: dict[str
         keep[:, -1] = True  # codes after the last sampled row still influence those above it
     known = PartialCodes(given["codes"], keep)
     found = sample_level(prior, Noise(4, range(3), 0), None, given["coarser"], given["labels"], known)
-    noise = Noise(4, range(3), 0)
-    variates = torch.stack([noise.row(width, prior.spec.level.codebook_size) for _ in range(height)])
+    uniform = Noise(4, range(3), 0).draw(height, width)
     codes = torch.where(keep, given["codes"], 0)
     skew = prior.config.kernel // 2 + 1
     for step in range(width + skew * (height - 1)):
@@ -172,6 +171,6 @@ def test_wavefront_attention_samples_what_the_full_pass_gives(settings: dict[str
             logits = prior(codes, given["coarser"], given["labels"])
         for row in range(height):
             if 0 <= (column := step - skew * row) < width:
-                sampled = sample_codes(logits[:, :, row, column], variates[row, column], LevelSamplingParams())
+                sampled = sample_codes(logits[:, :, row, column], uniform[:, row, column], LevelSamplingParams())
                 codes[:, row, column] = torch.where(keep[:, row, column], codes[:, row, column], sampled)
     assert torch.equal(found, codes)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from experiments.speech.mu_law import SILENCE
 from experiments.speech.wavenet import WaveNet, WaveNetLayer
+from sampling.logits import sample_codes
+from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise
 
 
@@ -93,16 +95,13 @@ def sample_waveforms(
     """
     batch, frames, _ = condition.shape
     noise = Noise(seed, range(batch) if clips is None else clips, level=0)
-    decoder = IncrementalWaveNet(network, batch)
+    decoder, params = IncrementalWaveNet(network, batch), LevelSamplingParams(temperature=temperature)
     values = torch.full((frames * samples_per_frame + 1, batch), SILENCE, device=condition.device)
     for frame in range(frames):
         decoder.begin_frame(condition[:, frame])
-        # 1 − exp(−e) of an exponential variate e is uniform in [0, 1).
-        uniform = -torch.expm1(-noise.row(samples_per_frame, 1)).to(condition.device)
+        uniform = noise.draw(samples_per_frame).to(condition.device)
         for index in range(samples_per_frame):
             time = frame * samples_per_frame + index
-            cumulative = (decoder.logits(values[time]) / temperature).softmax(1).cumsum(1)
-            below = cumulative <= uniform[index] * cumulative[:, -1:]
-            values[time + 1] = below.sum(1).clamp_max_(255)
+            values[time + 1] = sample_codes(decoder.logits(values[time]), uniform[:, index], params)
         progress(samples_per_frame)
     return values[1:].T.contiguous()

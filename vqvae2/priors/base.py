@@ -162,12 +162,8 @@ class WavefrontShape(NamedTuple):
             if first < end:
                 yield Wave(step, first, end)
 
-    def positions(self, wave: Wave) -> list[tuple[int, int]]:
-        """Return the row and the column of each position."""
-        return [(row, wave.step - self.skew * row) for row in range(wave.first, wave.end)]
-
     def index_tensors(self, wave: Wave, device: torch.device | str) -> tuple[Int[Tensor, " r"], Int[Tensor, " r"]]:
-        """Return the rows and the columns of the positions as tensors."""
+        """Return the rows and the columns of the positions."""
         rows = torch.arange(wave.first, wave.end, device=device)
         return rows, wave.step - self.skew * rows
 

@@ -265,7 +265,7 @@ class _WavefrontPixelSNAIL(WavefrontDecoder):
         rows, columns = self.shape.index_tensors(wave, self.embedding.device)
         (height, width), (condition_height, condition_width) = self.size, self.condition_size
         condition_positions = rows * condition_height // height * condition_width + columns * condition_width // width
-        positions = (rows * width + columns).repeat_interleave(self.shape.batch)
+        positions = (rows * width + columns)[:, None].expand(-1, self.shape.batch).flatten()
         coordinates = self.coordinates.index_select(0, positions)
         x = self.first.output(wave, self.projected_coordinates.index_select(0, positions))
         for block in self.blocks:

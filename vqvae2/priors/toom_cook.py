@@ -45,6 +45,7 @@ class Transforms(NamedTuple):
 
 
 @cache
+@torch.inference_mode(mode=False)  # the first call may be for sampling, and another one for training
 def make_transforms(tile_size: int, kernel_size: int) -> Transforms:
     """Return float32 transforms. A tile size of 1 gives direct summation.
 
