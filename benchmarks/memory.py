@@ -114,20 +114,31 @@ def step_peak(objective: nn.Module, network: nn.Module, batch: Any, training: Tr
 
 def measure(config: RunConfig, gpus: int, checkpointing: bool) -> list[Peak]:
     """Return the peaks of the autoencoder and of every prior."""
-    stages = [("autoencoder", config.autoencoder.training)]
-    stages += [(f"prior-{name}", config.priors[name].training) for name in config.levels]
-    return [_measure_stage(config, name, training, gpus, checkpointing) for name, training in stages]
+    return [_measure_stage(config, name, each, gpus, checkpointing) for name, each in stages_of(config).items()]
+
+
+def stages_of(config: RunConfig) -> dict[str, TrainingConfig]:
+    """Return the training settings of the autoencoder and of every prior."""
+    priors = {f"prior-{name}": config.priors[name].training for name in config.levels}
+    return {"autoencoder": config.autoencoder.training, **priors}
+
+
+def micro_batch_of(training: TrainingConfig, gpus: int) -> int:
+    """Return the images of one forward pass on one GPU."""
+    return max(1, training.batch_size // (gpus * training.gradient_accumulation_steps))
 
 
 def _measure_stage(config: RunConfig, name: str, training: TrainingConfig, gpus: int, checkpointing: bool) -> Peak:
-    micro_batch = max(1, training.batch_size // (gpus * training.gradient_accumulation_steps))
+    micro_batch = micro_batch_of(training, gpus)
     checkpointing = checkpointing and getattr(training, "gradient_checkpointing", False)
     perceptual = make_perceptual_loss(config.autoencoder.loss.perceptual, config.data.shape)
     peaks, fixed = [], 0.0
     for decoder_only in {False, getattr(training, "decoder_steps", 0) > 0}:
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, ExitStack() as stack:
-            objective, network, batch = _build(config, name, micro_batch, stack)
+            _adapt_to_fake_tensors(stack)
+            objective, network, batch = build_stage(config, name, micro_batch)
             if isinstance(objective, AutoencoderObjective):
+                stack.enter_context(mock.patch.object(objective, "usage"))
                 objective.decoder_only = decoder_only
                 is_active = decoder_only or not config.autoencoder.loss.perceptual.start
                 objective.perceptual = perceptual if is_active else None
@@ -138,10 +149,16 @@ def _measure_stage(config: RunConfig, name: str, training: TrainingConfig, gpus:
     return Peak(name, micro_batch, checkpointing, fixed, max(peaks))
 
 
-def _build(config: RunConfig, name: str, batch_size: int, stack: ExitStack) -> tuple[nn.Module, nn.Module, Any]:
-    """Return a stage's objective, its network and a batch."""
+def _adapt_to_fake_tensors(stack: ExitStack) -> None:
     # Parameters with fake tensors cannot be converted in place; the memory format does not change their size.
     stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
+    stack.enter_context(mock.patch("vqvae2.priors.layers.is_eager_cpu", return_value=False))  # as on a GPU
+    # Fake tensors cannot run k-means, which depends on values.
+    stack.enter_context(mock.patch("vqvae2.quantizers.codebook.CodebookQuantizer._initialize"))
+
+
+def build_stage(config: RunConfig, name: str, batch_size: int) -> tuple[nn.Module, nn.Module, Any]:
+    """Return the objective of a stage, its network and a batch of zeros. `name` is `autoencoder` or `prior-LEVEL`."""
     autoencoder = config.autoencoder.model.build(config.data.shape, config.data.channels)
     maps = autoencoder.map_specs
     if name != "autoencoder":
@@ -151,11 +168,7 @@ def _build(config: RunConfig, name: str, batch_size: int, stack: ExitStack) -> t
         prior = config.priors[config.levels[level]].model.build(spec)
         codes = tuple(torch.zeros(batch_size, each.height, each.width, dtype=torch.int64) for each in maps)
         return PriorObjective(prior, level).train(), prior, CodeBatch(codes, torch.zeros(batch_size, dtype=torch.int64))
-    stack.enter_context(mock.patch("vqvae2.priors.layers.is_eager_cpu", return_value=False))  # as on a GPU
-    # Fake tensors cannot run k-means, which depends on values.
-    stack.enter_context(mock.patch("vqvae2.quantizers.codebook.CodebookQuantizer._initialize"))
     objective = AutoencoderObjective(autoencoder, config.autoencoder.loss).train()
-    stack.enter_context(mock.patch.object(objective, "usage"))
     images = torch.zeros(batch_size, config.data.channels, *config.data.shape, dtype=torch.uint8)
     return objective, autoencoder, ImageSample(images, torch.zeros(batch_size, dtype=torch.int64))  # pyright: ignore[reportArgumentType]
 
