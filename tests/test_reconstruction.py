@@ -75,7 +75,7 @@ def test_metrics_of_one_batch_are_those_of_the_statistics() -> None:
     images, others = (torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (0, 1))
     statistics = rec.ReconstructionStatistics()
     statistics.update(images, others)
-    assert rec.compare(images, others) == statistics.compute()
+    assert rec.compare_images(images, others) == statistics.compute()
 
 
 def test_mean_psnr_is_finite_with_a_perfect_image() -> None:

@@ -125,7 +125,9 @@ class ReconstructionStatistics:
         return ReconstructionMetrics(int(count), *(value / count for value in sums))
 
 
-def compare(originals: Float[Tensor, "n c h w"], reconstructions: Float[Tensor, "n c h w"]) -> ReconstructionMetrics:
+def compare_images(
+    originals: Float[Tensor, "n c h w"], reconstructions: Float[Tensor, "n c h w"]
+) -> ReconstructionMetrics:
     """Return the metrics of one batch. See `ReconstructionStatistics.update`."""
     statistics = ReconstructionStatistics(originals.device)
     statistics.update(originals, reconstructions)
