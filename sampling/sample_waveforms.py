@@ -1,6 +1,6 @@
 """Sample waveforms: from a WaveNet, from the codes of a speech autoencoder, and from a prior of these codes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -23,13 +23,11 @@ def sample_waveforms(
     seed: int = 0,
     clips: Sequence[int] | None = None,
     temperature: float = 1.0,
-    progress: Callable[[int], object] = lambda samples: None,
 ) -> Int[Tensor, "b t"]:
     """Sample µ-law values. The noise of a clip depends on the seed and the number of the clip only.
 
     Args:
         clips: Numbers of the clips; 0, 1, … if not given.
-        progress: Called with the number of samples completed since the last call, of each clip.
     """
     batch, frames, _ = condition.shape
     noise = Noise(seed, range(batch) if clips is None else clips, level=0)
@@ -44,7 +42,6 @@ def sample_waveforms(
             cumulative = (decoder.logits(values[time]) / temperature).softmax(1).cumsum(1)
             below = cumulative <= uniform[index] * cumulative[:, -1:]
             values[time + 1] = below.sum(1).clamp_max_(255)
-        progress(samples_per_frame)
     return values[1:].T.contiguous()
 
 

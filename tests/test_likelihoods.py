@@ -12,7 +12,7 @@ from experiments.likelihoods.networks import LatentModel, NetworkConfig
 from experiments.likelihoods.vae import VAE
 from experiments.likelihoods.vimco import VIMCO
 from experiments.likelihoods.vqvae import VQVAE
-from vqvae2.models.discretized_logistic import log_probability
+from vqvae2.models.logistic import log_probability
 from vqvae2.models.multi_sample_bounds import multi_sample_bound, vimco_objective
 from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig, QuantizerConfig
 

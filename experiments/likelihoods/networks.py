@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqvae2.config import Config
 from vqvae2.models.blocks import make_decoder, make_encoder
-from vqvae2.models.discretized_logistic import log_probability
+from vqvae2.models.logistic import log_probability
 
 
 class NetworkConfig(Config):

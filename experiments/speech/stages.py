@@ -31,7 +31,7 @@ from vqvae2.data.samplers import SequentialBatchSampler, evenly_spaced
 from vqvae2.distributed import all_reduce_sum
 from vqvae2.models.speech_autoencoder import SpeechAutoencoder, UnconditionalWaveNet
 
-NetworkT = TypeVar("NetworkT", SpeechAutoencoder, UnconditionalWaveNet)
+SpeechNetworkT = TypeVar("SpeechNetworkT", SpeechAutoencoder, UnconditionalWaveNet)
 _PREVIEW_CLIPS = 4
 
 
@@ -64,12 +64,12 @@ class SpeechObjective(QuantizedObjective):
         return loss, {"nll": nll, "spectrum": error} | quantization.loss_terms
 
 
-class WaveformStage(QuantizedStage[NetworkT, SpeechObjective]):
+class WaveformStage(QuantizedStage[SpeechNetworkT, SpeechObjective]):
     """What the training of the autoencoder and of the baseline have in common."""
 
     monitor = "bits"
 
-    def __init__(self, run: SpeechRun, build: Callable[[tuple[str, ...]], NetworkT]) -> None:
+    def __init__(self, run: SpeechRun, build: Callable[[tuple[str, ...]], SpeechNetworkT]) -> None:
         self.run, self.config = run, run.config.training
         self.training_data, self.validation_data = run.recordings
         self.made_from = {"data": self.training_data.digest()}

@@ -13,11 +13,11 @@ def multi_sample_bound(log_weights: Float[Tensor, "k b"]) -> Float[Tensor, " b"]
 
 
 def vimco_objective(log_weights: Float[Tensor, "k b"], log_q: Float[Tensor, "k b"]) -> Float[Tensor, " b"]:
-    """Return the multi-sample bound, with the gradient of VIMCO's estimator (eq. 8 and 9).
+    """Return the multi-sample bound, with the gradient of VIMCO's estimator.
 
     The gradient of log q(z_j | x) is weighted by how much sample j raises the bound, compared with the bound in which
     the weight of sample j is the geometric mean of the other ones. This baseline does not depend on sample j, so the
-    estimator is unbiased.
+    estimator is unbiased (Mnih and Rezende 2016, arXiv 1602.06725, eq. 8 and 9).
 
     Args:
         log_weights: log p(x, z_j) / q(z_j | x) of k ≥ 2 independent samples.
