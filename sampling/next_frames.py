@@ -1,17 +1,48 @@
-"""Sample the codes of the next frames of clips, one frame after another."""
+"""Sample the next frames of clips: codes, one frame after another, and the images of them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
+from tqdm import tqdm
 
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, sample_level
 from vqvae2.code_maps import CodeMaps
+from vqvae2.data.images import to_uint8
+from vqvae2.data.samplers import SequentialBatchSampler
+from vqvae2.models import Autoencoder
 from vqvae2.priors import Prior
 
 CodeClips = tuple[Int[Tensor, "n _ _ _"], ...]  # code maps of consecutive frames (N, T, H_l, W_l), finest level first
+_BATCH = 64  # clips predicted at once
+
+
+class FramePredictor(NamedTuple):
+    """Networks that predict frames, and how codes are sampled from them."""
+
+    autoencoder: Autoencoder
+    priors: Sequence[Prior]  # finest first
+    params: LevelSamplingParams
+    seed: int
+
+    def predict(
+        self, given: CodeClips, actions: Int[Tensor, "n t"], clips: Sequence[tuple[int, ...]]
+    ) -> UInt8[Tensor, "n t c h w"]:
+        """Return the images of the frames after the given ones. See `sample_next_frames`."""
+        predicted = []
+        for batch in tqdm(list(SequentialBatchSampler(len(clips), _BATCH)), "predicting", leave=False):
+            start, numbers = tuple(level[batch] for level in given), [clips[index] for index in batch]
+            codes = sample_next_frames(self.priors, start, actions[batch], self.seed, numbers, self.params)
+            predicted.append(decode_clips(self.autoencoder, codes))
+        return torch.cat(predicted)
+
+
+def decode_clips(autoencoder: Autoencoder, codes: CodeClips) -> UInt8[Tensor, "n t c h w"]:
+    """Return the images of the frames of clips."""
+    return torch.stack([to_uint8(autoencoder.decode(maps)) for maps in zip(*codes, strict=True)])
 
 
 def sample_next_frames(

@@ -72,10 +72,15 @@ class PriorStageConfig(Config):
     training: PriorTrainingConfig
 
 
-class RunConfig(Config):
-    """The sections of a run's YAML file."""
+class BaseRunConfig(Config):
+    """What the YAML files of all kinds of runs have."""
 
     run: str | None = Field(default=None, description="run folder; runs/NAME for NAME.yaml if not given")
+
+
+class RunConfig(BaseRunConfig):
+    """The sections of a run's YAML file."""
+
     data: DataConfig = DataConfig()
     autoencoder: AutoencoderStageConfig
     extract_codes: ExtractCodesConfig = ExtractCodesConfig()

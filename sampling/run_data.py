@@ -1,4 +1,4 @@
-"""The images and the autoencoder of a run: opened, and compared with what the run was made from."""
+"""The images, the autoencoder and the codes of a run: opened, and compared with what the run was made from."""
 
 import hashlib
 
@@ -7,6 +7,7 @@ import torch
 from sampling.run_config import RunConfig
 from vqvae2 import files
 from vqvae2.config import Config
+from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.splits import open_datasets
 from vqvae2.distributed import get_rank
@@ -71,6 +72,17 @@ def load_run_autoencoder(config: RunConfig, folder: RunFolder, device: torch.dev
                 "Use the autoencoder of this run, or another run folder with the config of this autoencoder."
             )
     return network
+
+
+def open_run_codes(folder: RunFolder, split: str, command: str = "vqvae2 extract-codes") -> CodeStore:
+    """Open the finished code store of a split of a run. `command` writes it.
+
+    Raises:
+        UserError: If it is unfinished or damaged, or was made with another autoencoder than that of the run.
+    """
+    store = CodeStore.open(folder.code_store(split))
+    store.header.check_autoencoder(files.digest(folder.autoencoder_weights), store.path, command)
+    return store
 
 
 def _describe_images(network: Autoencoder) -> str:

@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread, photographs, a small file system, random Inception weights, a tiny run, a page."""
+"""Shared fixtures: one thread, photographs, tones, a small file system, Inception weights, a tiny run, a page."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +106,22 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         assert main(command) == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of tones: the content is the pitch, the speaker the strength of the second harmonic."""
+    soundfile = pytest.importorskip("soundfile")
+    folder = tmp_path_factory.mktemp("tones")
+    generator = np.random.default_rng(0)
+    for content, pitch in {"low": 300, "high": 900}.items():
+        for speaker, overtone in {"anna": 0.0, "ben": 0.8}.items():
+            for take in range(10):
+                time = np.arange(generator.integers(300, 600)) / 8000
+                wave = np.sin(2 * np.pi * pitch * time) + overtone * np.sin(4 * np.pi * pitch * time)
+                wave = 0.3 * wave + 0.01 * generator.standard_normal(len(time))
+                soundfile.write(folder / f"{content}_{speaker}_{take}.wav", wave, 8000, subtype="PCM_16")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import torch
 from tests.conftest import TINY
 from tests.inception_fixture import two_processes
 from train.losses import CodebookUsageTracker
+from train.quantized_stage import reset_moments
 from train.run import RunOptions, open_run
-from train.stages.autoencoder import AutoencoderObjective, AutoencoderStage, reset_moments
+from train.stages.autoencoder import AutoencoderObjective, AutoencoderStage
 from vqvae2.data.images import ImageSample
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig, QuantizerOutput

@@ -53,7 +53,8 @@ class AutoencoderSteps(AutoencoderStage):
     def __init__(self, quantizer: QuantizerConfig, with_losses: bool = False) -> None:
         levels = (LevelConfig(stride=4, quantizer=quantizer, dropout=0.1), LevelConfig(quantizer=quantizer))
         model = AutoencoderConfig(levels=levels, channels=8, residual_channels=4, residual_layers=1)
-        self._network, self.pretrained, self.adversarial = model.build((32, 32)), None, None
+        self.network, self.pretrained, self.adversarial = model.build((32, 32)), None, None
+        self.quantizers, self.first_quantized_step = self.network.quantizers, 0
         training = AutoencoderTrainingConfig(**SETTINGS, unquantized_steps=0)
         weight = 0.1 if with_losses else 0
         loss = AutoencoderLossConfig(
@@ -68,15 +69,15 @@ class AutoencoderSteps(AutoencoderStage):
             self.auxiliary = AuxiliaryNetwork("discriminator", DiscriminatorObjective(discriminator), 1e-4, (0.5, 0.9))
             perceptual = PerceptualLoss("efficientnet-lite0")
             perceptual._device = CUDA
-        self.objective = self._objective = AutoencoderObjective(self._network, loss, perceptual, self.adversarial)
+        self.objective = AutoencoderObjective(self.network, loss, perceptual, self.adversarial)
 
 
 class PriorSteps(PriorStage):
     """The stage without code stores."""
 
     def __init__(self, model: PixelSNAILConfig | PixelCNNConfig | TransformerConfig) -> None:
-        self._network = model.build(PriorSpec(level=BOTTOM, coarser=(TOP,), num_classes=3))
-        self.objective = PriorObjective(self._network, 0, label_dropout=0.1)
+        self.network = model.build(PriorSpec(level=BOTTOM, coarser=(TOP,), num_classes=3))
+        self.objective = PriorObjective(self.network, 0, label_dropout=0.1)
 
     def preview(self, path: Path) -> None:
         raise AssertionError("not part of a step")

@@ -71,6 +71,13 @@ def test_streaming_means_match_means_over_images() -> None:
     assert result.ssim == pytest.approx(rec.ssim(torch.from_numpy(x), torch.from_numpy(y)).mean().item(), rel=1e-6)
 
 
+def test_metrics_of_one_batch_are_those_of_the_statistics() -> None:
+    images, others = (torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (0, 1))
+    statistics = rec.ReconstructionStatistics()
+    statistics.update(images, others)
+    assert rec.compare_images(images, others) == statistics.compute()
+
+
 def test_mean_psnr_is_finite_with_a_perfect_image() -> None:
     black = -torch.ones(1, 3, 16, 16)
     statistics = rec.ReconstructionStatistics()

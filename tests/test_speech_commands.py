@@ -12,13 +12,13 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from experiments.speech.recordings import RecordingsConfig, fit_length, open_recordings, read_waveform
 from experiments.speech.speech_run import SpeechConfig
 from tests.test_commands import fails
 from tests.test_configs import CONFIGS
 from vqvae2.__main__ import main
+from vqvae2.audio.audio_io import read_waveform
 from vqvae2.data.code_store import CodeStore
-from vqvae2.errors import UserError
+from vqvae2.data.recordings import open_recordings
 
 TINY = """
 data: {{path: {path}, pattern: '(?P<content>\\w+)_(?P<speaker>\\w+)_\\d+', length: 512, crop: 256}}
@@ -36,21 +36,6 @@ prior:
   model: {{kind: transformer, channels: 8, layers: 1, heads: 2}}
   training: {{steps: 4, batch_size: 8, log_every: 2, validate_every: 2, preview_every: 4, checkpoint_every: 2}}
 """
-
-
-@pytest.fixture(scope="module")
-def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of tones: the content is the pitch, the speaker the strength of the second harmonic."""
-    folder = tmp_path_factory.mktemp("tones")
-    generator = np.random.default_rng(0)
-    for content, pitch in {"low": 300, "high": 900}.items():
-        for speaker, overtone in {"anna": 0.0, "ben": 0.8}.items():
-            for take in range(10):
-                time = np.arange(generator.integers(300, 600)) / 8000
-                wave = np.sin(2 * np.pi * pitch * time) + overtone * np.sin(4 * np.pi * pitch * time)
-                wave = 0.3 * wave + 0.01 * generator.standard_normal(len(time))
-                soundfile.write(folder / f"{content}_{speaker}_{take}.wav", wave, 8000, subtype="PCM_16")
-    return folder
 
 
 def write_config(folder: Path, tones: Path, kind: str = "ema") -> Path:
@@ -92,6 +77,13 @@ def test_finished_run_is_skipped_and_other_settings_are_refused(
     fails(capsys, ["speech", "train", str(trained / "config.yaml"), "--training.steps", "8"], "training.steps = 6")
 
 
+def test_moved_run_resumes_in_its_new_folder(trained: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(trained, tmp_path / "moved", ignore=shutil.ignore_patterns("prior-top"))
+    assert main(["speech", "train", str(moved / "config.yaml")]) == 0
+    weights = Path("prior-top", "model.safetensors")
+    assert (moved / weights).read_bytes() == (trained / weights).read_bytes()
+
+
 def test_convert_and_sample_write_audio_and_a_page(trained: Path) -> None:
     assert main(["speech", "convert", str(trained), "--count", "2"]) == 0
     assert main(["speech", "sample", str(trained), "--count", "5", "--codes.temperature", "0.9"]) == 0
@@ -103,7 +95,7 @@ def test_convert_and_sample_write_audio_and_a_page(trained: Path) -> None:
     waveform, rate = soundfile.read(trained / "conversions" / "000-00.wav")
     assert (rate, len(waveform)) == (8000, 512)
     _, val = open_recordings(SpeechConfig.from_yaml(trained / "config.yaml").data)
-    original = read_waveform(val.folder / val.names[0], val.config)
+    original = read_waveform(val.folder / val.names[0], val.config.sample_rate, val.config.peak)
     np.testing.assert_allclose(waveform[: len(original)], original[:512], atol=0.025)
     assert "anna: high" in page
     assert page.count(">as ben<") == page.count(">reconstruction<") == 2  # both recordings are of anna
@@ -187,67 +179,6 @@ def _interrupt_at(step: int):
     return after_update
 
 
-def test_one_in_ten_recordings_of_each_speaker_is_held_out(tones: Path) -> None:
-    config = RecordingsConfig(path=str(tones), pattern=r"(?P<content>\w+)_(?P<speaker>\w+)_\d+", length=512, crop=256)
-    train, val = open_recordings(config)
-    assert not set(train.names) & set(val.names)
-    assert [val.labels(index)[0] for index in range(4)].count(0) == 2
-    assert open_recordings(config)[1].names == val.names
-    assert train.digest() != val.digest()
-
-
-def test_crops_are_a_function_of_the_seed(tones: Path) -> None:
-    config = RecordingsConfig(path=str(tones), pattern=r"(?P<content>\w+)_(?P<speaker>\w+)_\d+", length=512, crop=128)
-    data, _ = open_recordings(config)
-    whole = data[0].values
-    starts = set()
-    for seed in range(20):
-        clip = data[0, seed]
-        assert torch.equal(clip.values, data[0, seed].values)
-        found = [k for k in range(512 - 128 + 1) if torch.equal(whole[k : k + 128], clip.values)]
-        assert found
-        assert 64 <= int(clip.length) <= 128
-        starts.add(found[0])
-    assert len(starts) > 10
-
-
-def test_recordings_are_mono_resampled_and_scaled(tmp_path: Path) -> None:
-    time = np.arange(24_000) / 48_000
-    stereo = np.stack([0.2 * np.sin(2 * np.pi * 440 * time), np.zeros_like(time)], 1)
-    soundfile.write(tmp_path / "x.flac", stereo, 48_000)
-    waveform = read_waveform(tmp_path / "x.flac", RecordingsConfig(sample_rate=8000, peak=None))
-    assert waveform.shape == (4000,)
-    expected = 0.1 * np.sin(2 * np.pi * 440 * np.arange(4000) / 8000)
-    np.testing.assert_allclose(waveform[100:-100], expected[100:-100], atol=2e-3)
-    scaled = read_waveform(tmp_path / "x.flac", RecordingsConfig(sample_rate=8000, peak=0.5))
-    assert abs(np.abs(scaled).max() - 0.5) < 1e-6
-    values, recorded = fit_length(waveform, 5000)
-    assert (recorded, values[4000:].unique().tolist()) == (4000, [128])
-
-
-def test_unusable_data_gives_one_line_errors(tmp_path: Path) -> None:
-    def error(**settings: object) -> str:
-        with pytest.raises(UserError) as raised:
-            open_recordings(RecordingsConfig(path=str(tmp_path), **settings))[0][0]
-        assert "\n" not in str(raised.value)
-        return str(raised.value)
-
-    assert "no WAV or FLAC files" in error()
-    soundfile.write(tmp_path / "a.wav", np.zeros(10), 8000)
-    assert "a.wav: not in the folder of a speaker" in error()
-    assert "a.wav: does not match data.pattern" in error(pattern="(?P<speaker>b)")
-    assert "single recording" in error(pattern="(?P<speaker>.)")
-    for name, content in {"anna/1.wav": b"", "anna/2.wav": b"RIFF" + b"\0" * 60, "anna/3.wav": b"hello"}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "a.wav").unlink()
-    assert "2.wav: not a readable recording" in error()
-    soundfile.write(tmp_path / "anna/2.wav", np.zeros(0), 8000)
-    assert "2.wav: has no samples" in error()
-    with pytest.raises(UserError, match="no such directory"):
-        open_recordings(RecordingsConfig(path=str(tmp_path / "missing")))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -287,8 +218,8 @@ def test_networks_of_other_runs_are_refused(
     assert main([*command, "--training.seed", "1"]) == 0
     weights = other / "autoencoder" / "model.safetensors"
     weights.write_bytes((trained / "autoencoder" / "model.safetensors").read_bytes())
-    fails(capsys, ["speech", "sample", str(other)], "trained on codes of another autoencoder")
-    fails(capsys, [*command, "--training.seed", "1"], "codes of another autoencoder")
+    fails(capsys, ["speech", "sample", str(other)], "prior-top", "trained on another `autoencoder`")
+    fails(capsys, [*command, "--training.seed", "1"], "codes of the autoencoder", "run `vqvae2 speech train`")
 
 
 def test_config_in_the_repository_is_valid(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sampling.processes import accelerate_errors
 from vqvae2.data.images import to_rgb
+from vqvae2.data.samplers import MapDataset, SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
 from vqvae2.pictures import load_image, to_pil
 from vqvae2.training_config import Tracker
@@ -127,6 +128,13 @@ def _check_environment(mixed_precision: str, gradient_accumulation_steps: int) -
 def seed_step(seed: int, step: int, process: int) -> None:
     """Seed torch for one step, so that dropout is a function of the seed, the step and the process."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))
+
+
+def shared_batches(data: MapDataset, batch_size: int, accelerator: Accelerator, num_workers: int = 0) -> Iterator[Any]:
+    """Yield this process's part of the batches of a whole data set, on the device."""
+    sampler = SequentialBatchSampler(len(data), batch_size, accelerator.process_index, accelerator.num_processes)
+    for batch in load_batches(data, sampler, num_workers):
+        yield to_device(batch, accelerator.device)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

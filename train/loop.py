@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -54,7 +54,11 @@ class AuxiliaryNetwork:
     start: int = 0  # first step that trains it
 
 
-class TrainingStage(ABC):
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+ObjectiveT = TypeVar("ObjectiveT", bound=nn.Module)
+
+
+class TrainingStage(ABC, Generic[NetworkT, ObjectiveT]):
     """What differs between training an autoencoder and training a prior.
 
     The constructor seeds torch with the training seed before it builds the network, so that the same config starts from
@@ -65,15 +69,11 @@ class TrainingStage(ABC):
     training_data: MapDataset
     curves: dict[str, list[str]]  # panels of curves.png: title → names of logged values
     monitor: str  # value of `validate` that selects the best weights, lower is better
-    objective: nn.Module  # wraps the network: batch on the device → (loss, other terms by name)
+    network: NetworkT  # its weights are averaged and saved
+    objective: ObjectiveT  # wraps the network: batch on the device → (loss, other terms by name)
     auxiliary: AuxiliaryNetwork | None = None
     made_from: Mapping[str, Any] = MappingProxyType({})  # digests of the artifacts that training reads
     find_unused_parameters = False  # of DDP: whether some steps train only a part of the network
-
-    @property
-    @abstractmethod
-    def network(self) -> nn.Module:
-        """The trained network, whose weights are averaged and saved."""
 
     @abstractmethod
     def validate(self, accelerator: Accelerator) -> dict[str, float]:

@@ -19,6 +19,7 @@ from vqvae2.command_line import Options, parse, split_config_path
 from vqvae2.config import Config, differences, is_resolved
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder
+from vqvae2.priors import Prior, load_prior
 from vqvae2.run_folder import RunFolder, StageFolder
 
 # Settings that may change when a run is resumed, because the trained artifacts do not depend on them.
@@ -112,11 +113,78 @@ class RunOptions(ConfigOptions, RunConfig):
 
 
 @dataclass(frozen=True)
-class Run:
-    """A config and its run folder."""
+class BaseRun:
+    """A config and its run folder. Each kind of run is a subclass, which adds what its folder holds."""
+
+    config: Config
+    folder: RunFolder
+
+    config_class: ClassVar[type[Config]]
+    command: ClassVar[str]  # that creates runs of this kind
+
+    @classmethod
+    def existing(cls, path: Path) -> Self:
+        """Return the run in a folder, and reserve the folder for this process.
+
+        Raises:
+            UserError: If `path` is not the folder of such a run, or another process has reserved it.
+        """
+        folder = RunFolder.existing(path, cls.command)
+        files.lock_folder(path)
+        return cls(cls.config_class.from_resolved_yaml(folder.config), folder)
+
+    @classmethod
+    def open(cls, options: ConfigOptions, with_changes: bool = False) -> Self:
+        """Create the run folder with its resolved config, or check that an existing one has the same config.
+
+        With `with_changes`, settings of training may differ from those of the existing run. Each change is recorded in
+        the run folder with the step of the most recent checkpoint, at which it takes effect.
+
+        Raises:
+            UserError: If the folder holds another run. The message names the first setting that differs.
+        """
+        run = cls(options.config, RunFolder(Path(options.config.run or "runs")))
+        folder, changes, previous = run.folder, [], None
+        with processes().main_process_first():  # the other processes then find what the main process has written
+            if folder.config.is_file():
+                previous = cls.config_class.from_resolved_yaml(folder.config)
+                changes = _find_changes(previous, run.config, folder, with_changes)
+            else:
+                check_unused(folder.path)
+            run.check(previous)
+            if processes().is_main_process:
+                files.lock_folder(folder.path)
+                if changes:
+                    _apply_changes(changes, folder)
+                files.write_text(folder.config, run.config.to_yaml())
+        return run
+
+    def check(self, previous: Any) -> None:
+        """Check what the config class cannot, before anything is written.
+
+        Args:
+            previous: Settings of the existing run, or None.
+
+        Raises:
+            UserError: If the run cannot be trained with its settings.
+        """
+
+
+@dataclass(frozen=True)
+class Run(BaseRun):
+    """A run on images."""
 
     config: RunConfig
-    folder: RunFolder
+
+    config_class: ClassVar[type[Config]] = RunConfig
+    command: ClassVar[str] = "vqvae2 run"
+
+    def check(self, previous: RunConfig | None) -> None:
+        with torch.device("meta"):  # raises if sizes do not divide
+            self.config.autoencoder.model.build(self.config.data.shape, self.config.data.channels)
+        if previous and previous.data.path != self.config.data.path:
+            open_run_datasets(self.config.data, self.folder, use_cache=False)
+        _check_pretrained(self.config, self.folder)
 
 
 def demo_config() -> Path:
@@ -126,48 +194,23 @@ def demo_config() -> Path:
 
 
 def open_run(options: RunOptions) -> Run:
-    """Create the run folder with its resolved config, or check that an existing one has the same config.
-
-    With `resume_with_changes`, settings of training may differ from those of the existing run. Each change is recorded
-    in the run folder with the step of the most recent checkpoint, at which it takes effect.
-
-    Raises:
-        UserError: If the folder holds another run. The message names the first setting that differs.
-    """
-    config: RunConfig = options.config
-    folder = RunFolder(Path(config.run or "runs"))
-    with torch.device("meta"):  # raises before anything is written if sizes do not divide
-        config.autoencoder.model.build(config.data.shape, config.data.channels)
-    with processes().main_process_first():  # the other processes then find what the main process has written
-        changes = _check_folder(config, folder, options.resume_with_changes)
-        _check_pretrained(config, folder)
-        if processes().is_main_process:
-            files.lock_folder(folder.path)
-            if changes:
-                _apply_changes(changes, folder)
-            files.write_text(folder.config, config.to_yaml())
-    return Run(config, folder)
+    """Create or resume the run on images that a command's options describe. See `BaseRun.open`."""
+    return Run.open(options, options.resume_with_changes)
 
 
-def _check_folder(config: RunConfig, folder: RunFolder, with_changes: bool) -> list[SettingChange]:
+def _find_changes(previous: Config, config: Config, folder: RunFolder, with_changes: bool) -> list[SettingChange]:
     """Return the differences from the settings that the run was made with, if they are permitted."""
     changes = []
-    if folder.config.is_file():
-        previous = type(config).from_resolved_yaml(folder.config)
-        for key, old, new in fixed_differences(previous, config):
-            possible = _is_changeable_in_training(key, folder)
-            if not (possible and with_changes):
-                advice = "add --resume-with-changes to continue with the new value, " if possible else ""
-                raise UserError(
-                    f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
-                    f"Choose another folder with --run, {advice}or restore the setting."
-                )
-            if change := _change_of_stage(key, old, new, folder):
-                changes.append(change)
-        if previous.data.path != config.data.path:
-            open_run_datasets(config.data, folder, use_cache=False)
-    else:
-        check_unused(folder.path)
+    for key, old, new in fixed_differences(previous, config):
+        possible = _is_changeable_in_training(key, folder)
+        if not (possible and with_changes):
+            advice = "add --resume-with-changes to continue with the new value, " if possible else ""
+            raise UserError(
+                f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
+                f"Choose another folder with --run, {advice}or restore the setting."
+            )
+        if change := _change_of_stage(key, old, new, folder):
+            changes.append(change)
     return changes
 
 
@@ -176,32 +219,6 @@ def fixed_differences(previous: Config, config: Config) -> Iterator[tuple[str, A
     for key, old, new in differences(previous.to_dict(), config.to_dict()):
         if key != "run" and not any(key.startswith(name) or f".{name}" in key for name in _CHANGEABLE):
             yield key, old, new
-
-
-def open_folder(options: ConfigOptions) -> tuple[Any, RunFolder]:
-    """Create a run folder with its resolved config, or check that an existing one has the same config.
-
-    Returns:
-        The config and the folder.
-
-    Raises:
-        UserError: If the folder holds another run. The message names the first setting that differs.
-    """
-    config = options.config
-    folder = RunFolder(Path(config.run or "runs"))
-    with processes().main_process_first():
-        if folder.config.is_file():
-            for key, old, new in fixed_differences(type(config).from_resolved_yaml(folder.config), config):
-                raise UserError(
-                    f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
-                    "Choose another folder with --run, or restore the setting."
-                )
-        else:
-            check_unused(folder.path)
-        if processes().is_main_process:
-            files.lock_folder(folder.path)
-            files.write_text(folder.config, config.to_yaml())
-    return config, folder
 
 
 def check_unused(folder: Path) -> None:
@@ -290,6 +307,17 @@ def is_finished(weights: Path, made_from: Mapping[str, str | None]) -> bool:
     check_made_from(checkpoint.read_metadata(weights).get("made_from", {}), made_from, weights)
     print_main(f"{weights.parent.name}: already complete, {weights}")
     return True
+
+
+def load_run_prior(path: Path, autoencoder: str | None) -> Prior:
+    """Load a prior, and check that it was trained on codes of the autoencoder with this digest.
+
+    Raises:
+        UserError: If the file is missing or damaged, or the prior was trained on other codes.
+    """
+    prior = load_prior(path)
+    check_made_from(prior.made_from, {"autoencoder": autoencoder}, path)
+    return prior
 
 
 def print_main(text: str) -> None:

@@ -8,7 +8,7 @@ not write several keys in a fixed order, and the same weights must give the same
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vqvae2 import files
+from vqvae2.config import Config
 from vqvae2.errors import UserError
 
 _METADATA_KEY, _CHECKSUM_KEY, _FORMAT_KEY = "vqvae2", "sha256", "format"
@@ -79,6 +80,17 @@ def load(path: Path, network: str = "") -> tuple[dict[str, Tensor], dict[str, An
         raise _corrupted(path, "checksum mismatch")
     _check_network(metadata, network, path)
     return tensors, metadata
+
+
+def save_module(path: Path, network: str, module: nn.Module, config: Config, made_from: Mapping[str, Any]) -> None:
+    """Write a network with its config and the digests of what it was made from. `network` is its kind."""
+    save(path, module.state_dict(), {"network": network, "config": config.to_dict(), "made_from": dict(made_from)})
+
+
+def load_module(path: Path, network: str, build: Callable[[], Module]) -> Module:
+    """Return the network in a file written by `save_module`, in evaluation mode. See `load` and `build_module`."""
+    tensors, _ = load(path, network)
+    return build_module(build, tensors, path).eval()
 
 
 def read_metadata(path: Path, network: str = "") -> dict[str, Any]:

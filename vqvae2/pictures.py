@@ -98,6 +98,18 @@ def save_animation(path: Path, frames: Sequence[UInt8[Tensor, "c h w"]], seconds
         first.save(partial, format="GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
 
 
+def save_clips(folder: Path, name: str, clips: Mapping[str, UInt8[Tensor, "t c h w"]], given: int) -> None:
+    """Write captioned clips as rows of NAME.png, and side by side as NAME.gif.
+
+    In the PNG, a white gap separates the `given` first frames from the others.
+    """
+    gap = torch.full_like(next(iter(clips.values()))[:1], 255)
+    rows = {caption: torch.cat([clip[:given], gap, clip[given:]]) for caption, clip in clips.items()}
+    save_rows(folder / f"{name}.png", rows, enlarge_to=64)
+    frames = torch.stack(list(clips.values()), 1)
+    save_animation(folder / f"{name}.gif", [image_grid(each, len(clips), enlarge_to=128) for each in frames])
+
+
 def interleave_rows(*rows: UInt8[Tensor, "b c h w"], columns: int) -> tuple[Tensor, int]:
     """Interleave equally long batches so that a grid shows corresponding images below each other.
 
@@ -143,5 +155,10 @@ def save_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[tuple[flo
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: "Figure", dpi: int = 110) -> None:
+    """Write a figure as a PNG, atomically."""
     with files.atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
+        figure.savefig(partial, format="png", dpi=dpi)

@@ -13,20 +13,18 @@ from experiments.likelihoods.likelihood_run import (
     LikelihoodOptions,
     LikelihoodRun,
 )
-from experiments.likelihoods.networks import multi_sample_bound
 from experiments.likelihoods.stage import LikelihoodStage, bits_per_dim
 from experiments.likelihoods.vae import VAE
 from experiments.likelihoods.vimco import VIMCO
 from experiments.likelihoods.vqvae import VQVAE
 from sampling.processes import processes
-from sampling.run_data import open_run_datasets
 from train.accelerator import make_accelerator
 from train.loop import train
-from train.run import open_folder, print_main
+from train.run import is_finished
 from vqvae2 import checkpoint, files
 from vqvae2.config import Config, Measured
-from vqvae2.data.images import ImageDataset
-from vqvae2.pictures import make_figure
+from vqvae2.models.multi_sample_bounds import multi_sample_bound
+from vqvae2.pictures import make_figure, save_figure
 from vqvae2.run_folder import StageFolder
 
 _FIX = "Delete it and run the same command again."
@@ -47,18 +45,15 @@ class StoredMeasurement(Config):
     bits_per_dim: Measurement
 
 
-def measure(
-    run: LikelihoodRun, kind: str, capacity: CapacityConfig, folder: StageFolder, data: ImageDataset
-) -> Measurement:
+def measure(run: LikelihoodRun, kind: str, capacity: CapacityConfig, folder: StageFolder) -> Measurement:
     """Return the bounds of a trained model. They are measured once per weights and settings."""
     path, weights, evaluation = folder.path / "evaluation.json", files.digest(folder.weights), run.config.evaluation
     if path.is_file():
         stored = StoredMeasurement.from_json(path, _FIX)
         if (stored.weights, stored.evaluation) == (weights, evaluation):
             return stored.bits_per_dim
-    tensors, _ = checkpoint.load(folder.weights, kind)
-    device = make_accelerator().device
-    network = checkpoint.build_module(lambda: run.build(kind, capacity), tensors, folder.weights).eval().to(device)
+    device, data = make_accelerator().device, run.images[1]
+    network = checkpoint.load_module(folder.weights, kind, lambda: run.build(kind, capacity)).to(device)
 
     def multi_sample(images: Tensor) -> Tensor:
         return multi_sample_bound(network.log_weights(images, evaluation.samples))
@@ -73,17 +68,13 @@ def measure(
 
 def compare(run: LikelihoodRun) -> None:
     """Train and measure all models. Finished ones are skipped."""
-    datasets = open_run_datasets(run.config.data, run.folder)
-    for kind, capacity, folder in run.stages():
-        if folder.weights.is_file():
-            print_main(f"{folder.path.name}: already complete, {folder.weights}")
-        else:
-            stage = LikelihoodStage(run, kind, capacity, datasets)
+    made_from = {"data": run.images[0].digest()}
+    for folder, (kind, capacity) in run.stages().items():
+        if not is_finished(folder.weights, made_from):
+            stage = LikelihoodStage(run, kind, capacity)
             train(stage, run.config.training, folder.path, run.config.data.num_workers)
     if processes().is_main_process:
-        measured = {
-            folder: measure(run, kind, capacity, folder, datasets[1]) for kind, capacity, folder in run.stages()
-        }
+        measured = {folder: measure(run, *model, folder) for folder, model in run.stages().items()}
         write_results(
             run, [{kind: measured[run.stage(kind, each)] for kind in KINDS} for each in run.config.capacities]
         )
@@ -129,10 +120,9 @@ def _plot(path: Path, labels: Sequence[str], columns: Mapping[str, Sequence[floa
     axes.set(xlabel="latents per image, and codebook size", ylabel="bits per dimension (upper bound)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    with files.atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
+    save_figure(path, figure)
 
 
 def main(options: LikelihoodOptions) -> None:
     """Run the command `vqvae2 likelihoods`."""
-    compare(LikelihoodRun(*open_folder(options)))
+    compare(LikelihoodRun.open(options))

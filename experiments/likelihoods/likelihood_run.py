@@ -1,7 +1,7 @@
 """Settings of a comparison of likelihoods, and the models of its run folder."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -10,11 +10,13 @@ from experiments.likelihoods.networks import LatentModel, NetworkConfig
 from experiments.likelihoods.vae import VAE
 from experiments.likelihoods.vimco import VIMCO
 from experiments.likelihoods.vqvae import VQVAE
-from train.run import ConfigOptions
+from sampling.run_config import BaseRunConfig
+from sampling.run_data import open_run_datasets
+from train.run import BaseRun, ConfigOptions
 from vqvae2.config import Config
-from vqvae2.data.images import DataConfig
+from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.quantizers import EMAConfig, QuantizerConfig
-from vqvae2.run_folder import RunFolder, StageFolder
+from vqvae2.run_folder import StageFolder
 from vqvae2.training_config import QuantizedTrainingConfig
 
 KINDS = (VAE.kind, VQVAE.kind, VIMCO.kind)
@@ -45,10 +47,9 @@ class EvaluationConfig(Config):
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of the samples")
 
 
-class LikelihoodConfig(Config):
+class LikelihoodConfig(BaseRunConfig):
     """The sections of the YAML file of a comparison of likelihoods."""
 
-    run: str | None = Field(default=None, description="run folder; runs/NAME for NAME.yaml if not given")
     data: DataConfig = DataConfig(size=32)
     network: NetworkConfig = NetworkConfig()
     capacities: Annotated[tuple[CapacityConfig, ...], Field(min_length=1)] = (CapacityConfig(),)
@@ -74,12 +75,6 @@ class LikelihoodConfig(Config):
         height, width = self.data.shape
         return height * width // self.network.stride**2
 
-    @property
-    def dimensions(self) -> int:
-        """Number of values of an image, C · H · W."""
-        height, width = self.data.shape
-        return self.data.channels * height * width
-
 
 class LikelihoodOptions(ConfigOptions, LikelihoodConfig):
     """Train a VAE, a VQ-VAE and VIMCO with the same encoder and decoder, and compare their likelihoods.
@@ -92,26 +87,27 @@ class LikelihoodOptions(ConfigOptions, LikelihoodConfig):
 
 
 @dataclass(frozen=True)
-class LikelihoodRun:
-    """A config and its run folder."""
+class LikelihoodRun(BaseRun):
+    """A config, its run folder, and the models in it."""
 
     config: LikelihoodConfig
-    folder: RunFolder
+
+    config_class: ClassVar[type[Config]] = LikelihoodConfig
+    command: ClassVar[str] = "vqvae2 likelihoods"
+
+    @cached_property
+    def images(self) -> tuple[ImageDataset, ImageDataset]:
+        """Images for training and for validation."""
+        return open_run_datasets(self.config.data, self.folder)
 
     def stage(self, kind: str, capacity: CapacityConfig) -> StageFolder:
         """Return the folder of a model. Capacities with as many latents share a VAE, which has no codebook."""
         size = "" if kind == VAE.kind else f"x{capacity.quantizer.codebook_size}"
         return StageFolder(self.folder.path / f"{kind}-{capacity.latents}{size}")
 
-    def stages(self) -> Iterator[tuple[str, CapacityConfig, StageFolder]]:
-        """Yield kind, capacity and folder of every model to train, once per folder."""
-        seen = set()
-        for capacity in self.config.capacities:
-            for kind in KINDS:
-                folder = self.stage(kind, capacity)
-                if folder not in seen:
-                    yield kind, capacity, folder
-                seen.add(folder)
+    def stages(self) -> dict[StageFolder, tuple[str, CapacityConfig]]:
+        """Return kind and capacity of every model, by its folder."""
+        return {self.stage(kind, capacity): (kind, capacity) for capacity in self.config.capacities for kind in KINDS}
 
     def build(self, kind: str, capacity: CapacityConfig) -> LatentModel:
         """Build a model with random weights."""

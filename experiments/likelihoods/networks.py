@@ -1,6 +1,5 @@
 """The encoder and the decoder of all models, and the interface of the models."""
 
-import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -9,9 +8,9 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 
-from experiments.likelihoods.logistic import log_probability
 from vqvae2.config import Config
 from vqvae2.models.blocks import make_decoder, make_encoder
+from vqvae2.models.logistic import log_probability
 
 
 class NetworkConfig(Config):
@@ -44,11 +43,13 @@ class LatentModel(nn.Module, ABC):
         self.decoder = make_decoder(decoder_inputs, config.channels, 2 * image_channels, *sizes)
 
     @abstractmethod
-    def objective(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+    def objective(
+        self, images: UInt8[Tensor, "b c h w"], quantized: bool = True
+    ) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Return what training maximizes, in nats per image, and terms for the log.
 
         Its value is that of `bound`, minus losses of the latents if there are any, and its gradient is the estimator of
-        the method.
+        the method. `quantized=False` is for the first steps of models whose latents are quantized, without this.
         """
 
     @abstractmethod
@@ -81,11 +82,6 @@ class LatentModel(nn.Module, ABC):
         decoded = _at_least_float32(self.decoder(latents.flatten(0, -4)))
         mean, log_scale = decoded.unflatten(0, latents.shape[:-3]).chunk(2, -3)
         return mean, log_scale
-
-
-def multi_sample_bound(log_weights: Float[Tensor, "k b"]) -> Float[Tensor, " b"]:
-    """Return log 1/k Σ p(x, z_i) / q(z_i | x), a lower bound of log p(x) on average (Burda et al. 2016)."""
-    return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

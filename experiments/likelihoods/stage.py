@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.likelihoods.likelihood_run import CapacityConfig, EvaluationConfig, LikelihoodRun
 from experiments.likelihoods.networks import LatentModel
 from experiments.likelihoods.vqvae import VQVAE
 from train.accelerator import to_device
-from train.loop import TrainingStage
-from train.stages.autoencoder import update_codebook
+from train.quantized_stage import QuantizedObjective, QuantizedStage
 from vqvae2 import checkpoint
 from vqvae2.data.images import ImageDataset, ImageSample, to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
@@ -22,7 +21,7 @@ from vqvae2.pictures import interleave_rows, save_grid
 _PREVIEW_IMAGES = 16
 
 
-class LikelihoodObjective(nn.Module):
+class LikelihoodObjective(QuantizedObjective):
     """The negative objective of a model in bits per dimension."""
 
     def __init__(self, network: LatentModel) -> None:
@@ -31,37 +30,25 @@ class LikelihoodObjective(nn.Module):
 
     def forward(self, batch: ImageSample) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and terms for the log."""
-        objective, terms = self.network.objective(batch.image)
+        objective, terms = self.network.objective(batch.image, self.quantized)
         return -objective.mean() / (batch.image[0].numel() * math.log(2)), terms
 
 
-class LikelihoodStage(TrainingStage):
+class LikelihoodStage(QuantizedStage[LatentModel, LikelihoodObjective]):
     """Training of one model of a run."""
 
     monitor = "bits_per_dim"
 
-    def __init__(
-        self, run: LikelihoodRun, kind: str, capacity: CapacityConfig, datasets: tuple[ImageDataset, ImageDataset]
-    ) -> None:
+    def __init__(self, run: LikelihoodRun, kind: str, capacity: CapacityConfig) -> None:
         self.run, self.config, self.name = run, run.config, run.stage(kind, capacity).path.name
-        self.training_data, self.validation_data = datasets
-        self.made_from = {"data": datasets[0].digest()}
+        self.training_data, self.validation_data = run.images
+        self.made_from = {"data": self.training_data.digest()}
         torch.manual_seed(self.config.training.seed)
-        self._network = run.build(kind, capacity)
-        self.objective = LikelihoodObjective(self._network)
+        self.network = run.build(kind, capacity)
+        self.quantizers = [self.network.quantizer] if isinstance(self.network, VQVAE) else []
+        self.first_quantized_step = self.config.training.first_quantized_step
+        self.objective = LikelihoodObjective(self.network)
         self.curves = {"bits per dimension": ["train/loss", "validation/bits_per_dim"]}
-
-    @property
-    def network(self) -> LatentModel:
-        return self._network
-
-    def before_update(self, step: int) -> None:
-        if isinstance(self.network, VQVAE):
-            self.network.quantized = step >= self.config.training.first_quantized_step
-
-    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        if isinstance(self.network, VQVAE):
-            update_codebook(self.network.quantizer, optimizer)
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the bound. Every process measures all images, so that all have the same value."""
@@ -72,15 +59,12 @@ class LikelihoodStage(TrainingStage):
         """Write held-out images, each above its reconstruction."""
         count = min(_PREVIEW_IMAGES, len(self.validation_data))
         originals = torch.stack([self.validation_data[index].image for index in range(count)])
-        device = self.network.head.weight.device
         with torch.inference_mode():
-            decoded = to_uint8(self.network.reconstruct(originals.to(device)).clamp(-1, 1)).cpu()
-        blocks, columns = interleave_rows(originals, decoded, columns=8)
-        save_grid(path, blocks, columns)
+            decoded = self.network.reconstruct(originals.to(self.network.head.weight.device))
+        save_grid(path, *interleave_rows(originals, to_uint8(decoded.clamp(-1, 1)).cpu(), columns=8))
 
     def save(self, path: Path) -> None:
-        metadata = {"network": self.network.kind, "config": self.config.to_dict(), "made_from": dict(self.made_from)}
-        checkpoint.save(path, self.network.state_dict(), metadata)
+        checkpoint.save_module(path, self.network.kind, self.network, self.config, self.made_from)
 
 
 @torch.inference_mode()

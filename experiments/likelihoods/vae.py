@@ -24,7 +24,9 @@ class VAE(LatentModel):
     def __init__(self, config: NetworkConfig, image_channels: int, latents: int) -> None:
         super().__init__(config, image_channels, 2 * latents, latents)
 
-    def objective(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+    def objective(
+        self, images: UInt8[Tensor, "b c h w"], quantized: bool = True
+    ) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         mean, log_variance = self.posterior(images)
         latents = mean + (log_variance / 2).exp() * torch.randn_like(mean)
         # KL divergence of the posterior from the prior (Kingma and Welling 2014, appendix B)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from experiments.likelihoods.networks import LatentModel, NetworkConfig, multi_sample_bound
+from experiments.likelihoods.networks import LatentModel, NetworkConfig
+from vqvae2.models.multi_sample_bounds import multi_sample_bound, vimco_objective
 
 
 class VIMCO(LatentModel):
@@ -30,7 +31,9 @@ class VIMCO(LatentModel):
         self.latents, self.samples = latents, samples
         self.embedding = nn.Embedding(categories, code_dim)
 
-    def objective(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+    def objective(
+        self, images: UInt8[Tensor, "b c h w"], quantized: bool = True
+    ) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         log_posterior = self.log_posterior(images)
         log_weights, log_q = self.weigh(images, log_posterior, self.sample_codes(log_posterior, self.samples))
         entropy = -(log_posterior.exp() * log_posterior).sum(-1).mean()
@@ -74,26 +77,3 @@ class VIMCO(LatentModel):
     def decoder_inputs(self, codes: Int[Tensor, "*b n h2 w2"]) -> Float[Tensor, "*b d h2 w2"]:
         """Return the vectors of all codes of a position, concatenated."""
         return F.embedding(codes, self.embedding.weight).movedim(-1, -3).flatten(-4, -3)
-
-
-def vimco_objective(log_weights: Float[Tensor, "k b"], log_q: Float[Tensor, "k b"]) -> Float[Tensor, " b"]:
-    """Return the multi-sample bound, with the gradient of VIMCO's estimator (eq. 8 and 9).
-
-    The gradient of log q(z_j | x) is weighted by how much sample j raises the bound, compared with the bound in which
-    the weight of sample j is the geometric mean of the other ones. This baseline does not depend on sample j, so the
-    estimator is unbiased.
-
-    Args:
-        log_weights: log p(x, z_j) / q(z_j | x) of k ≥ 2 independent samples.
-        log_q: log q(z_j | x), with gradients to the encoder.
-    """
-    samples = len(log_weights)
-    bound = multi_sample_bound(log_weights)
-    with torch.no_grad():
-        geometric_mean = (log_weights.sum(0) - log_weights) / (samples - 1)
-        own = torch.eye(samples, dtype=torch.bool, device=log_weights.device)[..., None]
-        replaced = torch.where(own, geometric_mean[:, None], log_weights)  # (j, k, b): weight j replaced
-        baselines = torch.stack([multi_sample_bound(each) for each in replaced])
-        signal = bound - baselines
-    score = (signal * log_q).sum(0)
-    return bound + score - score.detach()

@@ -26,11 +26,12 @@ class VQVAE(LatentModel):
         width = latents * quantizer.code_dim
         super().__init__(config, image_channels, width, width)
         self.latents, self.quantizer = latents, quantizer.build()
-        self.quantized = True  # False trains without quantization, for the first steps; bounds are always quantized
 
-    def objective(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
+    def objective(
+        self, images: UInt8[Tensor, "b c h w"], quantized: bool = True
+    ) -> tuple[Float[Tensor, " b"], dict[str, Tensor]]:
         """Return the bound minus the loss of the quantizer (eq. 3), which is weighted like the mean over all values."""
-        quantization = self.quantize(images) if self.quantized else self.quantizer.pass_through(self.features(images))
+        quantization = self.quantize(images) if quantized else self.quantizer.pass_through(self.features(images))
         weight = images[0].numel()
         return self._bound(quantization, images) - weight * quantization.loss, quantization.loss_terms
 

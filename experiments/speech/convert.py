@@ -8,13 +8,11 @@ import tyro
 from pydantic import Field
 from torch import Tensor
 
-from experiments.speech.decoding import decode
-from experiments.speech.mu_law import expand
-from experiments.speech.page import write_audio
-from experiments.speech.recordings import fit_length, read_waveform
 from experiments.speech.speech_run import SpeechRun
-from vqvae2 import files
+from sampling.sample_waveforms import decode_speech
+from vqvae2.audio.mu_law import expand
 from vqvae2.command_line import Options
+from vqvae2.data.recordings import read_values
 from vqvae2.errors import UserError
 
 
@@ -44,12 +42,10 @@ def convert(run: SpeechRun, options: ConvertOptions) -> None:
     for number, (each, code) in enumerate(zip(inputs, codes, strict=True)):
         clips = range(number * len(speakers), (number + 1) * len(speakers))  # for noise of their own
         repeated, lengths = code.expand(len(speakers), -1), torch.full((len(speakers),), each.length)
-        decoded = decode(network, repeated, targets, options.seed, options.temperature, clips, lengths)
+        decoded = decode_speech(network, repeated, targets, options.seed, options.temperature, clips, lengths)
         titles = ["reconstruction" if name == each.speaker else f"as {name}" for name in speakers]
         rows.append((each.caption, [("original", expand(each.values)), *zip(titles, decoded, strict=True)]))
-    made_with = options.seed, options.temperature, (str(network.digest),)
-    write_audio(run, run.folder.path / "conversions", rows, made_with)
-    print(run.page)
+    run.write_audio("Conversions", rows, options.seed, options.temperature, [network.digest])
 
 
 class _Input(NamedTuple):
@@ -64,8 +60,7 @@ class _Input(NamedTuple):
 def _read(run: SpeechRun, options: ConvertOptions) -> list[_Input]:
     """Return the given recordings, or evenly spaced ones of those that are held out."""
     if options.files:
-        data = run.config.data
-        return [_Input(path.name, None, *fit_length(read_waveform(path, data), data.length)) for path in options.files]
+        return [_Input(path.name, None, *read_values(path, run.config.data)) for path in options.files]
     held_out = run.recordings[1]
     count = min(options.count, len(held_out))
     clips = [(held_out[index], held_out.caption(index)) for index in (k * len(held_out) // count for k in range(count))]
@@ -76,6 +71,4 @@ def _read(run: SpeechRun, options: ConvertOptions) -> list[_Input]:
 
 def main(options: ConvertOptions) -> None:
     """Run the command `vqvae2 speech convert`."""
-    run = SpeechRun.existing(options.run)
-    files.lock_folder(run.folder.path)
-    convert(run, options)
+    convert(SpeechRun.existing(options.run), options)

@@ -12,20 +12,21 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.speech.autoencoder import UnconditionalWaveNet
-from experiments.speech.decoding import decode, sample_utterances
-from experiments.speech.mu_law import NUM_VALUES, expand
-from experiments.speech.recognition import Recognizer, mutual_information
-from experiments.speech.recordings import collate
 from experiments.speech.sample import sample_labels
 from experiments.speech.speech_run import SpeechRun
 from experiments.speech.stages import bits_per_sample
+from sampling.evaluation.speech_recognition import SpeechRecognizer
+from sampling.sample_waveforms import decode_speech, sample_utterances
 from train.accelerator import make_accelerator
 from vqvae2 import checkpoint, files
+from vqvae2.audio.mu_law import NUM_VALUES, expand
 from vqvae2.command_line import Options
 from vqvae2.config import Config, Measured
+from vqvae2.data.recordings import collate
 from vqvae2.data.samplers import SequentialBatchSampler
 from vqvae2.metrics.codebook_usage import CodebookUsage
+from vqvae2.models.speech_autoencoder import UnconditionalWaveNet
+from vqvae2.packages import import_package
 
 _BATCH = 128  # clips decoded at once
 
@@ -70,17 +71,19 @@ class _Utterances(NamedTuple):
 def evaluate(run: SpeechRun, options: EvaluateSpeechOptions) -> SpeechMetrics:
     """Measure a run. Recognition is by classifiers trained on the real training recordings."""
     training, data = run.recordings
-    sets, sources = _held_out_utterances(run, options)
+    sets = _held_out_utterances(run, options)
     if options.samples:
         sets["samples"] = _sampled_utterances(run, options)
     real = collate(training, range(len(training)))
     originals = expand(real.values).numpy()
-    speaker = Recognizer(originals, real.speaker.numpy(), data.config.sample_rate)
+    speaker = SpeechRecognizer(originals, real.speaker.numpy(), data.config.sample_rate)
     speakers = {name: speaker.accuracy(each.waveforms.numpy(), each.speaker.numpy()) for name, each in sets.items()}
-    speakers["conversions_as_source"] = speaker.accuracy(sets["conversions"].waveforms.numpy(), sources.numpy())
+    speakers["conversions_as_source"] = speaker.accuracy(
+        sets["conversions"].waveforms.numpy(), sets["real"].speaker.numpy()
+    )
     contents = None
     if data.contents:
-        content = Recognizer(originals, real.content.numpy(), data.config.sample_rate)
+        content = SpeechRecognizer(originals, real.content.numpy(), data.config.sample_rate)
         contents = {name: content.accuracy(each.waveforms.numpy(), each.content.numpy()) for name, each in sets.items()}
     return SpeechMetrics(
         temperature=options.temperature,
@@ -97,10 +100,8 @@ def conversion_targets(speaker: Int[Tensor, " n"], num_speakers: int) -> Int[Ten
     return (speaker + 1 + torch.arange(len(speaker)) % max(1, num_speakers - 1)) % num_speakers
 
 
-def _held_out_utterances(
-    run: SpeechRun, options: EvaluateSpeechOptions
-) -> tuple[dict[str, _Utterances], Int[Tensor, " n"]]:
-    """Return held-out recordings, their reconstructions and conversions, and the original speakers."""
+def _held_out_utterances(run: SpeechRun, options: EvaluateSpeechOptions) -> dict[str, _Utterances]:
+    """Return held-out recordings, their reconstructions and conversions."""
     network, data = run.autoencoder, run.recordings[1]
     targets = conversion_targets(torch.tensor([data.labels(i)[0] for i in range(len(data))]), len(data.speakers))
     parts: dict[str, list[Tensor]] = {"real": [], "reconstructions": [], "conversions": []}
@@ -111,29 +112,23 @@ def _held_out_utterances(
         clips = range(number * _BATCH, number * _BATCH + len(codes))
         parts["real"].append(expand(batch.values))
         for name, speaker in (("reconstructions", batch.speaker), ("conversions", targets[clips.start : clips.stop])):
-            parts[name].append(decode(network, codes, speaker, options.seed, options.temperature, clips, batch.length))
+            parts[name].append(
+                decode_speech(network, codes, speaker, options.seed, options.temperature, clips, batch.length)
+            )
     speaker, content = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("speaker", "content"))
     intended = {"real": speaker, "reconstructions": speaker, "conversions": targets}
-    return {name: _Utterances(torch.cat(parts[name]), intended[name], content) for name in parts}, speaker
+    return {name: _Utterances(torch.cat(parts[name]), intended[name], content) for name in parts}
 
 
 def _sampled_utterances(run: SpeechRun, options: EvaluateSpeechOptions) -> _Utterances:
     """Return utterances sampled from the prior."""
     contents = run.classes_per_speaker
     labels = sample_labels(len(run.autoencoder.speakers), contents, options.samples)
-    batches = SequentialBatchSampler(len(labels), _BATCH)
-    waveforms = [
-        sample_utterances(
-            run.autoencoder,
-            run.prior,
-            [labels[k] for k in clips],
-            contents,
-            options.seed,
-            options.temperature,
-            clips=clips,
-        )
-        for clips in tqdm(batches, "sampling")
-    ]
+    network, prior, seed, waveforms = run.autoencoder, run.prior, options.seed, []
+    for clips in tqdm(SequentialBatchSampler(len(labels), _BATCH), "sampling"):
+        chosen = [labels[k] for k in clips]
+        sampled = sample_utterances(network, prior, chosen, contents, seed, options.temperature, clips=clips)
+        waveforms.append(sampled)
     label = torch.tensor(labels)
     return _Utterances(torch.cat(waveforms), label // contents, label % contents)
 
@@ -152,11 +147,10 @@ def _bits(run: SpeechRun) -> dict[str, float]:
         return bits
 
     values = {"autoencoder": measure(run.autoencoder)}
-    if run.baseline.weights.is_file():
-        tensors, _ = checkpoint.load(run.baseline.weights, "wavenet")
-        path = run.baseline.weights
-        baseline = checkpoint.build_module(lambda: UnconditionalWaveNet(model.decoder), tensors, path).eval()
-        values["baseline"] = measure(baseline)
+    if (weights := run.baseline.weights).is_file():
+        values["baseline"] = measure(
+            checkpoint.load_module(weights, "wavenet", lambda: UnconditionalWaveNet(model.decoder))
+        )
     values["unigram_entropy"] = usage.entropy / math.log(2)
     values["codes_per_sample"] = math.log2(run.autoencoder.quantizer.codebook_size) / model.samples_per_code
     return values
@@ -175,10 +169,14 @@ def _code_information(run: SpeechRun) -> dict[str, float]:
     return found | ({"content": mutual_information(joined, content)} if data.contents else {})
 
 
+def mutual_information(first: Int[np.ndarray, " n"], second: Int[np.ndarray, " n"]) -> float:
+    """Return the mutual information of paired labels in bits, estimated from their joint frequencies."""
+    return import_package("sklearn.metrics", "speech").mutual_info_score(first, second) / math.log(2)
+
+
 def main(options: EvaluateSpeechOptions) -> None:
     """Run the command `vqvae2 speech evaluate`."""
     run = SpeechRun.existing(options.run)
-    files.lock_folder(run.folder.path)
     metrics = evaluate(run, options)
     files.write_json(run.folder.metrics, metrics.to_dict())
     print("\n".join([*metrics.lines(), str(run.folder.metrics)]))

@@ -5,11 +5,9 @@ from pathlib import Path
 import tyro
 from pydantic import Field
 
-from experiments.speech.decoding import sample_utterances
-from experiments.speech.page import write_audio
 from experiments.speech.speech_run import SpeechRun
 from sampling.params import LevelSamplingParams
-from vqvae2 import files
+from sampling.sample_waveforms import sample_utterances
 from vqvae2.command_line import Options
 
 
@@ -40,13 +38,10 @@ def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:
     rows: dict[str, list] = {}
     for label, waveform in zip(labels, waveforms, strict=True):
         rows.setdefault(network.speakers[label // contents], []).append((run.classes[label], waveform))
-    networks = (str(network.digest), str(prior.digest))
-    write_audio(run, run.folder.samples, list(rows.items()), (options.seed, options.temperature, networks))
-    print(run.page)
+    networks = [network.digest, prior.digest]
+    run.write_audio("Samples", list(rows.items()), options.seed, options.temperature, networks)
 
 
 def main(options: SampleSpeechOptions) -> None:
     """Run the command `vqvae2 speech sample`."""
-    run = SpeechRun.existing(options.run)
-    files.lock_folder(run.folder.path)
-    sample(run, options)
+    sample(SpeechRun.existing(options.run), options)

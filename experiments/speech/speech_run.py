@@ -1,26 +1,28 @@
 """Settings of a speech experiment and its run folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from experiments.speech.autoencoder import SpeechAutoencoder, SpeechModelConfig, load_speech_autoencoder
-from experiments.speech.recordings import Recordings, RecordingsConfig, open_recordings
-from sampling.run_config import PriorStageConfig
+from sampling.report.audio_page import write_audio, write_audio_page
+from sampling.run_config import BaseRunConfig, PriorStageConfig
+from sampling.run_data import open_run_codes
 from train.checkpoints import check_made_from
-from train.run import ConfigOptions
-from vqvae2 import checkpoint, files
+from train.run import BaseRun, ConfigOptions, load_run_prior
+from vqvae2 import checkpoint
 from vqvae2.config import Config
 from vqvae2.data.code_store import CodeStore
-from vqvae2.errors import UserError
-from vqvae2.priors import Prior, TransformerConfig, load_prior
-from vqvae2.run_folder import RunFolder, StageFolder
+from vqvae2.data.recordings import Recordings, RecordingsConfig, open_recordings
+from vqvae2.models.speech_autoencoder import SpeechAutoencoder, SpeechModelConfig, load_speech_autoencoder
+from vqvae2.priors import Prior, TransformerConfig
+from vqvae2.run_folder import StageFolder
 from vqvae2.training_config import PriorTrainingConfig, TrainingConfig
 
-_FIX = "Delete the folder and run `vqvae2 speech train` again."
+_SECTIONS = {"Conversions": "conversions", "Samples": "samples"}  # of the run's page: heading → folder
 
 
 class SpeechTrainingConfig(TrainingConfig):
@@ -37,10 +39,9 @@ class SpeechTrainingConfig(TrainingConfig):
     )
 
 
-class SpeechConfig(Config):
+class SpeechConfig(BaseRunConfig):
     """The sections of a speech experiment's YAML file."""
 
-    run: str | None = Field(default=None, description="run folder; runs/NAME for NAME.yaml if not given")
     data: RecordingsConfig = RecordingsConfig()
     model: SpeechModelConfig = SpeechModelConfig()
     training: SpeechTrainingConfig = SpeechTrainingConfig()
@@ -68,30 +69,18 @@ class SpeechOptions(ConfigOptions, SpeechConfig):
 
 
 @dataclass(frozen=True)
-class SpeechRun:
+class SpeechRun(BaseRun):
     """A config, its run folder, and what the folder holds."""
 
     config: SpeechConfig
-    folder: RunFolder
 
-    @classmethod
-    def existing(cls, path: Path) -> Self:
-        """Return the run in a folder.
-
-        Raises:
-            UserError: If `path` is not the folder of a speech experiment.
-        """
-        folder = RunFolder.existing(path, "vqvae2 speech train")
-        return cls(SpeechConfig.from_resolved_yaml(folder.config), folder)
+    config_class: ClassVar[type[Config]] = SpeechConfig
+    command: ClassVar[str] = "vqvae2 speech train"
 
     @property
     def baseline(self) -> StageFolder:
         """Folder of the WaveNet without codes."""
         return StageFolder(self.folder.path / "baseline")
-
-    @property
-    def page(self) -> Path:
-        return self.folder.path / "speech.html"
 
     @cached_property
     def recordings(self) -> tuple[Recordings, Recordings]:
@@ -109,10 +98,7 @@ class SpeechRun:
 
     def store(self, split: str) -> CodeStore:
         """Return the finished code store of a split."""
-        store, weights = CodeStore.open(self.folder.code_store(split)), self.folder.autoencoder_weights
-        if store.header.autoencoder != files.digest(weights):
-            raise UserError(f"{store.path}: codes of another autoencoder than {weights}. {_FIX}")
-        return store
+        return open_run_codes(self.folder, split, self.command)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -126,8 +112,18 @@ class SpeechRun:
     @cached_property
     def prior(self) -> Prior:
         """The trained prior of the codes."""
-        path, weights = self.folder.prior_weights("top"), self.folder.autoencoder_weights
-        prior = load_prior(path)
-        if prior.made_from.get("autoencoder") != self.autoencoder.digest:
-            raise UserError(f"{path}: trained on codes of another autoencoder than {weights}. {_FIX}")
-        return prior
+        return load_run_prior(self.folder.prior_weights("top"), self.autoencoder.digest)
+
+    def write_audio(
+        self,
+        section: str,
+        rows: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]],
+        seed: int,
+        temperature: float,
+        networks: Sequence[str | None],
+    ) -> None:
+        """Write audio files to the folder of a section of the run's page, and the page. See `write_audio`."""
+        path, page = self.folder.path, self.folder.path / "speech.html"
+        write_audio(path / _SECTIONS[section], rows, self.config.data.sample_rate, seed, temperature, networks)
+        write_audio_page(page, f"Speech: {path.absolute().name}", _SECTIONS)
+        print(page)

@@ -9,21 +9,22 @@ import tyro
 from accelerate import Accelerator
 from jaxtyping import UInt8
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.video.three_codes import ThreeCodes
 from experiments.video.video_run import VideoRun
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, sample_level
-from train.loop import TrainingStage, train
+from train.loop import train
+from train.quantized_stage import QuantizedObjective, QuantizedStage
 from train.run import is_finished
-from train.stages.autoencoder import update_codebook
 from vqvae2 import checkpoint, files
 from vqvae2.command_line import Options
 from vqvae2.data.code_store import CodeBatch, CodeStore
 from vqvae2.data.images import to_float, to_uint8
+from vqvae2.data.samplers import evenly_spaced
 from vqvae2.metrics.codebook_usage import CodebookUsage
-from vqvae2.metrics.reconstruction import ReconstructionStatistics
+from vqvae2.metrics.reconstruction import compare_images
 from vqvae2.pictures import interleave_rows, save_grid
 
 _BATCH, _PREVIEW_FRAMES = 64, 16
@@ -38,12 +39,12 @@ class ThreeCodesOptions(Options):
     codes: LevelSamplingParams = Field(default=_GREEDY, description="sampling of the first stage's codes")
 
 
-class ThreeCodesObjective(nn.Module):
+class ThreeCodesObjective(QuantizedObjective):
     """Negative log-likelihood of the coarsest level's codes in nats per code, plus the loss of the quantizer."""
 
     def __init__(self, network: ThreeCodes) -> None:
         super().__init__()
-        self.network, self.quantized = network, True
+        self.network = network
 
     def forward(self, batch: CodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its unweighted terms."""
@@ -53,7 +54,7 @@ class ThreeCodesObjective(nn.Module):
         return nll + quantization.loss, {"nll": nll} | quantization.loss_terms
 
 
-class ThreeCodesStage(TrainingStage):
+class ThreeCodesStage(QuantizedStage[ThreeCodes, ThreeCodesObjective]):
     """Training of the model of three codes."""
 
     name, monitor = "three-codes", "nll"
@@ -63,20 +64,11 @@ class ThreeCodesStage(TrainingStage):
         self.training_data, self.validation_data = run.stores
         self.made_from = {"autoencoder": run.autoencoder.digest}
         torch.manual_seed(self.config.training.seed)
-        self._network = ThreeCodes(self.config, self.training_data.header.levels[-1])
-        self.objective = self._objective = ThreeCodesObjective(self._network)
+        self.network = ThreeCodes(self.config, self.training_data.header.levels[-1])
+        self.quantizers, self.first_quantized_step = [self.network.quantizer], self.config.training.first_quantized_step
+        self.objective = ThreeCodesObjective(self.network)
         others = ["validation/nll", "validation/nll_of_other"]
         self.curves = {"nats per code": ["train/nll", *others], "codes in use": ["validation/usage"]}
-
-    @property
-    def network(self) -> ThreeCodes:
-        return self._network
-
-    def before_update(self, step: int) -> None:
-        self._objective.quantized = step >= self.config.training.first_quantized_step
-
-    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        update_codebook(self.network.quantizer, optimizer)
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the metrics of `measure_codes`. Every process measures all frames."""
@@ -87,8 +79,7 @@ class ThreeCodesStage(TrainingStage):
         save_grid(path, *interleave_rows(*reconstruct(self.run, self.network, _PREVIEW_FRAMES), columns=8))
 
     def save(self, path: Path) -> None:
-        metadata = {"network": self.name, "config": self.config.to_dict(), "made_from": dict(self.made_from)}
-        checkpoint.save(path, self.network.state_dict(), metadata)
+        checkpoint.save_module(path, self.name, self.network, self.config, self.made_from)
 
 
 @torch.inference_mode()
@@ -118,7 +109,7 @@ def reconstruct(
 ) -> list[UInt8[Tensor, "n c h w"]]:
     """Return held-out frames, their reconstructions by the first stage, and those from the latent codes."""
     store, device = run.stores[1], network.embedding.weight.device
-    chosen = range(0, len(store), max(1, len(store) // count))[:count]
+    chosen = evenly_spaced(len(store), count)
     codes = store.read(chosen).codes
     latents = network.encode(codes[-1].to(device))
     sampled = sample_level(network.decoder, Noise(0, chosen, 0), params, (latents,)).cpu()
@@ -130,8 +121,9 @@ def reconstruct(
 def write_reconstructions(run: VideoRun, options: ThreeCodesOptions) -> dict[str, float]:
     """Write the picture of reconstructions and the metrics to the folder of the stage, and return the metrics."""
     folder, level, (frames, _) = run.three_codes, run.stores[1].header.levels[-1], run.frames
-    tensors, _ = checkpoint.load(folder.weights, ThreeCodesStage.name)
-    network = checkpoint.build_module(lambda: ThreeCodes(run.config.three_codes, level), tensors, folder.weights).eval()
+    network = checkpoint.load_module(
+        folder.weights, ThreeCodesStage.name, lambda: ThreeCodes(run.config.three_codes, level)
+    )
     originals, *others = reconstruct(run, network, options.count, options.codes)
     chosen = range(0, len(frames), max(1, len(frames) // options.count))
     mean = torch.stack([frames[index].image for index in chosen]).double().mean(0).round().to(torch.uint8)
@@ -139,12 +131,10 @@ def write_reconstructions(run: VideoRun, options: ThreeCodesOptions) -> dict[str
     metrics = {"bits": latents, "bits_of_first_stage": level.num_codes * math.log2(level.codebook_size)}
     images_of = {"first_stage": others[0], "three_codes": others[1], "mean_frame": mean.expand_as(originals)}
     for name, images in images_of.items():
-        errors = ReconstructionStatistics()
-        errors.update(to_float(originals), to_float(images))
-        metrics[f"psnr_{name}"] = errors.compute().psnr
+        metrics[f"psnr_{name}"] = compare_images(to_float(originals), to_float(images)).psnr
     metrics |= measure_codes(network, run.stores[1])
     files.write_json(folder.path / "metrics.json", metrics)
-    shown = (images[:: max(1, len(images) // _PREVIEW_FRAMES)][:_PREVIEW_FRAMES] for images in (originals, *others))
+    shown = (images[list(evenly_spaced(len(images), _PREVIEW_FRAMES))] for images in (originals, *others))
     save_grid(folder.path / "reconstructions.png", *interleave_rows(*shown, columns=8))
     return metrics
 

@@ -3,23 +3,19 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
-from jaxtyping import Float, Int, UInt8
 from pydantic import Field
-from torch import Tensor, nn
 
-from experiments.video.predict import PREDICTION, Predictor, read_actions, read_clips
+from experiments.video.predict import PREDICTION
 from experiments.video.video_run import VideoRun
+from sampling.evaluation.action_recognition import ActionRecognizer
+from sampling.next_frames import decode_clips
 from sampling.params import LevelSamplingParams
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.data.clips import find_clips
 from vqvae2.data.images import to_float
-from vqvae2.metrics.reconstruction import ReconstructionStatistics
-from vqvae2.models.blocks import make_encoder
-
-_CHANNELS, _SIDE, _BATCH, _LEARNING_RATE = 32, 4, 64, 2e-3  # of the classifier of actions
+from vqvae2.metrics.reconstruction import compare_images
 
 
 class EvaluateVideoOptions(Options):
@@ -41,68 +37,29 @@ def evaluate(run: VideoRun, options: EvaluateVideoOptions) -> dict[str, dict[str
     """
     given = run.config.given
     clips = run.held_out_clips(given + options.predicted)[: options.count]
-    frames, actions = read_clips(run, clips), read_actions(run, clips)
+    frames, actions = run.read_images(clips), run.read_actions(clips)
     start, true = frames[:, :given], frames[:, given:]
-    predictor = Predictor(run, run.priors(), options.codes, options.seed)
+    predictor, numbers = run.predictor(options.codes, options.seed), [(clip.start, 0) for clip in clips]
+    seen = run.read_codes([clip[:given] for clip in clips])
     sets = {
-        "prediction": predictor.predict(clips, actions),
+        "prediction": predictor.predict(seen, actions, numbers),
         "last frame": start[:, -1:].expand_as(true),
-        "reconstruction": predictor.decode(predictor.read([clip[given:] for clip in clips])),
+        "reconstruction": decode_clips(run.autoencoder, run.read_codes([clip[given:] for clip in clips])),
     }
     if run.config.blind:
-        sets["blind"] = predictor._replace(priors=run.priors(blind=True)).predict(clips, actions)
+        sets["blind"] = run.predictor(options.codes, options.seed, blind=True).predict(seen, actions, numbers)
     metrics: dict[str, dict[str, list[float]]] = {"mse": {}, "ssim": {}, "recognized": {}}
     for name, images in sets.items():
-        metrics["mse"][name], metrics["ssim"][name] = _errors(true, images)
+        errors = [compare_images(*map(to_float, pair)) for pair in zip(true.unbind(1), images.unbind(1), strict=True)]
+        metrics["mse"][name], metrics["ssim"][name] = [each.mse for each in errors], [each.ssim for each in errors]
     if run.frames[0].classes:
-        classifier, others = train_classifier(run, options.classifier_steps), actions.roll(1, 0)  # of another clip
-        sets |= {"real": true, "other actions": predictor.predict(clips, others)}
+        recognizer = ActionRecognizer(run.frames[0], find_clips(run.stores[0]), options.classifier_steps)
+        others = actions.roll(1, 0)  # of another clip
+        sets |= {"real": true, "other actions": predictor.predict(seen, others, numbers)}
         for name in ("real", "reconstruction", "prediction", "other actions"):
             intended = others if name == "other actions" else actions
-            metrics["recognized"][name] = _recognized(classifier, torch.cat([start[:, -1:], sets[name]], 1), intended)
+            metrics["recognized"][name] = recognizer.accuracy(torch.cat([start[:, -1:], sets[name]], 1), intended)
     return metrics
-
-
-def train_classifier(run: VideoRun, steps: int) -> nn.Module:
-    """Train a classifier of the action between two real frames, from their `_pairs`."""
-    torch.manual_seed(0)
-    frames, size = run.frames[0], _CHANNELS * _SIDE**2
-    encoder = make_encoder(2 * frames.config.channels, _CHANNELS, 16, _CHANNELS, 1)
-    head = nn.AdaptiveAvgPool2d(_SIDE), nn.Flatten(), nn.Linear(size, len(frames.classes))
-    network = nn.Sequential(encoder, *head)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    later = torch.tensor([record for clip in find_clips(run.stores[0]) for record in clip[1:]])
-    for _ in range(steps):
-        chosen = later[torch.randint(len(later), (_BATCH,))].tolist()
-        before, after = (torch.stack([frames[record - lag].image for record in chosen]) for lag in (1, 0))
-        labels = torch.tensor([frames.label(record) for record in chosen])
-        F.cross_entropy(network(_pairs(before, after)), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return network.eval()
-
-
-def _pairs(before: UInt8[Tensor, "n c h w"], after: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h w"]:
-    return to_float(torch.cat([before, after], 1))
-
-
-@torch.inference_mode()
-def _recognized(classifier: nn.Module, clips: UInt8[Tensor, "n t c h w"], actions: Int[Tensor, "n s"]) -> list[float]:
-    """Return the fraction of recognized actions, each of which leads from a frame to the next one, at each step."""
-    found = [classifier(_pairs(clips[:, t], clips[:, t + 1])).argmax(1) for t in range(actions.shape[1])]
-    return (torch.stack(found, 1) == actions).double().mean(0).tolist()
-
-
-def _errors(true: UInt8[Tensor, "n t c h w"], others: UInt8[Tensor, "n t c h w"]) -> tuple[list[float], list[float]]:
-    """Return the mean MSE and the mean SSIM of each frame."""
-    found = []
-    for pair in zip(true.unbind(1), others.unbind(1), strict=True):
-        statistics = ReconstructionStatistics()
-        statistics.update(*map(to_float, pair))
-        found.append(statistics.compute())
-    return [each.mse for each in found], [each.ssim for each in found]
 
 
 def main(options: EvaluateVideoOptions) -> None:

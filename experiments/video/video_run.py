@@ -1,26 +1,28 @@
 """Settings of a video experiment, and what its run folder holds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
+import torch
+from jaxtyping import Int, UInt8
 from pydantic import Field
+from torch import Tensor
 
 from experiments.video.three_codes import ThreeCodesConfig
+from sampling.next_frames import CodeClips, FramePredictor
+from sampling.params import LevelSamplingParams
 from sampling.run_config import RunConfig
-from sampling.run_data import load_run_autoencoder, open_run_datasets
-from train.checkpoints import check_made_from
-from train.run import Run, RunOptions
-from vqvae2 import files
+from sampling.run_data import load_run_autoencoder, open_run_codes, open_run_datasets
+from train.run import Run, RunOptions, load_run_prior
 from vqvae2.config import Config
 from vqvae2.data.clips import find_clips
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import ImageDataset
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder
-from vqvae2.priors import Prior, load_prior
-from vqvae2.run_folder import RunFolder, StageFolder
+from vqvae2.run_folder import StageFolder
 
 
 class VideoConfig(RunConfig):
@@ -43,16 +45,8 @@ class VideoRun(Run):
 
     config: VideoConfig
 
-    @classmethod
-    def existing(cls, path: Path) -> Self:
-        """Return the run in a folder.
-
-        Raises:
-            UserError: If `path` is not the folder of a video experiment.
-        """
-        folder = RunFolder.existing(path, "vqvae2 video train")
-        files.lock_folder(path)
-        return cls(VideoConfig.from_resolved_yaml(folder.config), folder)
+    config_class: ClassVar[type[Config]] = VideoConfig
+    command: ClassVar[str] = "vqvae2 video train"
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -67,10 +61,7 @@ class VideoRun(Run):
     @cached_property
     def stores(self) -> tuple[CodeStore, CodeStore]:
         """Codes of the frames for training and for validation."""
-        stores = [CodeStore.open(self.folder.code_store(split)) for split in ("train", "val")]
-        for store in stores:
-            store.header.check_autoencoder(self.autoencoder.digest, store.path)
-        return stores[0], stores[1]
+        return open_run_codes(self.folder, "train"), open_run_codes(self.folder, "val")
 
     def held_out_clips(self, length: int) -> list[range]:
         """Return the records of the first frames of each held-out clip that has at least `length` frames.
@@ -83,6 +74,20 @@ class VideoRun(Run):
             raise UserError(f"{self.folder.path}: no held-out clip has {length} frames. Predict fewer.")
         return clips
 
+    def read_images(self, clips: Sequence[range]) -> UInt8[Tensor, "n t c h w"]:
+        """Return the images of held-out frames."""
+        images = self.frames[1]
+        return torch.stack([torch.stack([images[record].image for record in clip]) for clip in clips])
+
+    def read_codes(self, clips: Sequence[range]) -> CodeClips:
+        """Return the codes of held-out frames."""
+        codes = self.stores[1].read([record for clip in clips for record in clip]).codes
+        return tuple(level.unflatten(0, (len(clips), -1)) for level in codes)
+
+    def read_actions(self, clips: Sequence[range]) -> Int[Tensor, "n t"]:
+        """Return the actions that lead to the frames after the given ones of held-out clips, −1 without actions."""
+        return torch.stack([self.stores[1].read(clip[self.config.given :]).label for clip in clips])
+
     def prior(self, level: str, blind: bool) -> StageFolder:
         """Return the folder of a prior; `blind` is the one that does not see the actions."""
         return self.folder.prior(f"{level}-blind" if blind else level)
@@ -91,10 +96,8 @@ class VideoRun(Run):
     def three_codes(self) -> StageFolder:
         return StageFolder(self.folder.path / "three-codes")
 
-    def priors(self, blind: bool = False) -> list[Prior]:
-        """Return the trained priors of all levels, finest first."""
-        paths = [self.prior(level, blind).weights for level in self.config.levels]
-        priors = [load_prior(path) for path in paths]
-        for prior, path in zip(priors, paths, strict=True):
-            check_made_from(prior.made_from, {"autoencoder": self.autoencoder.digest}, path)
-        return priors
+    def predictor(self, params: LevelSamplingParams, seed: int, blind: bool = False) -> FramePredictor:
+        """Return the trained networks that predict frames."""
+        paths = (self.prior(level, blind).weights for level in self.config.levels)
+        priors = [load_run_prior(path, self.autoencoder.digest) for path in paths]
+        return FramePredictor(self.autoencoder, priors, params, seed)

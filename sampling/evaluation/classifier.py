@@ -119,8 +119,7 @@ def load_classifier(source: str, device: torch.device | str = "cpu") -> Classifi
 
 def save_classifier(path: Path, network: nn.Module, config: ClassifierConfig, made_from: dict[str, Any]) -> None:
     """Write weights, config and a record of the training data to one safetensors file."""
-    metadata = {"network": "classifier", "config": config.to_dict(), "made_from": made_from}
-    checkpoint.save(path, network.state_dict(), metadata)
+    checkpoint.save_module(path, "classifier", network, config, made_from)
 
 
 def _from_file(path: Path, device: torch.device) -> Classifier:

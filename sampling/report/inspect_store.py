@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tyro.conf import Positional
 
-from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import DataConfig, ImageDataset
@@ -17,7 +16,7 @@ from vqvae2.data.samplers import SequentialBatchSampler
 from vqvae2.data.sources.prepared import PreparedHeader, PreparedSource, read_header
 from vqvae2.errors import UserError
 from vqvae2.metrics.codebook_usage import CodebookUsage
-from vqvae2.pictures import make_figure, save_grid
+from vqvae2.pictures import make_figure, save_figure, save_grid
 from vqvae2.run_folder import level_names
 
 _MAX_LISTED = 20  # classes and unreadable images listed by name
@@ -120,8 +119,7 @@ def _plot(path: Path, levels: dict[str, NDArray[np.int64]], labels: NDArray[np.i
         axes.stairs(frequencies, np.arange(len(frequencies) + 1), fill=True)
         axes.axhline(1 / len(frequencies), color="black", linewidth=0.8, linestyle="--")
         axes.set(title=title, xlabel="rank", ylabel="relative frequency", xlim=(0, len(frequencies)))
-    with files.atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
+    save_figure(path, figure)
 
 
 class InspectOptions(Options):

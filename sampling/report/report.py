@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field
 from tyro.conf import Positional
 
@@ -18,6 +17,7 @@ from sampling.report.diagnosis import row_captions
 from sampling.report.formatting import format_duration, format_sentence, format_value
 from sampling.report.picture import Picture, load_picture
 from sampling.report.run_status import RunStatus, read_run
+from sampling.report.templates import make_environment
 from vqvae2 import files
 from vqvae2.code_maps import MapSpec
 from vqvae2.command_line import Options
@@ -70,13 +70,7 @@ def write_report(run: Path, samples: Path | None = None) -> Path:
         UserError: If `run` is not a run folder, or a file in it is damaged.
     """
     status = read_run(RunFolder.existing(run), samples)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = make_environment()
     environment.filters |= {"sentence": format_sentence, "value": format_value}
     text = environment.get_template("page.html").render(
         run=status,

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from sampling.evaluation.training_checks import codebook_warnings
 from sampling.processes import processes
 from sampling.run_data import open_run_datasets
-from train.accelerator import make_accelerator, to_device
-from train.loop import AuxiliaryNetwork, TrainingStage, train
+from train.accelerator import make_accelerator, shared_batches
+from train.loop import AuxiliaryNetwork, train
 from train.losses import (
     AdversarialLoss,
     CodebookUsageTracker,
@@ -22,15 +22,14 @@ from train.losses import (
     PerceptualLoss,
     make_perceptual_loss,
 )
+from train.quantized_stage import QuantizedObjective, QuantizedStage
 from train.run import Run, RunOptions, open_run, print_main
 from vqvae2 import files
 from vqvae2.data.images import ImageDataset, ImageSample, to_float, to_uint8
-from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.metrics.reconstruction import ReconstructionStatistics
 from vqvae2.models import Autoencoder
 from vqvae2.pictures import interleave_rows, save_grid
-from vqvae2.quantizers import GradientQuantizer, Quantizer
 from vqvae2.run_folder import StageFolder, level_names
 from vqvae2.training_config import AutoencoderLossConfig
 
@@ -41,7 +40,7 @@ class TrainAutoencoderOptions(RunOptions):
     """Train the autoencoder of a config (stage 1), or resume its training."""
 
 
-class AutoencoderObjective(nn.Module):
+class AutoencoderObjective(QuantizedObjective):
     """Reconstruction loss plus the losses of the quantizers (van den Oord et al. 2017, eq. 3)."""
 
     def __init__(
@@ -58,7 +57,6 @@ class AutoencoderObjective(nn.Module):
         self.usage = CodebookUsageTracker(
             {name: level.codebook_size for name, level in zip(self.names, network.map_specs, strict=True)}
         )
-        self.quantized = True
         self.decoder_only = False
 
     def forward(self, batch: ImageSample) -> tuple[Tensor, dict[str, Tensor]]:
@@ -78,12 +76,12 @@ class AutoencoderObjective(nn.Module):
         if self.adversarial and self.adversarial.active:
             terms["adversarial"] = self.adversarial(images, reconstruction)
             loss = loss + self.config.adversarial.weight * terms["adversarial"]
-        if self.network.training and self.quantized:
+        if self.usage and self.network.training and self.quantized:
             self.usage.update(output.levels)
         return loss, terms
 
 
-class AutoencoderStage(TrainingStage):
+class AutoencoderStage(QuantizedStage[Autoencoder, AutoencoderObjective]):
     """Training of the autoencoder of a run."""
 
     name, monitor = "autoencoder", "mse"
@@ -95,12 +93,14 @@ class AutoencoderStage(TrainingStage):
         perceptual = make_perceptual_loss(loss.perceptual, shape)  # first, because it may fail
         self.training_data, self.validation_data = open_run_datasets(run.config.data, run.folder)
         torch.manual_seed(self.config.training.seed)
-        self._network = self.config.model.build(shape, channels)
+        self.network = self.config.model.build(shape, channels)
+        self.quantizers = self.network.quantizers
         self.pretrained = None
         if self.config.pretrained is not None:
             self.pretrained = Autoencoder.from_pretrained(self.config.pretrained)
-            self._network.load_state_dict(self.pretrained.state_dict())
+            self.network.load_state_dict(self.pretrained.state_dict())
             self.made_from = {"pretrained": self.pretrained.digest}
+        self.first_quantized_step = 0 if self.pretrained else self.config.training.first_quantized_step
         self.adversarial = None
         if loss.adversarial.weight:
             discriminator = loss.adversarial.discriminator.build(shape, channels)
@@ -112,7 +112,7 @@ class AutoencoderStage(TrainingStage):
                 loss.adversarial.betas,
                 loss.adversarial.start,
             )
-        self.objective = self._objective = AutoencoderObjective(self._network, loss, perceptual, self.adversarial)
+        self.objective = AutoencoderObjective(self.network, loss, perceptual, self.adversarial)
         *coarse_levels, _ = self.config.model.progressive_levels
         self.curves = {
             "reconstruction error": ["train/reconstruction", "validation/reconstruction"],
@@ -124,22 +124,18 @@ class AutoencoderStage(TrainingStage):
         if len(loss.terms) > 1:
             self.curves["terms of the loss"] = [f"train/{term}" for term in loss.terms]
 
-    @property
-    def network(self) -> Autoencoder:
-        return self._network
-
     def before_update(self, step: int) -> None:
-        first = 0 if self.pretrained is not None else self.config.training.first_quantized_step
-        self._objective.quantized = step >= first
-        self._objective.decoder_only = step >= self.config.training.first_decoder_step
-        if self._objective.decoder_only:
+        super().before_update(step)
+        first = self.first_quantized_step
+        self.objective.decoder_only = step >= self.config.training.first_decoder_step
+        if self.objective.decoder_only:
             self.network.quantizers.eval()  # the codebooks no longer change
         if step == first and processes().is_main_process and not self._is_initialized():  # may take a minute
             tqdm.write("autoencoder: initializing the codebooks with k-means", sys.stderr)
         if self.config.training.compile:  # k-means would split the graph in many places
             torch.compiler.set_stance("force_eager" if step == first else "default")
-        if self._objective.perceptual:
-            self._objective.perceptual.active = step >= self.config.loss.perceptual.start
+        if self.objective.perceptual:
+            self.objective.perceptual.active = step >= self.config.loss.perceptual.start
         if self.adversarial:
             self.adversarial.active = step >= self.adversarial.config.start
 
@@ -152,20 +148,6 @@ class AutoencoderStage(TrainingStage):
         assert self.adversarial is not None
         assert self.adversarial.latest is not None
         return self.adversarial.latest
-
-    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        for quantizer in self.network.quantizers:
-            assert isinstance(quantizer, Quantizer)
-            update_codebook(quantizer, optimizer)
-
-    def logged_values(self) -> dict[str, float]:
-        return self._objective.usage.take()
-
-    def pending_values(self) -> dict[str, list[int]]:
-        return self._objective.usage.pending()
-
-    def restore_pending(self, pending: dict[str, list[int]]) -> None:
-        self._objective.usage.resume(pending, next(self.network.parameters()).device)
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         batch_size = self.run.config.extract_codes.batch_size
@@ -193,21 +175,6 @@ class AutoencoderStage(TrainingStage):
         self.network.save(path, data=self.run.config.data.path, config=self.config.to_dict(), **self.made_from)
 
 
-def update_codebook(quantizer: Quantizer, optimizer: torch.optim.Optimizer) -> None:
-    """Update a codebook after an optimizer step, and the optimizer's moments if codes were restarted."""
-    quantizer.update()
-    if isinstance(quantizer, GradientQuantizer) and quantizer.restarted is not None:
-        reset_moments(optimizer, quantizer.embedding, quantizer.restarted)
-
-
-@torch.no_grad()
-def reset_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
-    """Zero the optimizer's moments of a parameter's rows for which `rows` (K,) is true: codes that were restarted."""
-    for moment in optimizer.state.get(parameter, {}).values():
-        if moment.shape == parameter.shape:
-            moment.masked_fill_(rows[:, None], 0)
-
-
 @torch.inference_mode()
 def validate_autoencoder(
     network: Autoencoder, images: ImageDataset, batch_size: int, accelerator: Accelerator
@@ -217,12 +184,11 @@ def validate_autoencoder(
     With level dropout, `psnr_LEVEL` is the PSNR of reconstructions from this level and the coarser ones only.
     """
     *coarse_levels, _ = network.config.progressive_levels
-    sampler = SequentialBatchSampler(len(images), batch_size, accelerator.process_index, accelerator.num_processes)
     errors = ReconstructionStatistics(accelerator.device)
     coarse_errors = {levels: ReconstructionStatistics(accelerator.device) for levels in coarse_levels}
     usages = [CodebookUsage(level.codebook_size, accelerator.device) for level in network.map_specs]
-    for batch in load_batches(images, sampler, num_workers=0):
-        originals = to_float(to_device(batch.image, accelerator.device))
+    for batch in shared_batches(images, batch_size, accelerator):
+        originals = to_float(batch.image)
         with accelerator.autocast():
             output = network(originals)
         errors.update(originals, output.images.float().clamp(-1, 1))

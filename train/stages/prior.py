@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from sampling.evaluation.training_checks import prior_warnings
 from sampling.params import LevelSamplingParams
 from sampling.run_config import PriorStageConfig
-from sampling.run_data import load_run_autoencoder
+from sampling.run_data import load_run_autoencoder, open_run_codes
 from sampling.sample_level import Noise, sample_level
-from train.accelerator import to_device
+from train.accelerator import shared_batches, to_device
 from train.loop import TrainingStage, train
 from train.run import Run, RunOptions, is_finished, open_run
 from vqvae2 import files
 from vqvae2.data.code_store import CodeBatch, CodeStore, to_int64
 from vqvae2.data.images import to_uint8
-from vqvae2.data.samplers import SequentialBatchSampler, load_batches
+from vqvae2.data.samplers import SequentialBatchSampler
 from vqvae2.distributed import all_reduce_sum
 from vqvae2.errors import UserError
 from vqvae2.metrics.codebook_usage import CodebookUsage
@@ -59,7 +59,7 @@ class PriorObjective(nn.Module):
         return F.cross_entropy(logits.float(), batch.codes[self.level]), {}
 
 
-class PriorStage(TrainingStage):
+class PriorStage(TrainingStage[Prior, PriorObjective]):
     """Training of the prior of one level on code stores. Subclasses add the preview.
 
     Args:
@@ -84,16 +84,12 @@ class PriorStage(TrainingStage):
         maps = header.levels
         spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], num_classes=len(header.classes))
         torch.manual_seed(config.training.seed)
-        self._network = config.model.build(spec)
-        self._network.gradient_checkpointing = config.training.gradient_checkpointing
-        self.objective = PriorObjective(self._network, self.level, config.loss.label_dropout)
+        self.network = config.model.build(spec)
+        self.network.gradient_checkpointing = config.training.gradient_checkpointing
+        self.objective = PriorObjective(self.network, self.level, config.loss.label_dropout)
         self.made_from = {**made_from, "codes": header.digest}
         self.unigram_entropy = self._unigram_entropy()
         self.curves = {"nats per code": ["train/loss", "validation/nll", "validation/uniform", "validation/unigram"]}
-
-    @property
-    def network(self) -> Prior:
-        return self._network
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the negative log-likelihood in nats and bits per code, and two baselines in nats per code: the uniform
@@ -126,7 +122,7 @@ class ImagePriorStage(PriorStage):
 
     def __init__(self, run: Run, level: str) -> None:
         self.run, index = run, run.config.levels.index(level)
-        stores = _open_store(run, "train"), _open_store(run, "val")
+        stores = open_run_codes(run.folder, "train"), open_run_codes(run.folder, "val")
         self.autoencoder = load_run_autoencoder(run.config, run.folder)
         if stores[0].header.levels != self.autoencoder.map_specs:
             raise UserError(
@@ -155,10 +151,8 @@ class ImagePriorStage(PriorStage):
 @torch.inference_mode()
 def mean_nll(network: Prior, level: int, store: CodeStore, batch_size: int, accelerator: Accelerator) -> float:
     """Return the negative log-likelihood in nats per code over a whole store. The processes share the images."""
-    sampler = SequentialBatchSampler(len(store), batch_size, accelerator.process_index, accelerator.num_processes)
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch in load_batches(store, sampler, num_workers=0):
-        batch = to_device(batch, accelerator.device)
+    for batch in shared_batches(store, batch_size, accelerator):
         with accelerator.autocast():
             loss, _ = PriorObjective(network, level)(batch)
         codes = batch.codes[level].numel()
@@ -178,12 +172,6 @@ def train_prior(run: Run, level: str) -> None:
         return
     stage = ImagePriorStage(run, level)
     train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
-
-
-def _open_store(run: Run, split: str) -> CodeStore:
-    store = CodeStore.open(run.folder.code_store(split))
-    store.header.check_autoencoder(files.digest(run.folder.autoencoder_weights), store.path)
-    return store
 
 
 def main(options: TrainPriorOptions) -> None:

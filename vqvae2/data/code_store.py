@@ -87,8 +87,8 @@ class CodeHeader(Config):
         made_from = self.identity | {"unreadable": self.unreadable}
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
-    def check_autoencoder(self, digest: str | None, path: Path) -> None:
-        """Check that the store at `path` was made with the autoencoder of this digest.
+    def check_autoencoder(self, digest: str | None, path: Path, command: str = "vqvae2 extract-codes") -> None:
+        """Check that the store at `path`, which `command` writes, was made with the autoencoder of this digest.
 
         Raises:
             UserError: If it was made with another one.
@@ -96,7 +96,7 @@ class CodeHeader(Config):
         if digest != self.autoencoder:
             raise UserError(
                 f"{path}: codes of the autoencoder {self.autoencoder[:12]}…, but the run's autoencoder is "
-                f"{str(digest)[:12]}…. Delete this folder and run `vqvae2 extract-codes`."
+                f"{str(digest)[:12]}…. Delete this folder and run `{command}`."
             )
 
 

@@ -156,6 +156,15 @@ class SequentialBatchSampler(Sampler[list[int]]):
         return len(self.batches)
 
 
+def evenly_spaced(length: int, count: int) -> range:
+    """Return the indices of up to `count` samples at equal distances, from the first one.
+
+    >>> list(evenly_spaced(length=10, count=3))
+    [0, 3, 6]
+    """
+    return range(0, length, max(1, length // count))[:count]
+
+
 def load_batches(
     dataset: MapDataset, batch_sampler: Iterable[list[Any]], num_workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:

@@ -125,6 +125,15 @@ class ReconstructionStatistics:
         return ReconstructionMetrics(int(count), *(value / count for value in sums))
 
 
+def compare_images(
+    originals: Float[Tensor, "n c h w"], reconstructions: Float[Tensor, "n c h w"]
+) -> ReconstructionMetrics:
+    """Return the metrics of one batch. See `ReconstructionStatistics.update`."""
+    statistics = ReconstructionStatistics(originals.device)
+    statistics.update(originals, reconstructions)
+    return statistics.compute()
+
+
 def _check_shapes(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim != 4:
         raise UserError(f"expected two equal shapes (N, C, H, W), got {tuple(a.shape)} and {tuple(b.shape)}")

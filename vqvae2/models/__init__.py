@@ -1,4 +1,4 @@
-"""Autoencoders: images to code maps and back."""
+"""Autoencoders of images and speech, and their likelihoods."""
 
 from vqvae2.models.autoencoder import Autoencoder, AutoencoderConfig, LevelConfig
 

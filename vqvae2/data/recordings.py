@@ -4,22 +4,20 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from math import gcd
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from pydantic import Field, model_validator
-from scipy.signal import resample_poly
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from experiments.speech.mu_law import SILENCE, compand
+from vqvae2.audio.audio_io import read_waveform
+from vqvae2.audio.mu_law import SILENCE, compand
 from vqvae2.config import Config
-from vqvae2.errors import UserError, printable
-from vqvae2.packages import import_package
+from vqvae2.errors import UserError
 
 _EXTENSIONS = (".flac", ".wav")
 
@@ -107,7 +105,7 @@ class Recordings(Dataset[Clip]):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Clip:
         index = key[0] if isinstance(key, tuple) else key
-        values, recorded = fit_length(read_waveform(self.folder / self.names[index], self.config), self.config.length)
+        values, recorded = read_values(self.folder / self.names[index], self.config)
         if isinstance(key, tuple):
             crop = self.config.crop
             # At least half of a crop was recorded; the other half may be padding, so that silence is learned too.
@@ -178,34 +176,14 @@ def _parse_name(name: str, config: RecordingsConfig) -> tuple[str, str]:
     return match["speaker"], match.groupdict().get("content") or ""
 
 
-def read_waveform(path: Path, config: RecordingsConfig) -> Float[np.ndarray, " t"]:
-    """Return a mono float32 waveform in [-1, 1] at the configured sample rate.
+def read_values(path: Path, config: RecordingsConfig) -> tuple[UInt8[Tensor, " length"], int]:
+    """Return the µ-law values of a file, cut or padded with silence to `length`, and how many were recorded.
 
     Raises:
         UserError: If the file cannot be read or has no samples.
     """
-    soundfile = import_package("soundfile", "speech")
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, ValueError) as error:
-        reason = printable(" ".join(str(error).split()))
-        raise UserError(f"{path}: not a readable recording ({reason}). Replace or delete it.") from None
-    if not len(samples) or not np.isfinite(samples).all():
-        problem = "has samples that are not finite" if len(samples) else "has no samples"
-        raise UserError(f"{path}: {problem}. Replace or delete it.")
-    waveform = samples.mean(1)
-    if rate != config.sample_rate:
-        common = gcd(rate, config.sample_rate)
-        waveform = resample_poly(waveform, config.sample_rate // common, rate // common)
-    highest = np.abs(waveform).max()
-    scale = config.peak / highest if config.peak and highest > 0 else 1.0
-    return (waveform * scale).astype(np.float32)
-
-
-def fit_length(waveform: Float[np.ndarray, " t"], length: int) -> tuple[UInt8[Tensor, " length"], int]:
-    """Return the µ-law values of a waveform, cut or padded with silence to `length`, and how many were recorded."""
-    values = torch.full((length,), SILENCE, dtype=torch.uint8)
-    recorded = waveform[:length]
+    values = torch.full((config.length,), SILENCE, dtype=torch.uint8)
+    recorded = read_waveform(path, config.sample_rate, config.peak)[: config.length]
     values[: len(recorded)] = compand(torch.from_numpy(recorded))
     return values, len(recorded)
 

@@ -1,17 +1,12 @@
-"""Sampling waveforms from a WaveNet, computing each sample once (Paine et al. 2016, arXiv 1611.09482)."""
-
-from collections.abc import Callable, Sequence
+"""A WaveNet with cached activations, which computes each sample once (Paine et al. 2016, arXiv 1611.09482)."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from experiments.speech.mu_law import SILENCE
-from experiments.speech.wavenet import WaveNet, WaveNetLayer
-from sampling.logits import sample_codes
-from sampling.params import LevelSamplingParams
-from sampling.sample_level import Noise
+from vqvae2.audio.mu_law import SILENCE
+from vqvae2.models.wavenet import WaveNet, WaveNetLayer
 
 
 class IncrementalWaveNet:
@@ -75,33 +70,3 @@ def incremental_logits(
         rows.append(decoder.logits(previous))
         previous = values[:, time]
     return torch.stack(rows, 1)
-
-
-@torch.inference_mode()
-def sample_waveforms(
-    network: WaveNet,
-    condition: Float[Tensor, "b f c"],
-    samples_per_frame: int,
-    seed: int = 0,
-    clips: Sequence[int] | None = None,
-    temperature: float = 1.0,
-    progress: Callable[[int], object] = lambda samples: None,
-) -> Int[Tensor, "b t"]:
-    """Sample µ-law values. The noise of a clip depends on the seed and the number of the clip only.
-
-    Args:
-        clips: Numbers of the clips; 0, 1, … if not given.
-        progress: Called with the number of samples completed since the last call, of each clip.
-    """
-    batch, frames, _ = condition.shape
-    noise = Noise(seed, range(batch) if clips is None else clips, level=0)
-    decoder, params = IncrementalWaveNet(network, batch), LevelSamplingParams(temperature=temperature)
-    values = torch.full((frames * samples_per_frame + 1, batch), SILENCE, device=condition.device)
-    for frame in range(frames):
-        decoder.begin_frame(condition[:, frame])
-        uniform = noise.draw(samples_per_frame).to(condition.device)
-        for index in range(samples_per_frame):
-            time = frame * samples_per_frame + index
-            values[time + 1] = sample_codes(decoder.logits(values[time]), uniform[:, index], params)
-        progress(samples_per_frame)
-    return values[1:].T.contiguous()

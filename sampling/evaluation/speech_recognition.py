@@ -1,4 +1,4 @@
-"""Recognition of contents and speakers: cepstral features and support vector machines trained on real recordings."""
+"""Recognition of contents and speakers: cepstral features, and support vector machines trained on real recordings."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from scipy.fft import dct
 
-from experiments.speech.spectrum import LogMel
+from vqvae2.audio.log_mel import LogMel
 from vqvae2.packages import import_package
 
 _COEFFICIENTS, _SEGMENTS = 20, 16
@@ -33,7 +33,7 @@ def features(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.nd
     return np.concatenate([*segments, found.mean(0), found.std(0)])
 
 
-class Recognizer:
+class SpeechRecognizer:
     """A classifier of waveforms."""
 
     def __init__(self, waveforms: Iterable[np.ndarray], labels: Int[np.ndarray, " n"], sample_rate: int) -> None:
@@ -51,12 +51,3 @@ class Recognizer:
 
     def _features(self, waveforms: Iterable[np.ndarray]) -> np.ndarray:
         return np.stack([features(waveform, self.sample_rate) for waveform in waveforms])
-
-
-def mutual_information(first: Int[np.ndarray, " n"], second: Int[np.ndarray, " n"]) -> float:
-    """Return the mutual information of paired labels in bits, estimated from their joint frequencies."""
-    joint = np.zeros((first.max() + 1, second.max() + 1))
-    np.add.at(joint, (first, second), 1 / len(first))
-    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    seen = joint > 0
-    return float((joint[seen] * np.log2(joint[seen] / independent[seen])).sum())

@@ -8,11 +8,12 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from experiments.speech.mu_law import expand
-from experiments.speech.spectrum import BANDS
-from experiments.speech.wavenet import WaveNet, WaveNetConfig
 from vqvae2 import checkpoint, files
+from vqvae2.audio.log_mel import BANDS
+from vqvae2.audio.mu_law import expand
+from vqvae2.code_maps import MapSpec
 from vqvae2.config import Config
+from vqvae2.models.wavenet import WaveNet, WaveNetConfig
 from vqvae2.quantizers import EMAConfig, QuantizerConfig, QuantizerOutput
 
 
@@ -98,6 +99,11 @@ class SpeechAutoencoder(nn.Module):
             x = x + layer(x)
         return self.pre_quant(x)
 
+    def map_spec(self, length: int) -> MapSpec:
+        """Return the code map of a waveform of `length` samples."""
+        width = length // self.config.samples_per_code
+        return MapSpec(codebook_size=self.quantizer.codebook_size, height=1, width=width)
+
     def encode(self, values: Int[Tensor, "b t"]) -> Int[Tensor, "b f"]:
         """Return the codes."""
         return self.quantizer(self.features(values)).codes
@@ -134,7 +140,7 @@ class UnconditionalWaveNet(nn.Module):
 
     def __init__(self, config: WaveNetConfig) -> None:
         super().__init__()
-        self.decoder = config.build(conditioned=False)
+        self.config, self.decoder = config, config.build(conditioned=False)
 
     def forward(self, values: Int[Tensor, "b t"], speaker: Int[Tensor, " b"], quantized: bool = True) -> SpeechOutput:
         """Return the logits of the values given the earlier ones."""

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from experiments.speech.mu_law import NUM_VALUES, SILENCE, to_unit
+from vqvae2.audio.mu_law import NUM_VALUES, SILENCE, to_unit
 from vqvae2.config import Config
 
 
