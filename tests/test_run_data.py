@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sampling.run_config import RunConfig
 from tests.test_commands import contents, fails
@@ -82,13 +84,15 @@ def test_data_path_is_resolved_where_the_command_is_typed(monkeypatch: pytest.Mo
 
 
 @contextmanager
-def locked_by_another_process(folder: Path) -> Iterator[int]:
+def locked_by_another_process(folder: Path, shared: bool = False) -> Iterator[int]:
     """Lock a folder in a process, which is killed at the end. Yields its id."""
     code = (
         "import sys, time; from pathlib import Path; from vqvae2 import files\n"
-        "files.lock_folder(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+        "files.lock_folder(Path(sys.argv[1]), sys.argv[2] == 'True'); print('locked', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), str(shared)], stdout=subprocess.PIPE, text=True
+    ) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "locked\n"
         yield owner.pid
@@ -119,6 +123,28 @@ def test_two_commands_cannot_use_one_run_folder(
     with locked_by_another_process(run) as pid:
         fails(capsys, ["extract-codes", str(config), "--run", str(run)], str(run), f"in use by process {pid} on")
     assert main(["extract-codes", str(config), "--run", str(run)]) == 0  # a killed owner leaves no lock
+
+
+def test_two_commands_can_train_the_priors_of_two_levels(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    for level in ("top", "bottom"):
+        shutil.rmtree(run / f"prior-{level}")
+    command = [str(finished_run.parent / "tiny.yaml"), "--run", str(run)]
+    with locked_by_another_process(run, shared=True) as owner:
+        with locked_by_another_process(run / "prior-bottom") as pid:
+            fails(capsys, ["train-prior", *command, "--level", "bottom"], "prior-bottom", f"in use by process {pid} on")
+            assert main(["train-prior", *command, "--level", "top"]) == 0
+        for alone in (["extract-codes", *command], ["train-prior", *command]):
+            fails(capsys, alone, str(run), "in use by process")
+        assert (run / ".lock").exists(), f"process {owner} still uses the folder"
+    assert main(["train-prior", *command]) == 0
+    assert not (run / ".lock").exists()
+    for level in ("top", "bottom"):
+        weights = Path(f"prior-{level}", "model.safetensors")
+        expected = load_file(finished_run / weights)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(run / weights).items())
 
 
 def test_artifacts_of_another_run_are_refused(

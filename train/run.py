@@ -134,14 +134,17 @@ class BaseRun:
         return cls(cls.config_class.from_resolved_yaml(folder.config), folder)
 
     @classmethod
-    def open(cls, options: ConfigOptions, with_changes: bool = False) -> Self:
+    def open(cls, options: ConfigOptions, with_changes: bool = False, shared: bool = False) -> Self:
         """Create the run folder with its resolved config, or check that an existing one has the same config.
 
         With `with_changes`, settings of training may differ from those of the existing run. Each change is recorded in
         the run folder with the step of the most recent checkpoint, at which it takes effect.
 
+        With `shared`, other processes that share it can use the folder at the same time, unless settings change.
+
         Raises:
-            UserError: If the folder holds another run. The message names the first setting that differs.
+            UserError: If the folder holds another run, or another process has reserved it. The message names the first
+                setting that differs, or the process.
         """
         run = cls(options.config, RunFolder(Path(options.config.run or "runs")))
         folder, changes, previous = run.folder, [], None
@@ -153,7 +156,7 @@ class BaseRun:
                 check_unused(folder.path)
             run.check(previous)
             if processes().is_main_process:
-                files.lock_folder(folder.path)
+                files.lock_folder(folder.path, shared and not changes)
                 if changes:
                     _apply_changes(changes, folder)
                 files.write_text(folder.config, run.config.to_yaml())
@@ -193,9 +196,9 @@ def demo_config() -> Path:
     return packaged if packaged.is_file() else Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
-def open_run(options: RunOptions) -> Run:
+def open_run(options: RunOptions, shared: bool = False) -> Run:
     """Create or resume the run on images that a command's options describe. See `BaseRun.open`."""
-    return Run.open(options, options.resume_with_changes)
+    return Run.open(options, options.resume_with_changes, shared)
 
 
 def _find_changes(previous: Config, config: Config, folder: RunFolder, with_changes: bool) -> list[SettingChange]:

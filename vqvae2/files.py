@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,8 +104,11 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def lock_folder(folder: Path) -> None:
+def lock_folder(folder: Path, shared: bool = False) -> None:
     """Reserve a folder for this process until `release_locks` or the end of the process.
+
+    Args:
+        shared: Whether other processes may reserve it too, if theirs is also shared.
 
     Raises:
         UserError: If another process has reserved the folder. The message names it.
@@ -117,7 +120,7 @@ def lock_folder(folder: Path) -> None:
     file = path.open("a+")
     try:
         # A POSIX lock, because it is not inherited by worker processes, which may outlive a killed command.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         owner = file.read().strip() or "another process"
@@ -125,6 +128,10 @@ def lock_folder(folder: Path) -> None:
         raise UserError(f"{folder}: in use by {owner}. Wait until it has finished, or use another folder.") from None
     except OSError:  # a file system without locks
         file.close()
+        return
+    if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+        file.close()  # its owner has just released the folder, and removed the file
+        lock_folder(folder, shared)
         return
     _locks[path] = file
     with named_errors(path):
@@ -137,7 +144,10 @@ def release_locks() -> None:
     """Release every folder that `lock_folder` reserved."""
     while _locks:
         path, file = _locks.popitem()
-        path.unlink(missing_ok=True)
+        assert fcntl is not None
+        with suppress(BlockingIOError, PermissionError):  # another process shares it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
         file.close()
 
 

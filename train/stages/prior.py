@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sampling.evaluation.training_checks import prior_warnings
 from sampling.params import LevelSamplingParams
+from sampling.processes import processes
 from sampling.run_config import PriorStageConfig
 from sampling.run_data import load_run_autoencoder, open_run_codes
 from sampling.sample_level import Noise, sample_level
@@ -166,6 +167,8 @@ def train_prior(run: Run, level: str) -> None:
     if level not in run.config.levels:
         raise UserError(f"--level: there is no level {level!r}. The levels are {', '.join(run.config.levels)}.")
     folder = run.folder.prior(level)
+    if processes().is_main_process:
+        files.lock_folder(folder.path)
     if folder.weights.is_file() and is_finished(
         folder.weights, {"autoencoder": files.digest(run.folder.autoencoder_weights)}
     ):
@@ -176,6 +179,6 @@ def train_prior(run: Run, level: str) -> None:
 
 def main(options: TrainPriorOptions) -> None:
     """Run the command `vqvae2 train-prior`."""
-    run = open_run(options)
+    run = open_run(options, shared=options.level is not None)  # another process can train another level
     for level in [options.level] if options.level else reversed(run.config.levels):
         train_prior(run, level)
