@@ -22,7 +22,8 @@ def main(run: Path) -> None:
     """Draw one row per kind of image."""
     folder = RunFolder.existing(run)
     pipeline = VQVAE2Pipeline.from_pretrained(run)
-    _, held_out = open_datasets(RunConfig.from_resolved_yaml(folder.config).data, folder.data_index)
+    config = RunConfig.from_resolved_yaml(folder.config)
+    _, held_out = open_datasets(config.data, folder.data_index)
     by_label = {held_out.label(index): index for index in reversed(range(len(held_out)))}
     indices = [by_label[label] for label in sorted(by_label)][:_IMAGES]
     originals = torch.stack([held_out[index].image for index in indices])
@@ -31,7 +32,7 @@ def main(run: Path) -> None:
         "original": originals,
         "top level only": to_uint8(pipeline.autoencoder.decode(codes, ["top"])),
         "all levels": to_uint8(pipeline.autoencoder.decode(codes)),
-        "samples": to_uint8(pipeline(num_images=len(indices), seed=0)),
+        "samples": to_uint8(pipeline(num_images=len(indices), seed=0, temperature=config.sampling.temperature)),
     }
     path = Path(__file__).with_name("hero.png")
     save_rows(path, rows)

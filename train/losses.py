@@ -91,7 +91,7 @@ class EfficientNetDistance(nn.Module):
 
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
-        loaded = load_efficientnet_lite("efficientnet-lite0", weights, f"{_KEY}.weights", extra="perceptual")
+        loaded = load_efficientnet_lite("efficientnet-lite0", weights, f"{_KEY}.weights")
         network: Any = loaded.network
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = network._blocks

@@ -86,8 +86,8 @@ class AutoencoderTrainingConfig(QuantizedTrainingConfig):
     decoder_steps: int = Field(
         default=0,
         ge=0,
-        description="last steps, which train only the decoder, with a learning-rate schedule of their own; they are "
-        "faster, and no longer change the codes of an image",
+        description="last steps, which train only the decoder, with an optimizer and a learning-rate schedule of their "
+        "own; they are faster, and no longer change the codes of an image",
     )
 
     @property

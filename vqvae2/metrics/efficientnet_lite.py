@@ -41,16 +41,13 @@ class NotInstalledError(UserError):
     """An optional package is not installed."""
 
 
-def load_efficientnet_lite(
-    name: str, weights: Path | None = None, label: str = "", extra: str = "features"
-) -> EfficientNetLite:
+def load_efficientnet_lite(name: str, weights: Path | None = None, label: str = "") -> EfficientNetLite:
     """Load a network by its name, such as `efficientnet-lite0`.
 
     Args:
         name: One of `NAMES`.
         weights: A file with the weights; by default the one in the Python package of the network.
         label: The setting that asks for the network; errors start with it.
-        extra: The extra of this project that installs the packages.
 
     Raises:
         NotInstalledError: If a package is missing.
@@ -63,7 +60,7 @@ def load_efficientnet_lite(
     except ImportError as error:
         start = f"{label}: " if label else ""
         raise NotInstalledError(
-            f"{start}{name} needs the package {error.name}; pip install 'vqvae2[{extra}]'."
+            f"{start}{name} needs the package {error.name}; pip install 'vqvae2[features]'."
         ) from None
     network: nn.Module = package.EfficientNet.from_name(name)
     load_state_dict(network, read_state_dict(path, label, f"Give the weights file of {name}."), path)
