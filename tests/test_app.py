@@ -107,14 +107,15 @@ def test_reconstructions_have_one_more_level_each(pipeline: VQVAE2Pipeline, imag
 def test_codes_with_similar_features_have_similar_colors(pipeline: VQVAE2Pipeline) -> None:
     quantizer = pipeline.autoencoder.quantizers[0]
     assert isinstance(quantizer, Quantizer)
-    features = quantizer.lookup(torch.arange(128)[None])[0].T.numpy().astype(np.float64)
+    size = quantizer.codebook_size
+    features = quantizer.lookup(torch.arange(size)[None])[0].T.numpy().astype(np.float64)
     centered = features - features.mean(0)
     directions = np.linalg.eigh(centered.T @ centered)[1][:, ::-1][:, :3]
     ranks = (centered @ directions).argsort(0).argsort(0)
     colors = code_colors(pipeline.autoencoder, 0).numpy()
-    assert colors.shape == (128, 3)
+    assert colors.shape == (size, 3)
     for channel in range(3):  # the sign of a principal component is arbitrary
-        expected = [values * 255 // 127 for values in (ranks[:, channel], 127 - ranks[:, channel])]
+        expected = [values * 255 // (size - 1) for values in (ranks[:, channel], size - 1 - ranks[:, channel])]
         assert min(np.abs(colors[:, channel] - each).max() for each in expected) <= 2
     codes = torch.tensor([[5, 9], [5, 0]])
     assert (color_map(codes, torch.from_numpy(colors)).permute(1, 2, 0).numpy() == colors[codes.numpy()]).all()

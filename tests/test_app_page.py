@@ -126,7 +126,7 @@ def test_codes(open_page: "OpenPage", pipeline: VQVAE2Pipeline, photo: Path) -> 
     clicked.click(position={"x": box["width"] * 4.5 / 16, "y": box["height"] * 10.5 / 16})
     code = bottom[10, 4]
     uses = int((bottom == code).sum())
-    panel(page).get_by_text(f"Code {code} of 128, bottom level: {uses} times in 1 of 1 images.").wait_for()
+    panel(page).get_by_text(f"Code {code} of 1024, bottom level: {uses} times in 1 of 1 images.").wait_for()
     patches = pixels(page, "Patches")
     assert patches.shape[1] == min(uses, 8) * 98 + 2
     press(page, "Sample 16 images")
