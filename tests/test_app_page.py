@@ -51,7 +51,7 @@ def test_sample(open_page: "OpenPage", pipeline: VQVAE2Pipeline) -> None:
     press(page, "Sample")
     grid = pixels(page, "Samples")
     assert grid.shape == (2 * 130 + 2, 2 * 130 + 2, 3)
-    expected = pipeline(num_images=4, seed=5, class_labels=(1, 5), temperature={"top": 0.95, "bottom": 1.0})
+    expected = pipeline(num_images=4, seed=5, class_labels=(1, 5), temperature={"top": 0.9, "bottom": 1.0})
     difference = tiles(grid, 2, 4) - to_uint8(expected).permute(0, 2, 3, 1).numpy().astype(float)
     assert np.abs(difference).mean() < 0.5  # equal up to rounding
     assert grid.std() > 20

@@ -46,7 +46,10 @@ def test_boolean_forms() -> None:
         (["--data.size"], "--data.size: the value is missing"),
         (["--data.labels", "x"], "--data.labels: must be none, folder, or a .csv"),
         (["--autoencoder.training.steps", "-1"], "--autoencoder.training.steps: Input should be greater than or equal"),
-        (["--autoencoder.training.steps", "0"], "--autoencoder.training.steps: must be at least 1 without"),
+        (
+            ["--autoencoder.training.steps", "0", "--autoencoder.training.decoder-steps", "0"],
+            "--autoencoder.training.steps: must be at least 1 without",
+        ),
         (["--autoencoder.training.steps", "many"], "--autoencoder.training.steps: "),
         (["--priors.top.training.warmup-steps", "9999"], "priors.top.training: warmup_steps (9999) must be less than"),
         (["stray"], "stray: unexpected argument"),
