@@ -30,6 +30,7 @@ from vqvae2.code_maps import MapSpec
 from vqvae2.data.code_store import CodeBatch
 from vqvae2.data.images import ImageSample
 from vqvae2.models.discriminator import DiscriminatorConfig
+from vqvae2.priors import PriorConfig
 from vqvae2.priors.base import IncrementalDecoder, WavefrontDecoder
 from vqvae2.quantizers import EMAConfig, FSQConfig, GradientConfig, QuantizerConfig, SimVQConfig
 from vqvae2.training_config import (
@@ -43,6 +44,11 @@ from vqvae2.training_config import (
 
 SETTINGS = {"steps": 100, "batch_size": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "ema_decay": 0.99}
 CODEBOOK = {"codebook_size": 16, "code_dim": 4, "kmeans_init": False}
+PRIORS = [
+    PixelSNAILConfig(channels=8, residual_channels=8, blocks=2, layers=1, heads=2, kernel=3, output_layers=1),
+    PixelCNNConfig(channels=8, layers=2, output_channels=8, kernel=3),
+    TransformerConfig(channels=8, layers=2, heads=2),
+]
 FILTERS = LevelSamplingParams(temperature=0.9, top_k=4, top_p=0.9)
 BOTTOM, TOP = (MapSpec(codebook_size=16, height=side, width=side) for side in (8, 4))
 
@@ -75,7 +81,7 @@ class AutoencoderSteps(AutoencoderStage):
 class PriorSteps(PriorStage):
     """The stage without code stores."""
 
-    def __init__(self, model: PixelSNAILConfig | PixelCNNConfig | TransformerConfig) -> None:
+    def __init__(self, model: PriorConfig) -> None:
         self.network = model.build(PriorSpec(level=BOTTOM, coarser=(TOP,), num_classes=3))
         self.objective = PriorObjective(self.network, 0, label_dropout=0.1)
 
@@ -156,16 +162,8 @@ def test_step_with_perceptual_and_adversarial_loss_does_not_wait() -> None:
     trace(stage, AutoencoderTrainingConfig(**SETTINGS), images)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        PixelSNAILConfig(channels=8, residual_channels=8, blocks=2, layers=1, heads=2, kernel=3, output_layers=1),
-        PixelCNNConfig(channels=8, layers=2, output_channels=8, kernel=3),
-        TransformerConfig(channels=8, layers=2, heads=2),
-    ],
-    ids=lambda config: config.kind,
-)
-def test_prior_step_does_not_wait(model: PixelSNAILConfig | PixelCNNConfig | TransformerConfig) -> None:
+@pytest.mark.parametrize("model", PRIORS, ids=lambda config: config.kind)
+def test_prior_step_does_not_wait(model: PriorConfig) -> None:
     trace(PriorSteps(model), PriorTrainingConfig(**SETTINGS), codes)
 
 
@@ -179,17 +177,9 @@ def test_prior_step_does_not_wait(model: PixelSNAILConfig | PixelCNNConfig | Tra
     ],
     ids=["plain", "filters", "argmax"],
 )
-@pytest.mark.parametrize(
-    "model",
-    [
-        PixelSNAILConfig(channels=8, residual_channels=8, blocks=2, layers=1, heads=2, kernel=3, output_layers=1),
-        PixelCNNConfig(channels=8, layers=2, output_channels=8, kernel=3),
-        TransformerConfig(channels=8, layers=2, heads=2),
-    ],
-    ids=lambda config: config.kind,
-)
+@pytest.mark.parametrize("model", PRIORS, ids=lambda config: config.kind)
 def test_captured_position_has_no_wait_and_no_tensor_on_the_cpu(
-    model: PixelSNAILConfig | PixelCNNConfig | TransformerConfig, params: LevelSamplingParams, guidance_scale: float
+    model: PriorConfig, params: LevelSamplingParams, guidance_scale: float
 ) -> None:
     prior = model.build(PriorSpec(level=BOTTOM, coarser=(TOP,), num_classes=3)).eval().requires_grad_(False)
     with fake_cuda() as check, torch.no_grad():
