@@ -1,8 +1,10 @@
 """Test atomic writes, JSON errors, checksums, and cleanup of temporary files."""
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,3 +85,20 @@ def test_temporary_files_of_killed_but_not_of_running_processes_are_removed(tmp_
 def test_only_locks_and_temporary_files_are_leftovers() -> None:
     assert all(files.is_leftover(name) for name in (".lock", ".config.yaml.host-1.123.partial"))
     assert not any(files.is_leftover(name) for name in (".git", ".DS_Store", "lock", "config.yaml.host.1.partial"))
+
+
+def test_a_lock_file_that_its_owner_removes_in_between_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lockf = tmp_path / ".lock", fcntl.lockf
+
+    def lock_after_the_owner_released(*arguments: Any) -> None:
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        path.unlink()
+        lockf(*arguments)
+
+    monkeypatch.setattr(fcntl, "lockf", lock_after_the_owner_released)
+    files.lock_folder(tmp_path)
+    assert path.exists()
+    files.release_locks()
+    assert not path.exists()

@@ -271,7 +271,8 @@ def _update(
 ) -> StepValues:
     """Update the weights once, and return the mean of each loss term over the micro-batches, and gradient norms."""
     stage.before_update(step)
-    if step == config.phase(step)[0] > 0:  # moments of an earlier phase are too small for a loss with further terms
+    first_of_phase, _ = config.phase(step)
+    if 0 < step == first_of_phase:  # moments of an earlier phase are too small for a loss with further terms
         units[0].optimizer.optimizer.state.clear()
     units = [unit for unit in units if step >= unit.start]
     names: list[str] = []

@@ -129,8 +129,8 @@ def lock_folder(folder: Path, shared: bool = False) -> None:
     except OSError:  # a file system without locks
         file.close()
         return
-    if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-        file.close()  # its owner has just released the folder, and removed the file
+    if os.fstat(file.fileno()).st_nlink == 0:  # its owner has just released the folder, and removed the file
+        file.close()
         lock_folder(folder, shared)
         return
     _locks[path] = file
