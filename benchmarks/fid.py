@@ -8,7 +8,6 @@ The Inception weights are random, so that nothing has to be downloaded. Time and
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -92,8 +91,11 @@ def folders(first: Path | None, second: Path | None, count: int, work: Path) -> 
         folder.mkdir()
         made.append(folder)
         if source:
-            for file in sorted(source.glob("*.jpg"))[:count] + sorted(source.glob("*.png"))[:count]:
-                (folder / file.name).symlink_to(file.resolve())
+            files = [file for file in sorted(source.rglob("*")) if file.suffix in (".jpg", ".png")][:count]
+            if len(files) < count:
+                raise SystemExit(f"{source} has {len(files)} files named *.jpg or *.png, but --count is {count}")
+            for index, file in enumerate(files):
+                (folder / f"{index:06d}{file.suffix}").symlink_to(file.resolve())
             continue
         rng = np.random.default_rng(number)
         for index in range(count):
@@ -105,7 +107,7 @@ def folders(first: Path | None, second: Path | None, count: int, work: Path) -> 
 def run_command(which: str, weights: Path, sides: list[Path]) -> dict[str, float]:
     """Run one command in a new process; return `seconds`, `cpu_seconds`, the peak memory `mib`, and the value `fid`."""
     code = [sys.executable, "-m", "benchmarks.fid", "--command", which, "--weights", str(weights), *map(str, sides)]
-    lines = subprocess.run(code, check=True, capture_output=True, text=True, env=os.environ).stdout.splitlines()
+    lines = subprocess.run(code, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     value = next(float(line.removeprefix("FID:")) for line in lines if line.startswith("FID:"))
     return json.loads(lines[-1]) | {"fid": value}
 
@@ -146,7 +148,7 @@ def compare_commands(first: Path | None, second: Path | None, count: int) -> Non
 def main() -> None:
     """Run both comparisons, or, in a child process, one command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--first", type=Path, help="a folder of images of one size")
+    parser.add_argument("--first", type=Path, help="a folder of images of one size, with its subfolders")
     parser.add_argument("--second", type=Path, help="another")
     parser.add_argument("--count", type=int, default=200, help="images a folder; 0 leaves the commands out")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of a distance; 0 leaves them out")
