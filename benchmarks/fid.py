@@ -23,8 +23,7 @@ from pytorch_fid import fid_score, inception
 from torch import nn
 
 from benchmarks.interleaved import time_calls
-from sampling.evaluation import fid
-from vqvae2.command_line import run_command as run_vqvae2
+from vqvae2.__main__ import main as run_vqvae2
 from vqvae2.metrics.frechet import frechet_distance
 from vqvae2.metrics.inception import build_network
 
@@ -116,7 +115,7 @@ def command(which: str, weights: Path, sides: list[str]) -> None:
     """Run one command in the child process, and print its time and memory as the last line."""
     started = time.perf_counter()
     if which == "vqvae2":
-        run_vqvae2(fid.main, ["--inception-weights", str(weights), *sides], "vqvae2 fid")
+        run_vqvae2(["fid", "--inception-weights", str(weights), *sides])
     else:
         warnings.simplefilter("ignore")
         inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.interleaved import run_interleaved, serve_steps
 from benchmarks.sampling import BOTTOM, TOP, build
+from train.stages.prior import PriorObjective
+from vqvae2.data.code_store import CodeBatch
 from vqvae2.priors.layers import coordinate_map
 
 CHANNELS, KERNEL, HEADS, DROPOUT = 256, 5, 8, 0.1
@@ -147,8 +149,12 @@ def train_steps(pipe: Connection, plain: bool, level: str, options: argparse.Nam
     codes = torch.randint(spec.codebook_size, (options.batch, *spec.shape))
     coarser = () if level == "top" else (torch.randint(TOP.codebook_size, (options.batch, *TOP.shape)),)
 
+    objective = None if isinstance(prior, PlainPixelSNAIL) else PriorObjective(prior, 0)
+    batch = CodeBatch((codes, *coarser), torch.full((options.batch,), -1))
+
     def step() -> None:
-        F.cross_entropy(prior(codes, coarser), codes).backward()
+        loss = objective(batch)[0] if objective else F.cross_entropy(prior(codes, coarser), codes)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

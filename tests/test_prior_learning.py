@@ -39,6 +39,19 @@ def train_prior(
     return objective.network.eval()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_objective_is_the_mean_negative_log_likelihood(name: str) -> None:
+    level = MapSpec(codebook_size=CODES, height=3, width=5)
+    torch.manual_seed(0)
+    prior, codes = CONFIGS[name].build(PriorSpec(level=level)).eval(), torch.randint(CODES, (2, 3, 5))
+    with torch.no_grad():
+        loss, _ = PriorObjective(prior, 0)(CodeBatch((codes,), torch.full((2,), -1)))
+        logits = prior(codes).double().numpy()
+    chosen = np.take_along_axis(logits, codes.numpy()[:, None], 1)[:, 0]
+    expected = (np.log(np.exp(logits).sum(1)) - chosen).mean()
+    np.testing.assert_allclose(float(loss), expected, rtol=1e-6)
+
+
 @torch.no_grad()
 def nll(prior: Prior, batch: CodeBatch) -> float:
     return float(PriorObjective(prior, 0).eval()(batch)[0])

@@ -57,7 +57,8 @@ class PriorObjective(nn.Module):
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
             labels = labels.masked_fill(dropped, self.network.spec.num_classes)
         logits = self.network(batch.codes[self.level], batch.codes[self.level + 1 :], labels)
-        return F.cross_entropy(logits.float(), batch.codes[self.level]), {}
+        # With the codebook as the last dimension, no operation of the loss has to change the memory layout.
+        return F.cross_entropy(logits.float().movedim(1, -1).flatten(0, -2), batch.codes[self.level].flatten()), {}
 
 
 class PriorStage(TrainingStage[Prior, PriorObjective]):
