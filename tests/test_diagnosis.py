@@ -54,6 +54,7 @@ def test_prior_warnings_report_overfitting_and_deterministic_codes() -> None:
     (overfits,) = prior_warnings("bottom", log([3.0, 2.5, 2.7, 2.9], [3.0, 2.4, 2.0, 1.5]))
     assert "level bottom: prior overfits" in overfits
     assert "2.900 nats per code at the end, 2.500 at step 2" in overfits
+    assert prior_warnings("bottom", log([3.0, 2.5, 2.7, 2.9], [3.0, 2.4, 2.0, 1.5]), keeps_best=True) == []
     assert prior_warnings("top", log([3.0, 2.5, 2.54], [3.0, 2.4, 2.0])) == []  # less than 2 % worse
     assert prior_warnings("top", log([3.0, 2.5, 2.9], [2.0, 2.4, 2.6])) == []  # training loss increases, too
     assert prior_warnings("top", log([3.0, 2.5, 2.4], [3.0, 2.4, 2.0])) == []

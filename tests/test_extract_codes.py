@@ -7,6 +7,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from sampling.run_config import ExtractCodesConfig, RunConfig
@@ -15,7 +16,7 @@ from train.run import Run
 from train.stages.extract_codes import extract_codes
 from vqvae2.config import read_yaml
 from vqvae2.data import lmdb_environment
-from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeStore
+from vqvae2.data.code_store import RECORDS_PER_VALUE, CodeStore, CodeWriter
 from vqvae2.data.images import to_float
 from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
@@ -39,6 +40,21 @@ def run(tmp_path: Path, finished_run: Path) -> Run:
     folder.autoencoder.path.mkdir(parents=True)
     folder.autoencoder_weights.write_bytes((finished_run / "autoencoder" / "model.safetensors").read_bytes())
     return Run(RunConfig.from_dict(settings, "test"), folder)
+
+
+def test_processes_share_the_values_before_any_of_them_writes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def record(target: object, name: str) -> None:
+        original = getattr(target, name)
+        monkeypatch.setattr(target, name, lambda *args: (calls.append(name), original(*args))[1])
+
+    record(CodeWriter, "missing_values")
+    record(CodeWriter, "write")
+    record(Accelerator, "wait_for_everyone")
+    extract_codes(run)
+    first = calls.index("missing_values")
+    assert calls[first + 1 : first + 3] == ["wait_for_everyone", "write"]
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,11 +169,13 @@ def test_inspect_prints_code_store_statistics(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_inspect_prints_prepared_image_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prepare([str(fill(tmp_path / "images")), str(tmp_path / "out"), "--size", "16", "--num-workers", "0"])
+    folder = fill(tmp_path / "images")
+    shutil.copy(folder / "dog" / "0001.png", folder)  # without a class
+    prepare([str(folder), str(tmp_path / "out"), "--size", "16", "--num-workers", "0"])
     capsys.readouterr()
     inspect([str(tmp_path / "out"), "--out", str(tmp_path / "grid.png")])
     text = capsys.readouterr().out
-    for words in ("12, resized to cover 16×16, jpeg, quality 95", "2: cat 6, dog 6", "unreadable    none"):
+    for words in ("13, resized to cover 16×16, jpeg, quality 95", "2: cat 6, dog 6", "unreadable    none"):
         assert words in text
     assert (tmp_path / "grid.png").is_file()
 

@@ -24,8 +24,8 @@ from vqvae2 import files
 from vqvae2.__main__ import main
 from vqvae2.errors import UserError
 from vqvae2.metrics import pretrained_features
-from vqvae2.metrics.feature_extractor import WeightsUnavailableError
-from vqvae2.metrics.pretrained_features import FeatureNetwork
+from vqvae2.metrics.feature_extractor import FeatureExtractor, WeightsUnavailableError
+from vqvae2.metrics.pretrained_features import FeatureNetwork, load_extractor
 
 
 def uint8_images(*shape: int) -> torch.Tensor:
@@ -185,6 +185,32 @@ def test_evaluation_in_several_features(
     assert "Inception weights" not in format_metrics(metrics)
     write_report(run)
     fails(capsys, ["evaluate", str(run), "--features", "vgg"], "features", "no network 'vgg'")
+
+
+def test_network_that_was_missing_is_measured_by_the_next_evaluation(
+    finished_run: Path, tmp_path: Path, inception_weights: Path
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    networks = ["--features", "inception", "efficientnet-lite0"]
+    command = ["evaluate", str(run), "--inception-weights", str(inception_weights), *networks]
+
+    def load(name: str, *options: Any) -> FeatureExtractor:
+        if name == "inception":
+            raise WeightsUnavailableError("cannot download")
+        return load_extractor(name, *options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sampling.evaluation.evaluate.load_extractor", load)
+        for _ in range(2):
+            assert main(command) == 0
+            metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+            assert metrics["fid"] == {"missing": "cannot download"}
+    assert main(command) == 0
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert metrics["fid"]["value"] > 0
+    with pytest.MonkeyPatch.context() as patch:  # nothing is missing, so nothing is measured again
+        patch.setattr("sampling.evaluation.evaluate._measure", None)
+        assert main(command) == 0
 
 
 def test_fid_command_with_other_features(

@@ -88,6 +88,32 @@ def test_other_changes_are_refused(
     assert contents(run) == before
 
 
+def test_stage_that_stopped_early_continues_with_more_patience(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "prior-top")
+    early = [f"{TRAINING}.early-stopping-patience", "1", f"{TRAINING}.validate-every", "1", f"{TRAINING}.steps", "6"]
+    with mock.patch("train.stages.prior.mean_nll", return_value=2.0):  # which never improves
+        assert main(train_top(run, *early, "--resume-with-changes")) == 0
+        log = run / "prior-top" / "metrics.jsonl"
+        assert json.loads(log.read_text().splitlines()[-1])["step"] == 2
+        before = contents(run)
+        for change in ([f"{TRAINING}.steps", "9"], [f"{TRAINING}.learning-rate", "1e-3"]):
+            expected = "stopped early, and kept the weights of step 1. To continue, also raise early_stopping_patience"
+            fails(capsys, train_top(run, *change, "--resume-with-changes"), expected)
+        fails(capsys, train_top(run, f"{TRAINING}.validate-every", "2"), "validate_every = 1, not 2")
+        assert contents(run) == before
+        more = [f"{TRAINING}.early-stopping-patience", "3", "--resume-with-changes"]
+        assert main(train_top(run, *more)) == 0
+        assert json.loads(log.read_text().splitlines()[-1])["step"] == 4
+
+
+def test_max_pixels_may_change_until_images_have_been_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, fewer = str(run / "config.yaml"), ["--data.max-pixels", "5000"]
+    fails(capsys, ["train-autoencoder", config, *fewer], "data.max_pixels = 89478485, not 5000")
+    for stage in ("autoencoder", "codes", "prior-top", "prior-bottom"):
+        shutil.rmtree(run / stage)
+    assert main(["train-autoencoder", config, *fewer]) == 0
+
+
 def test_stages_that_have_not_begun_may_change_in_any_way(run: Path) -> None:
     shutil.rmtree(run / "prior-top")
     options = ["--priors.top.model.channels", "16", f"{TRAINING}.seed", "1", "--resume-with-changes"]

@@ -79,7 +79,12 @@ def test_data_path_is_resolved_where_the_command_is_typed(monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     assert absolute_source("photos") == str(tmp_path / "photos")
     assert absolute_source("~/photos.zip") == str(tmp_path / "user" / "photos.zip")
-    for name in ("scenes", "torchvision:CIFAR10:data", "huggingface:mnist", "s3://bucket/a{0..3}.tar", "/x/y"):
+    assert absolute_source("torchvision:CIFAR10") == f"torchvision:CIFAR10:{tmp_path / 'data'}"
+    assert absolute_source("torchvision:CIFAR10:~/d") == f"torchvision:CIFAR10:{tmp_path / 'user' / 'd'}"
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").touch()
+    assert absolute_source("huggingface:./saved") == f"huggingface:{tmp_path / 'saved'}"
+    for name in ("scenes", "scenes:10", "mazes:4", "huggingface:mnist", "s3://bucket/a{0..3}.tar", "/x/y"):
         assert absolute_source(name) == name
 
 

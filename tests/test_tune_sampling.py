@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sampling.evaluation import tune_sampling
 from sampling.run_config import RunConfig
@@ -50,6 +51,7 @@ def test_best_combination_becomes_the_default(
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["FD", "0.25", "temperature", "0.7,", "top-p", "0.9"]
     assert "4 samples, 16 held-out images" in printed[3]
+    assert yaml.safe_load(printed[-1]) == {"sampling": {"temperature": 0.7, "top_p": 0.9}}
 
     sampling = RunConfig.from_resolved_yaml(run / "config.yaml").sampling
     assert (sampling.temperature, sampling.top_p, sampling.count) == (0.7, 0.9, 5)
@@ -57,9 +59,13 @@ def test_best_combination_becomes_the_default(
     manifest = json.loads((run / "samples-2" / "manifest.json").read_text())
     assert manifest["sampling_params"]["temperature"] == 0.7
 
-    # Another number of images is another measurement.
+    # Another number of images is another measurement, and so are other parameters.
     assert main([*command, "--temperature", "0.5", "--count", "5"]) == 0
     assert trials(run) == {("0.5", "0.9"): 0.25}
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("top_k: 0", "top_k: 3"))
+    assert main([*command, "--temperature", "0.8", "--count", "5"]) == 0
+    assert trials(run) == {("0.8", "0.9"): 0.25}
 
 
 def test_invalid_options_and_damaged_files_give_one_line_errors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

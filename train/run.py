@@ -13,6 +13,7 @@ from sampling.processes import processes
 from sampling.run_changes import RunChanges, SettingChange
 from sampling.run_config import RunConfig
 from sampling.run_data import open_run_datasets
+from sampling.summary import read_summary
 from train.checkpoints import check_made_from
 from vqvae2 import checkpoint, files
 from vqvae2.command_line import Options, parse, split_config_path
@@ -28,7 +29,6 @@ _CHANGEABLE = (
     "data.val_path",
     "data.num_workers",
     "data.max_unreadable_fraction",
-    "data.max_pixels",
     "extract_codes.batch_size",
     "tracker",
     "sampling",
@@ -53,6 +53,7 @@ _CHANGEABLE_IN_TRAINING = (
     "max_grad_norm",
     "mixed_precision",
     "early_stopping_patience",
+    "validate_every",
 )
 
 
@@ -205,6 +206,8 @@ def _find_changes(previous: Config, config: Config, folder: RunFolder, with_chan
     """Return the differences from the settings that the run was made with, if they are permitted."""
     changes = []
     for key, old, new in fixed_differences(previous, config):
+        if key == "data.max_pixels" and not _has_begun(folder.autoencoder):
+            continue  # decides which images are unreadable, and none have been read
         possible = _is_changeable_in_training(key, folder)
         if not (possible and with_changes):
             advice = "add --resume-with-changes to continue with the new value, " if possible else ""
@@ -214,13 +217,17 @@ def _find_changes(previous: Config, config: Config, folder: RunFolder, with_chan
             )
         if change := _change_of_stage(key, old, new, folder):
             changes.append(change)
+            _check_early_stopping(key, previous, config, folder)
     return changes
 
 
 def fixed_differences(previous: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
     """Yield (key path, previous value, new value) of the settings that differ and that trained artifacts depend on."""
     for key, old, new in differences(previous.to_dict(), config.to_dict()):
-        if key != "run" and not any(key.startswith(name) or f".{name}" in key for name in _CHANGEABLE):
+        changeable = any(key.startswith(name) or f".{name}" in key for name in _CHANGEABLE)
+        if key.endswith("training.validate_every"):  # then decides when training stops, and which weights are best
+            changeable = _training_settings(previous.to_dict(), key)["early_stopping_patience"] is None
+        if key != "run" and not changeable:
             yield key, old, new
 
 
@@ -271,6 +278,33 @@ def _change_of_stage(key: str, old: Any, new: Any, folder: RunFolder) -> Setting
     if key.endswith(".steps") and new < step:
         raise UserError(f"{key}: {new} is less than the {step} steps trained already. Give at least {step}.")
     return SettingChange(stage=stage.path.name, step=step, setting=key, before=old, after=new)
+
+
+def _check_early_stopping(key: str, previous: Config, config: Config, folder: RunFolder) -> None:
+    """Check that a stage that stopped early would continue with its new settings.
+
+    Raises:
+        UserError: If it would stop at once.
+    """
+    stage = _stage_of(key, folder)
+    before, after = (_training_settings(each.to_dict(), key) for each in (previous, config))
+    patience = after["early_stopping_patience"]
+    if stage is None or not stage.weights.is_file() or patience is None:
+        return
+    summary = read_summary(stage.summary)
+    if summary and summary.steps < before["steps"] and patience <= before["early_stopping_patience"]:
+        raise UserError(
+            f"{key}: training stopped early, and kept the weights of step {summary.steps:,}. To continue, also raise "
+            f"early_stopping_patience, now {patience}."
+        )
+
+
+def _training_settings(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the training section that the setting at a key path belongs to."""
+    path = key.split(".")
+    for section in path[: path.index("training") + 1]:
+        settings = settings[section]
+    return settings
 
 
 def _apply_changes(changes: list[SettingChange], folder: RunFolder) -> None:

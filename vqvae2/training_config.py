@@ -108,6 +108,11 @@ class AutoencoderTrainingConfig(QuantizedTrainingConfig):
     def _check_decoder_steps(self) -> "AutoencoderTrainingConfig":
         if self.decoder_steps > self.steps:
             raise ValueError(f"decoder_steps ({self.decoder_steps}) must be at most steps ({self.steps})")
+        if self.decoder_steps and self.early_stopping_patience is not None:
+            raise ValueError(
+                "early_stopping_patience: not possible with decoder_steps, whose squared error may be higher than that "
+                "of the steps before"
+            )
         lengths = [length for length in (self.first_decoder_step, self.decoder_steps) if length]
         if lengths and self.warmup_steps >= min(lengths):
             raise ValueError(

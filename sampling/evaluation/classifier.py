@@ -28,7 +28,7 @@ from vqvae2.pictures import hwc_to_chw
 SMALL_IMAGE_SIZE = 64  # pixels; up to this height and width the first layer does not downsample
 Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
-_OWN_CLASSIFIER = "a .safetensors file written by `vqvae2 evaluate RUN --cas --cas-real`"
+_OWN_CLASSIFIER = "a .safetensors file written by `vqvae2 evaluate RUN --cas.enabled --cas.real`"
 
 
 class ClassifierConfig(Config):

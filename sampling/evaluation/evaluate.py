@@ -81,9 +81,12 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
 def _stored_metrics(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, Any] | None:
     """Return the metrics of an earlier, complete evaluation of the same artifacts, if there is one."""
     metrics = read_metrics(folder.metrics)
-    if metrics and "protocol" in metrics and metrics["made_from"] == _made_from(folder, config, samples):
-        return metrics
-    return None
+    if not (metrics and "protocol" in metrics and metrics["made_from"] == _made_from(folder, config, samples)):
+        return None
+    measured = {INCEPTION: metrics["fid"]} | metrics.get("features", {})
+    missing = tuple(each for each in config.features if "missing" in measured.get(each.partition("=")[0], {}))
+    found, _ = _load_extractors(config.model_copy(update={"features": missing}))
+    return None if found else metrics  # the weights of a network may have been unavailable then
 
 
 def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, Any]:

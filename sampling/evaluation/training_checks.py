@@ -24,8 +24,13 @@ def codebook_warnings(validation: Mapping[str, float], levels: Iterable[str]) ->
     return warnings
 
 
-def prior_warnings(level: str, entries: Sequence[Mapping[str, float]]) -> list[str]:
-    """Return the warnings about one level's prior; `entries` is its metric log in the order of steps."""
+def prior_warnings(level: str, entries: Sequence[Mapping[str, float]], keeps_best: bool = False) -> list[str]:
+    """Return the warnings about one level's prior.
+
+    Args:
+        entries: Its metric log in the order of steps.
+        keeps_best: Whether the saved weights are those of the best validation, so that later ones do not matter.
+    """
     validations = [(entry["step"], entry["validation/nll"]) for entry in entries if "validation/nll" in entry]
     if not validations:
         return []
@@ -36,7 +41,7 @@ def prior_warnings(level: str, entries: Sequence[Mapping[str, float]]) -> list[s
             "have collapsed or duplicate the coarser levels; check the autoencoder's reconstructions"
         ]
     step, best = min(validations, key=_nll)
-    if best < (1 - OVERFIT_TOLERANCE) * last and _training_loss_decreases(entries, step):
+    if not keeps_best and best < (1 - OVERFIT_TOLERANCE) * last and _training_loss_decreases(entries, step):
         return [
             f"level {level}: prior overfits (validation NLL {last:.3f} nats per code at the end, {best:.3f} at step "
             f"{int(step)}, while the training loss decreased); use fewer steps, more dropout or more images"

@@ -5,6 +5,7 @@ its mistakes. The Fréchet distance increases with both.
 """
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tyro.conf import Positional
 from sampling.evaluation.comparison import measure_held_out
 from sampling.evaluation.features import summarize_features
 from sampling.evaluation.image_sets import ImageBatch
-from sampling.params import FloatPerLevel, SamplingConfig
+from sampling.params import ClassLabels, FloatPerLevel, SamplingConfig, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
 from sampling.run_config import RunConfig
@@ -32,6 +33,7 @@ from vqvae2.metrics.pretrained_features import NETWORKS_HELP, NetworkSetting, lo
 from vqvae2.run_folder import RunFolder
 
 _BATCH_SIZE = 50  # images per pass of the network whose features are compared
+_DEFAULTS = {name: SamplingParams.model_fields[name].default for name in ("temperature", "top_p")}
 _FIX = "Delete it and run `vqvae2 tune-sampling` again."
 
 
@@ -72,6 +74,8 @@ class Tuning(Config):
     weights: str  # digest of the network's weights
     count: int
     seed: int
+    classes: ClassLabels
+    other_params: SamplingParams  # with the default temperature and top-p
     held_out: int  # number of held-out images
     trials: tuple[Trial, ...] = ()
 
@@ -87,6 +91,8 @@ def tune_sampling(run: Path, options: TuneSamplingOptions) -> Tuning:
         UserError: If the run has no priors, or the network's weights are not available.
     """
     folder = RunFolder.existing(run)
+    if processes().is_main_process:
+        files.lock_folder(folder.path)
     config = RunConfig.from_resolved_yaml(folder.config)
     device = torch.device(processes().device or "cpu")
     pipeline = VQVAE2Pipeline.from_pretrained(run, device)
@@ -110,6 +116,8 @@ def tune_sampling(run: Path, options: TuneSamplingOptions) -> Tuning:
             weights=extractor.weights_digest,
             count=options.count,
             seed=config.sampling.seed,
+            classes=config.sampling.classes,
+            other_params=config.sampling.params.model_copy(update=_DEFAULTS),
             held_out=len(held_out),
         ),
     )
@@ -161,12 +169,12 @@ def main(options: TuneSamplingOptions) -> None:
         print(f"FD {trial.distance:8.2f}   temperature {trial.temperature}, top-p {trial.top_p}")
     folder = RunFolder(options.run)
     config = RunConfig.from_resolved_yaml(folder.config)
-    update = {"temperature": best.temperature, "top_p": best.top_p}
-    files.write_text(
-        folder.config,
-        config.model_copy(update={"sampling": config.sampling.model_copy(update=update)}).to_yaml(),
-    )
+    sampling = config.sampling.model_copy(update={"temperature": best.temperature, "top_p": best.top_p})
+    files.write_text(folder.config, config.model_copy(update={"sampling": sampling}).to_yaml())
+    settings = {name: value for name, value in sampling.to_dict().items() if name in _DEFAULTS}
     print(
         f"{tuning.network} features, {tuning.count} samples, {tuning.held_out} held-out images\n"
-        f"The first combination is now the default of `vqvae2 sample {options.run}`, in {folder.config}."
+        f"The first combination is now the default of `vqvae2 sample {options.run}`, in {folder.config}.\n"
+        f"Commands with your own config file write its values there again; to keep these, add to the file:\n"
+        f"  sampling: {json.dumps(settings)}"
     )

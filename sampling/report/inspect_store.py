@@ -62,7 +62,7 @@ def inspect_prepared_images(path: Path, out: Path) -> list[str]:
     source = PreparedSource(str(path), PreparedSource.scan(str(path)))
     height, width = header.size
     quality = f", quality {header.quality}" if header.quality is not None else ""
-    label_counts = np.bincount(source.index.labels.clip(0), minlength=len(header.classes))
+    label_counts = np.bincount(source.index.labels[source.index.labels >= 0], minlength=len(header.classes))
     lines = [
         _line("images", f"{path}, format {header.format}, complete"),
         _line("records", f"{len(source.index):,}, resized to cover {height}×{width}, {header.encoding}{quality}"),

@@ -118,6 +118,7 @@ def _extract(
         mine = (
             writer.missing_values()[accelerator.process_index :: writers] if accelerator.process_index < writers else []
         )
+        accelerator.wait_for_everyone()  # what a faster process writes must not be left out of a slower one's list
         _write(run, network, records, writer, mine, accelerator)
         accelerator.wait_for_everyone()
         unreadable = writer.unreadable_records()

@@ -106,7 +106,8 @@ class PriorStage(TrainingStage[Prior, PriorObjective]):
         }
 
     def training_warnings(self, entries: Sequence[Mapping[str, float]]) -> list[str]:
-        return prior_warnings(self.level_name, entries)
+        keeps_best = self.config.training.early_stopping_patience is not None
+        return prior_warnings(self.level_name, entries, keeps_best)
 
     def save(self, path: Path) -> None:
         label_dropout = self.config.loss.label_dropout

@@ -33,14 +33,9 @@ SOURCES: tuple[type[Source], ...] = (
 
 def absolute_source(path: str) -> str:
     """Return a local path as an absolute path, with `~` expanded; return names and addresses unchanged."""
-    if (
-        any(kind.matches(path) for kind in (SceneSource, MazeSource, TorchvisionSource, HuggingFaceSource))
-        or path == "scenes"
-    ):
+    if path == "scenes":
         return path
-    if VideoSource.matches(path):
-        return VideoSource.absolute(path)
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    return next(kind for kind in SOURCES if kind.matches(path)).absolute(path)
 
 
 def open_source(path: str, cache: Path | None = None) -> Source:

@@ -43,6 +43,11 @@ class Source(ABC):
         """Return whether this class opens `path`."""
 
     @classmethod
+    def absolute(cls, path: str) -> str:
+        """Return `path` in a form that does not depend on the working directory, with `~` expanded."""
+        return path if "://" in path else absolute_path(path)
+
+    @classmethod
     @abstractmethod
     def scan(cls, path: str) -> ImageIndex:
         """List the images of a source.
@@ -72,6 +77,11 @@ class Source(ABC):
     def describe(self, number: int) -> str:
         """Return the location of an image for messages."""
         return printable(f"{self.path}/{self.index.names[number]}")
+
+
+def absolute_path(path: str) -> str:
+    """Return a local path as an absolute path, with `~` expanded."""
+    return str(Path(path).expanduser().absolute())
 
 
 def require_images(names: list[str], path: str) -> None:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from vqvae2.data.image_io import UnreadableImageError
 from vqvae2.data.index import ImageIndex
+from vqvae2.data.sources.base import absolute_path
 from vqvae2.data.sources.named import NamedSource
 from vqvae2.errors import UserError
 
@@ -20,6 +21,11 @@ class HuggingFaceSource(NamedSource):
     """
 
     prefix = _PREFIX
+
+    @classmethod
+    def absolute(cls, path: str) -> str:
+        name = path.removeprefix(_PREFIX)
+        return _PREFIX + absolute_path(name) if _is_saved(name) else path
 
     @classmethod
     def load(cls, path: str) -> Any:
@@ -46,6 +52,11 @@ class HuggingFaceSource(NamedSource):
         return image["bytes"] or Path(image["path"])
 
 
+def _is_saved(name: str) -> bool:
+    """Return whether `save_to_disk` wrote the folder `name`."""
+    return Path(name).expanduser().joinpath("state.json").is_file()
+
+
 def _open(path: str) -> Any:
     try:
         import datasets  # an optional dependency  # pyright: ignore[reportMissingImports]
@@ -55,7 +66,7 @@ def _open(path: str) -> Any:
         ) from None
     name, _, split = path.removeprefix(_PREFIX).partition(":")
     try:
-        if Path(name, "state.json").is_file():
+        if _is_saved(name):
             return datasets.load_from_disk(name)
         return datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, RuntimeError, LookupError) as error:

@@ -22,6 +22,10 @@ class MazeSource(Source):
         return path.startswith(_PREFIX)
 
     @classmethod
+    def absolute(cls, path: str) -> str:
+        return path
+
+    @classmethod
     def scan(cls, path: str) -> ImageIndex:
         clips, frames = _parse(path)
         names = [f"{clip:06d}/{frame:04d}" for clip in range(clips) for frame in range(frames)]

@@ -24,6 +24,10 @@ class SceneSource(Source):
         return path.startswith(_PREFIX)
 
     @classmethod
+    def absolute(cls, path: str) -> str:
+        return path
+
+    @classmethod
     def scan(cls, path: str) -> ImageIndex:
         count = int(path.removeprefix(_PREFIX))
         labels = np.array([scenes.label(number) for number in range(count)], np.int32)

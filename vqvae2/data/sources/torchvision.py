@@ -6,16 +6,23 @@ from typing import Any
 from PIL import Image
 
 from vqvae2.data.index import ImageIndex
+from vqvae2.data.sources.base import absolute_path
 from vqvae2.data.sources.named import NamedSource
 from vqvae2.errors import UserError
 
 _PREFIX = "torchvision:"
+_DEFAULT_FOLDER = "data"
 
 
 class TorchvisionSource(NamedSource):
     """The training split of a torchvision data set, with its labels. Nothing is downloaded."""
 
     prefix = _PREFIX
+
+    @classmethod
+    def absolute(cls, path: str) -> str:
+        name, _, root = path.removeprefix(_PREFIX).partition(":")
+        return f"{_PREFIX}{name}:{absolute_path(root or _DEFAULT_FOLDER)}"
 
     @classmethod
     def load(cls, path: str) -> Any:
@@ -52,7 +59,7 @@ def _open(path: str) -> Any:
             f"data.path: torchvision has no data set {name!r}. Give the name of a class in torchvision.datasets."
         )
     options = inspect.signature(kind).parameters
-    folder = root or "data"
+    folder = root or _DEFAULT_FOLDER
     settings: dict[str, Any] = {"root": folder} if "root" in options else {}
     if "train" in options:
         settings["train"] = True

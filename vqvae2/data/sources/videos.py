@@ -7,7 +7,7 @@ from PIL import Image
 
 from vqvae2.data.image_io import UnreadableImageError
 from vqvae2.data.index import ImageIndex
-from vqvae2.data.sources.base import Source, require_images
+from vqvae2.data.sources.base import Source, absolute_path, require_images
 from vqvae2.data.sources.folder import walk_folders
 from vqvae2.errors import UserError
 from vqvae2.packages import import_package
@@ -31,8 +31,7 @@ class VideoSource(Source):
 
     @classmethod
     def absolute(cls, path: str) -> str:
-        """Return a path with an absolute folder."""
-        return _PREFIX + str(Path(path.removeprefix(_PREFIX)).expanduser().absolute())
+        return _PREFIX + absolute_path(path.removeprefix(_PREFIX))
 
     @classmethod
     def scan(cls, path: str) -> ImageIndex:
