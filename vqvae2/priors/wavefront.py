@@ -27,7 +27,7 @@ def choose_skew(convs: Iterable[CausalConv2d], width: int) -> int | None:
     """Return the skew of the fastest wavefront order for these convolutions, None if raster order is faster.
 
     Measured on a CPU. If weights are too small for tiles, the time is that of calling operations, of which a wavefront
-    has fewer. Tiles pay if at least eight rows are in flight; with fewer, raster order computes larger products.
+    has fewer. Tiles are faster if at least eight rows are in flight; with fewer, raster order computes larger products.
     """
     convs = list(convs)
     padding = max(conv.padding for conv in convs)
