@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.decoders import incremental_logits
 from vqvae2.code_maps import MapSpec
 from vqvae2.errors import UserError
 from vqvae2.priors import (
@@ -20,7 +21,6 @@ from vqvae2.priors import (
     load_prior,
     save_prior,
 )
-from vqvae2.priors.base import incremental_logits
 
 CODES = 11
 

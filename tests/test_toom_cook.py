@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.decoders import incremental_logits
 from tests.test_priors import build, inputs
 from vqvae2.priors import toom_cook
-from vqvae2.priors.base import incremental_logits
 from vqvae2.priors.layers import glu
 from vqvae2.priors.toom_cook import make_transforms
 

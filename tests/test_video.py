@@ -9,12 +9,12 @@ from experiments.video.three_codes import ThreeCodes, ThreeCodesConfig
 from sampling.next_frames import sample_next_frames
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, sample_level
+from tests.decoders import incremental_logits
 from vqvae2.code_maps import MapSpec
 from vqvae2.data.clips import FrameHistories, find_clips
 from vqvae2.data.code_store import CodeHeader, CodeStore, CodeWriter
 from vqvae2.errors import UserError
 from vqvae2.priors import PixelCNNConfig, PixelSNAILConfig, Prior, PriorConfig, PriorSpec, TransformerConfig
-from vqvae2.priors.base import incremental_logits
 from vqvae2.quantizers import EMAConfig
 
 BOTTOM, TOP = (MapSpec(codebook_size=9, height=side, width=side) for side in (4, 2))

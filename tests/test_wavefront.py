@@ -10,9 +10,10 @@ from sampling import guidance
 from sampling.logits import sample_codes
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, PartialCodes, sample_level
+from tests.decoders import wavefront_logits
 from tests.test_priors import build, inputs
 from vqvae2.priors import Prior, toom_cook
-from vqvae2.priors.base import WavefrontShape, wavefront_logits
+from vqvae2.priors.base import WavefrontShape
 
 CASES: list[dict[str, Any]] = [
     {"size": (8, 9)},

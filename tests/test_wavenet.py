@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from sampling.sample_waveforms import sample_waveforms
+from tests.decoders import incremental_wavenet_logits
 from vqvae2.audio.mu_law import SILENCE
-from vqvae2.models.incremental_wavenet import IncrementalWaveNet, incremental_logits
+from vqvae2.models.incremental_wavenet import IncrementalWaveNet
 from vqvae2.models.wavenet import WaveNet, WaveNetConfig
 
 SMALL = WaveNetConfig(channels=12, skip_channels=10, condition_channels=6, cycles=2, layers=4)
@@ -48,7 +49,7 @@ def test_incremental_logits_equal_those_of_the_full_pass(conditioned: bool) -> N
     network, samples = wavenet(conditioned), values(3, 96)
     condition = torch.randn(3, 12, 6) if conditioned else None
     torch.testing.assert_close(
-        incremental_logits(network, samples, condition), network(samples, condition), atol=1e-4, rtol=1e-4
+        incremental_wavenet_logits(network, samples, condition), network(samples, condition), atol=1e-4, rtol=1e-4
     )
 
 

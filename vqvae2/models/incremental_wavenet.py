@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vqvae2.audio.mu_law import SILENCE
 from vqvae2.models.wavenet import WaveNet, WaveNetLayer
 
 
@@ -54,19 +53,3 @@ class IncrementalWaveNet:
             self.skips.add_(self.skip)
         self.time += 1
         return self.network.head(self.skips)
-
-
-@torch.inference_mode()
-def incremental_logits(
-    network: WaveNet, values: Int[Tensor, "b t"], condition: Float[Tensor, "b f c"] | None = None
-) -> Float[Tensor, "b t 256"]:
-    """Compute the logits of `WaveNet.forward` one sample at a time, to test that both paths agree."""
-    batch, length = values.shape
-    decoder = IncrementalWaveNet(network, batch)
-    previous, rows = torch.full((batch,), SILENCE), []
-    for time in range(length):
-        if condition is not None and time % (length // condition.shape[1]) == 0:
-            decoder.begin_frame(condition[:, time * condition.shape[1] // length])
-        rows.append(decoder.logits(previous))
-        previous = values[:, time]
-    return torch.stack(rows, 1)
