@@ -69,7 +69,8 @@ def keep_coarsest(codes: CodeMaps, count: int) -> tuple[PartialCodes, ...]:
     if len(codes) == 1:
         raise UserError("keep_levels: this model has one level, so nothing would be left to sample")
     if not 1 <= count < len(codes):
-        raise UserError(f"keep_levels: must be between 1 and {len(codes) - 1}, not {count}")
+        allowed = "1" if len(codes) == 2 else f"between 1 and {len(codes) - 1}"
+        raise UserError(f"keep_levels: must be {allowed} for a model of {len(codes)} levels, not {count}")
     finer = len(codes) - count
     return tuple(
         PartialCodes(level, torch.full_like(level, index >= finer).bool()) for index, level in enumerate(codes)

@@ -1,13 +1,13 @@
 """README.md of a saved pipeline: a model card as the Hugging Face hub shows it."""
 
+import re
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from sampling.evaluation.format_metrics import format_metrics
-from sampling.params import SamplingParams
+from sampling.params import SamplingParams, format_per_level
 from sampling.run_config import RunConfig
 from sampling.summary import read_summary
 from vqvae2 import files
@@ -24,34 +24,39 @@ def write_model_card(folder: RunFolder, pipeline: "VQVAE2Pipeline", params: Samp
     """Write README.md to the folder of a saved pipeline, with what is known about its training.
 
     Pipelines of a run have its data set, its metrics and a grid of its samples. A pipeline that was loaded from a saved
-    one keeps that one's card.
+    one keeps that one's card, with the sections on sampling parameters and files updated.
 
     Args:
         params: Default sampling parameters of the saved pipeline.
     """
     source = RunFolder(pipeline.source) if pipeline.source is not None else None
+    sampling, digests = _sampling(params), _digests(folder, pipeline)
     if source and source.card.is_file():
-        if source.card.resolve() != folder.card.resolve():
-            shutil.copyfile(source.card, folder.card)
-            if (source.path / _GRID).is_file():
-                shutil.copyfile(source.path / _GRID, folder.path / _GRID)
+        card = source.card.read_text(encoding="utf-8", errors="replace")
+        files.write_text(folder.card, _replace_section(_replace_section(card, sampling), digests))
+        if (source.path / _GRID).is_file() and source.path.resolve() != folder.path.resolve():
+            shutil.copyfile(source.path / _GRID, folder.path / _GRID)
         return
     is_run = source is not None and source.config.is_file()
     data = RunConfig.from_resolved_yaml(source.config).data if source and is_run else None
-    parts = [
-        _front_matter(pipeline, data),
-        f"# {folder.path.resolve().name}\n",
-        _usage(),
-        _architecture(pipeline, params),
-    ]
+    title = f"# {folder.path.resolve().name}\n"
+    parts = [_front_matter(pipeline, data), title, _usage(), _architecture(pipeline), sampling]
     if source and data:
         parts.append(_training(source, data, len(pipeline.levels)))
         if (source.samples / "grid.png").is_file():
             shutil.copyfile(source.samples / "grid.png", folder.path / _GRID)
             parts.append(f"## Samples\n\n![Samples]({_GRID})\n")
-    parts.append(_digests(folder, pipeline))
-    with files.atomic_write(folder.card) as partial:
-        partial.write_text("\n".join(parts), encoding="utf-8")
+    files.write_text(folder.card, "\n".join([*parts, digests]))
+
+
+def _replace_section(card: str, section: str) -> str:
+    """Return a card with the section of the same heading replaced, or with the section appended."""
+    heading = section.partition("\n")[0]
+    found = re.search(rf"^{heading}\n.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
+    if not found:
+        return f"{card.rstrip()}\n\n{section}"
+    following = card[found.end() :]
+    return card[: found.start()] + section + (f"\n{following}" if following else "")
 
 
 def _front_matter(pipeline: "VQVAE2Pipeline", data: DataConfig | None) -> str:
@@ -61,7 +66,7 @@ def _front_matter(pipeline: "VQVAE2Pipeline", data: DataConfig | None) -> str:
     if not pipeline.class_names:
         metadata["pipeline_tag"] = "unconditional-image-generation"
     if data and data.path.startswith("huggingface:"):
-        metadata["datasets"] = [data.path.split(":")[1]]
+        metadata["datasets"] = [files.without_folders(data.path).split(":")[1]]
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n"
 
 
@@ -80,7 +85,7 @@ images = pipeline(num_images=16, seed=0)  # in [-1, 1]
 """
 
 
-def _architecture(pipeline: "VQVAE2Pipeline", params: SamplingParams) -> str:
+def _architecture(pipeline: "VQVAE2Pipeline") -> str:
     height, width = pipeline.autoencoder.size
     rows = [
         f"| {level} | {spec.height}×{spec.width} | {spec.codebook_size:,} | {prior.config.kind}, "
@@ -98,17 +103,19 @@ def _architecture(pipeline: "VQVAE2Pipeline", params: SamplingParams) -> str:
     ]
     if pipeline.class_names:
         lines.append(f"Classes: {', '.join(pipeline.class_names)}.\n")
-    changed = {name: value for name, value in params.to_dict().items() if value != SamplingParams().to_dict()[name]}
-    lines += [f"Default sampling parameters: {', '.join(f'{k} {v}' for k, v in changed.items())}.\n"] if changed else []
     return "## Model\n\n" + "\n".join(lines)
+
+
+def _sampling(params: SamplingParams) -> str:
+    rows = [f"| {name} | {format_per_level(value)} |" for name, value in params.to_dict().items()]
+    return "## Default sampling parameters\n\n| parameter | value |\n|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _training(source: RunFolder, data: DataConfig, num_levels: int) -> str:
     """Return the data set and the measurements of a run."""
-    named = data.path == "scenes" or data.path.startswith(("huggingface:", "torchvision:"))
-    name = data.path if named else Path(data.path).name  # without the folders of the author's machine
-    held_out = Path(data.val_path).name if data.val_path else f"{data.val_fraction:g} of it held out"
-    text = f"## Training\n\nData set `{name}` ({held_out}), labels: {Path(data.labels).name}.\n"
+    name, labels = files.without_folders(data.path), files.without_folders(data.labels)
+    held_out = files.without_folders(data.val_path) if data.val_path else f"{data.val_fraction:g} of it held out"
+    text = f"## Training\n\nData set `{name}` ({held_out}), labels: {labels}.\n"
     if source.metrics.is_file():
         metrics = format_metrics(files.read_json(source.metrics, "Run `vqvae2 evaluate` again."))
         return f"{text}\nMeasured by `vqvae2 evaluate`:\n\n```\n{metrics}\n```\n"

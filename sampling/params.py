@@ -41,10 +41,15 @@ def _parse_per_level(value: Any) -> Any:
         raise ValueError(f"expected a number, or numbers per level such as top=1,bottom=2, not {value!r}") from None
 
 
-def _format_per_level(value: float | dict[str, float]) -> str:
+def format_per_level(value: float | str | Mapping[str, float]) -> str:
+    """Return a parameter as it is written on the command line.
+
+    >>> format_per_level({"top": 1.0, "bottom": 0.9})
+    'top=1,bottom=0.9'
+    """
     if isinstance(value, Mapping):
         return ",".join(f"{level}={number:g}" for level, number in value.items())
-    return f"{value:g}"
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _is_per_level(value: Any) -> bool:
@@ -58,7 +63,7 @@ _PER_LEVEL = (
         metavar="VALUE|LEVEL=VALUE,...",
         instance_from_str=lambda arguments: _parse_per_level(arguments[0]),
         is_instance=_is_per_level,
-        str_from_instance=lambda value: [_format_per_level(value)],
+        str_from_instance=lambda value: [format_per_level(value)],
     ),
 )
 FloatPerLevel = Annotated[float | dict[str, float], *_PER_LEVEL]

@@ -1,6 +1,6 @@
 """VQVAE2Pipeline: an autoencoder and one prior per level, from random codes to images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Unpack
@@ -13,7 +13,8 @@ from torch import Tensor
 from sampling.labels import labels_of
 from sampling.memory import batch_that_fits
 from sampling.model_card import write_model_card
-from sampling.params import SamplingParams
+from sampling.params import SamplingConfig, SamplingParams
+from sampling.run_config import RunConfig
 from sampling.sample_level import Noise, PartialCodes, sample_level
 from vqvae2 import files
 from vqvae2.code_maps import CodeMaps
@@ -36,7 +37,7 @@ class PipelineConfig(Config):
     format: Literal[1] = 1
     levels: tuple[str, ...]
     class_names: tuple[str, ...] = ()
-    sampling: SamplingParams = SamplingParams()  # defaults of `vqvae2 sample`
+    sampling: SamplingParams = SamplingParams()  # defaults of the pipeline and of `vqvae2 sample`
 
     @classmethod
     def read(cls, folder: Path) -> "PipelineConfig":
@@ -69,6 +70,7 @@ class VQVAE2Pipeline:
         class_names: Names of the labels; empty for an unconditional model.
         batch_size: Images sampled at once, if memory allows.
         source: Folder that the networks were loaded from, for the model card.
+        sampling: Sampling parameters of a call that is given none.
     """
 
     autoencoder: Autoencoder
@@ -76,12 +78,15 @@ class VQVAE2Pipeline:
     class_names: tuple[str, ...] = ()
     batch_size: int = 16
     source: Path | None = None
+    sampling: SamplingParams = _DEFAULTS
 
     @classmethod
     def from_pretrained(
         cls, source: Path | str, device: torch.device | str = "cpu", batch_size: int = 16, **hub: Unpack[HubOptions]
     ) -> "VQVAE2Pipeline":
         """Load the networks of a run folder, of a folder that `save_pretrained` wrote, or of a hub repository.
+
+        The default sampling parameters are those of the run's config, or those that were saved.
 
         Args:
             source: Path, name of a packaged model, or hub id `OWNER/NAME` or `OWNER/NAME@REVISION`.
@@ -96,16 +101,17 @@ class VQVAE2Pipeline:
         for index, name in enumerate(level_names(len(autoencoder.map_specs))):
             priors.append(load_prior(folder.prior_weights(name), device))
             _check_prior(folder, name, index, priors[-1], autoencoder)
-        return cls(autoencoder, tuple(priors), _class_names(folder, autoencoder, priors), batch_size, folder.path)
+        names, sampling = _class_names(folder, autoencoder, priors), _default_params(folder)
+        return cls(autoencoder, tuple(priors), names, batch_size, folder.path, sampling)
 
     def save_pretrained(
-        self, folder: Path | str, sampling: SamplingParams = _DEFAULTS, dtype: torch.dtype | None = None
+        self, folder: Path | str, sampling: SamplingParams | None = None, dtype: torch.dtype | None = None
     ) -> None:
         """Write the networks to a folder that `from_pretrained` reads: safetensors files, config.json
         and README.md, a model card.
 
         Args:
-            sampling: Defaults of `vqvae2 sample FOLDER`.
+            sampling: Default sampling parameters of the saved pipeline; those of this one if not given.
             dtype: Stored type of the weights, such as `torch.bfloat16` for half the size; their own if not given.
         """
         target = RunFolder(Path(folder))
@@ -114,14 +120,15 @@ class VQVAE2Pipeline:
         for name, prior in zip(self.levels, self.priors, strict=True):
             made_from = prior.made_from | {"autoencoder": digest}
             save_prior(target.prior_weights(name), prior, prior.config, dtype, **made_from)
-        index = PipelineConfig(levels=self.levels, class_names=self.class_names, sampling=sampling.params)
+        params = (self.sampling if sampling is None else sampling).params
+        index = PipelineConfig(levels=self.levels, class_names=self.class_names, sampling=params)
         files.write_json(target.pipeline_config, index.to_dict())
-        write_model_card(target, self, sampling.params)
+        write_model_card(target, self, params)
 
     def push_to_hub(
         self,
         repo_id: str,
-        sampling: SamplingParams = _DEFAULTS,
+        sampling: SamplingParams | None = None,
         dtype: torch.dtype | None = None,
         **options: Unpack[PushOptions],
     ) -> str:
@@ -152,31 +159,51 @@ class VQVAE2Pipeline:
         num_images: int = 1,
         seed: int = 0,
         class_labels: Sequence[int | str] | None = None,
-        temperature: float | Mapping[str, float] = 1.0,
-        top_k: int | Mapping[str, int] = 0,
-        top_p: float | Mapping[str, float] = 1.0,
-        guidance_scale: float | Mapping[str, float] = 1.0,
-        dtype: Literal["fp32", "bf16"] = "fp32",
+        temperature: float | Mapping[str, float] | None = None,
+        top_k: int | Mapping[str, int] | None = None,
+        top_p: float | Mapping[str, float] | None = None,
+        guidance_scale: float | Mapping[str, float] | None = None,
+        dtype: Literal["fp32", "bf16"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """Sample images in [-1, 1]. Image k depends on the seed and k only.
 
         Args:
             class_labels: Names or numbers of the classes to cycle through; all classes if not given.
-            temperature, top_k, top_p, guidance_scale: One value, or values per level: `{"top": 1.0, "bottom": 0.9}`.
-            dtype: Data type of the priors. The autoencoder decodes in float32.
+            temperature, top_k, top_p, guidance_scale: One value, or values per level: `{"top": 1.0, "bottom": 0.9}`;
+                those of `sampling` if not given.
+            dtype: Data type of the priors; that of `sampling` if not given. The autoencoder decodes in float32.
 
         Raises:
             UserError: If an argument is out of range or does not fit the model.
         """
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        params = SamplingParams.from_dict(settings | {"dtype": dtype}, "sampling")
-        batches = []
-        size = self.batch_that_fits(min(self.batch_size, num_images), params)
-        for start in range(0, num_images, size):
-            numbers = range(start, min(start + size, num_images))
-            codes = self.sample_codes(numbers, self.labels_of(numbers, class_labels), seed, params)
-            batches.append(self.decode(codes))
-        return torch.cat(batches)
+        if num_images < 1:
+            raise UserError(f"num_images: must be at least 1, not {num_images}")
+        params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+        given = {name: value for name, value in (params | {"dtype": dtype}).items() if value is not None}
+        settings = {"seed": seed, "classes": tuple(class_labels or ()), "batch_size": self.batch_size}
+        config = SamplingConfig.from_dict(dict(self.sampling.params) | given | settings, "sampling")
+        return torch.cat(list(self.sample_batches(range(num_images), config)))
+
+    def sample_batches(
+        self,
+        numbers: Sequence[int],
+        config: SamplingConfig,
+        progress: Callable[[int], object] = lambda positions: None,
+    ) -> Iterator[Float[Tensor, "b c h w"]]:
+        """Yield the images with the given numbers, in [-1, 1], in batches that fit into memory.
+
+        Args:
+            config: Settings of the samples. Its count is ignored.
+            progress: Called with the number of codes completed since the last call.
+
+        Raises:
+            UserError: If `config` does not fit the model.
+        """
+        size = self.batch_that_fits(min(config.batch_size, len(numbers)), config.params, config.memory)
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            labels = self.labels_of(batch, config.classes)
+            yield self.decode(self.sample_codes(batch, labels, config.seed, config.params, progress=progress))
 
     def sample_codes(
         self,
@@ -256,6 +283,13 @@ def _check_prior(folder: RunFolder, name: str, index: int, prior: Prior, autoenc
         )
     if (prior.spec.level, prior.spec.coarser) != (maps[index], maps[index + 1 :]):
         raise UserError(f"{path}: not the prior of level {name}; it was trained for other code maps. Train it again.")
+
+
+def _default_params(folder: RunFolder) -> SamplingParams:
+    """Return the default sampling parameters of a run or of a saved pipeline."""
+    if folder.config.is_file():
+        return RunConfig.from_resolved_yaml(folder.config).sampling.params
+    return PipelineConfig.read(folder.path).sampling if folder.pipeline_config.is_file() else _DEFAULTS
 
 
 def _class_names(folder: RunFolder, autoencoder: Autoencoder, priors: Sequence[Prior]) -> tuple[str, ...]:

@@ -78,18 +78,14 @@ def sample_images(
     pipeline: VQVAE2Pipeline, config: SamplingConfig, numbers: Sequence[int], show_progress: bool
 ) -> Iterator[SampledImage]:
     """Yield the images with the given numbers, sampled in batches."""
-    total = pipeline.num_codes * len(numbers)
-    size = pipeline.batch_that_fits(min(config.batch_size, len(numbers)), config.params, config.memory)
-    started = time.monotonic()
+    total, started = pipeline.num_codes * len(numbers), time.monotonic()
     hidden = not (show_progress and numbers)
     with tqdm(desc="samples", total=total, unit="code", unit_scale=True, disable=hidden) as bar:
-        for start in range(0, len(numbers), size):
-            batch = numbers[start : start + size]
-            labels = pipeline.labels_of(batch, config.classes)
-            codes = pipeline.sample_codes(batch, labels, config.seed, config.params, progress=bar.update)
-            for number, image in zip(batch, to_uint8(pipeline.decode(codes)).cpu(), strict=True):
-                yield SampledImage(number, image)
-            bar.set_postfix_str(f"{(start + len(batch)) / (time.monotonic() - started):.3g} images/s")
+        done = 0
+        for batch in pipeline.sample_batches(numbers, config, bar.update):
+            yield from map(SampledImage, numbers[done : done + len(batch)], to_uint8(batch).cpu())
+            done += len(batch)
+            bar.set_postfix_str(f"{done / (time.monotonic() - started):.3g} images/s")
 
 
 def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Path:

@@ -91,7 +91,7 @@ def test_variations_keep_the_top_level(pipeline: VQVAE2Pipeline, images: torch.T
     settings = EditSettings(variants=2, seed=1, classes=(3,))
     found = vary(pipeline, images[0], 1, settings, ignore)
     assert torch.equal(found, to_uint8(library_variations(pipeline, to_float(images[:1]), 1, [3], 2, 1))[0])
-    with pytest.raises(UserError, match="keep_levels: must be between 1 and 1, not 2"):
+    with pytest.raises(UserError, match="keep_levels: must be 1 for a model of 2 levels, not 2"):
         vary(pipeline, images[0], 2, settings, ignore)
 
 

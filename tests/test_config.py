@@ -114,6 +114,7 @@ def test_differences_have_full_key_paths() -> None:
         ("count: 5", "count: 1000000000000", ["sampling.count", "less than or equal"]),
         ("batch_size: 8", "batch_size: 100000000000000", ["batch_size", "less than or equal"]),
         ("size: 32", "size: 99999999999", ["data.size", "less than or equal"]),
+        ("size: 32", "size: 2.5", ["data.size: Input should be a valid integer, got a number with a fractional part"]),
         ("num_workers: 0", "num_workers: yes", ["num_workers: expected an integer, not true"]),
         ("val_fraction: 0.1", "val_fraction: .nan", ["data.val_fraction", "finite"]),
     ],

@@ -128,7 +128,7 @@ def test_invalid_editing_arguments_raise(pipeline: VQVAE2Pipeline) -> None:
     with pytest.raises(UserError, match="no class 10"):
         variations(pipeline, images, class_labels=[10])
     for count in (0, 2):
-        with pytest.raises(UserError, match=f"must be between 1 and 1, not {count}"):
+        with pytest.raises(UserError, match=f"must be 1 for a model of 2 levels, not {count}"):
             variations(pipeline, images, count, class_labels=[0])
     with pytest.raises(UserError, match="one level"):
         keep_coarsest(pipeline.autoencoder.encode(images)[1:], 1)
@@ -198,7 +198,7 @@ def test_invalid_options_give_one_line_errors(
     fails(
         capsys,
         ["variations", str(finished_run), str(image), "--classes", "0", "--keep-levels", "2"],
-        "must be between 1 and 1",
+        "keep_levels: must be 1 for a model of 2 levels, not 2",
     )
     fails(capsys, ["variations", str(finished_run), str(tmp_path / "gone.png"), "--classes", "0"], "gone.png")
     assert contents(finished_run) == before

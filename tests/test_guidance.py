@@ -118,6 +118,12 @@ def test_guided_logits_extrapolate_from_unconditional_to_conditional(kind: str) 
     torch.testing.assert_close(scale_3, unconditional + 3 * (conditional - unconditional))
 
 
+def test_error_of_an_option_with_values_per_level_names_the_option_only() -> None:
+    integer = "--top-k: Input should be a valid integer, got a number with a fractional part, not 2.5"
+    with pytest.raises(UserError, match=f"^{integer}$"):
+        parse(SamplingConfig, ["--top-k", "2.5"], "vqvae2 sample")
+
+
 def test_each_level_uses_its_own_params(finished_run: Path) -> None:
     pipeline = allow_guidance(VQVAE2Pipeline.from_pretrained(finished_run))
     images, labels = range(2), pipeline.labels_of(range(2), None)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,9 @@ import yaml
 
 from sampling import VQVAE2Pipeline
 from sampling.params import SamplingParams
+from sampling.run_config import RunConfig
 from tests.fake_hub import TOKEN, fake_hub
-from tests.test_commands import fails
+from tests.test_commands import contents, fails
 from vqvae2 import Autoencoder, files
 from vqvae2.__main__ import main
 from vqvae2.data.images import to_float, to_uint8
@@ -75,6 +78,53 @@ def test_sample_command_takes_saved_pipelines_and_their_defaults(
     assert (tmp_path / "scenes64-reconstructions.png").is_file()
     (tmp_path / "empty").mkdir()
     fails(capsys, ["sample", "empty"], "empty: not a run folder")
+
+
+def test_default_sampling_parameters_are_kept_and_used(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    config = RunConfig.from_resolved_yaml(run / "config.yaml")
+    sampling = config.sampling.model_copy(update={"temperature": {"top": 0.5}, "top_p": 0.9})
+    (run / "config.yaml").write_text(config.model_copy(update={"sampling": sampling}).to_yaml())
+    pipeline = VQVAE2Pipeline.from_pretrained(run)
+    pipeline.save_pretrained(tmp_path / "saved")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved = VQVAE2Pipeline.from_pretrained("~/saved")
+    saved.save_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    again = VQVAE2Pipeline.from_pretrained(tmp_path / "again")
+    expected = SamplingParams(temperature={"top": 0.5}, top_p=0.9)
+    assert pipeline.sampling == saved.sampling == again.sampling == expected
+    assert torch.equal(pipeline(2, seed=4), pipeline(2, seed=4, temperature={"top": 0.5}, top_p=0.9))
+    assert torch.equal(pipeline(2, 4, temperature=1, top_p=1), VQVAE2Pipeline.from_pretrained(finished_run)(2, 4))
+    again.save_pretrained(tmp_path / "again", SamplingParams(temperature=0.7))
+    for folder, temperature in (("saved", "top=0.5"), ("again", "0.7")):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert re.findall(r"\| temperature \| (.*) \|", card) == [temperature]
+        digests = re.findall(r"^\| (\S+\.safetensors) \| `(\w+)` \|$", card, re.MULTILINE)
+        assert digests == [(name, files.digest(tmp_path / folder / name)) for name, _ in digests]
+        assert len(digests) == 3
+
+
+def test_saved_models_do_not_contain_folders_of_this_computer(finished_run: Path, tmp_path: Path) -> None:
+    """Runs of older versions have absolute paths in their weights."""
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
+    config = {"pretrained": "/home/me/runs/first", "loss": {"perceptual": {"weights": "~/secret/lpips.pth"}}}
+    made_from = {"data": "/home/me/photos", "config": config, "pretrained": "0" * 64}
+    pipeline.autoencoder.made_from = made_from
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    pipeline.autoencoder.save_pretrained(tmp_path / "autoencoder")
+    written = contents(tmp_path)
+    assert not [name for name, data in written.items() if b"/home/me" in data or b"secret" in data]
+    loaded = VQVAE2Pipeline.from_pretrained(tmp_path / "pipeline")
+    assert loaded.autoencoder.digest == Autoencoder.from_pretrained(tmp_path / "autoencoder").digest
+    config = {"pretrained": "first", "loss": {"perceptual": {"weights": "lpips.pth"}}}
+    assert loaded.autoencoder.made_from == {"data": "photos", "config": config, "pretrained": "0" * 64}
+
+
+def test_number_of_images_must_be_positive(finished_run: Path) -> None:
+    with pytest.raises(UserError, match="num_images: must be at least 1, not 0"):
+        VQVAE2Pipeline.from_pretrained(finished_run)(num_images=0)
 
 
 def test_prior_of_another_level_raises(finished_run: Path, tmp_path: Path) -> None:
@@ -223,7 +273,9 @@ def test_push_and_pull_through_the_real_client(finished_run: Path, tmp_path: Pat
             assert len(text.splitlines()) == 1, text
             assert all(word in text for word in words), text
         card = hub.repos["someone/faces"]["main"]["README.md"].decode()
-        assert (saved / "copy" / "README.md").read_text() == hub.repos["someone/faces"]["half"]["README.md"].decode()
+        copied, half = (saved / "copy/README.md").read_text(), hub.repos["someone/faces"]["half"]["README.md"].decode()
+        assert copied.partition("## Files")[0] == half.partition("## Files")[0]
+        assert files.digest(saved / "copy/autoencoder/model.safetensors") in copied  # float32 again
         assert hub.repos["someone/faces"]["main"]["samples.png"] == (finished_run / "samples" / "grid.png").read_bytes()
         assert results["digests"][0][0] in card
         assert json.loads(hub.repos["someone/codec"]["main"]["config.json"])["size"] == [32, 32]
@@ -243,7 +295,8 @@ def test_model_card_has_metadata_settings_and_measurements(finished_run: Path, t
         "Data set `scenes` (0.1 of it held out), labels: folder.",
         f"| prior-top nll | {summary['nll']:.4g} |",
         "| bottom | 8×8 | 16 | pixelcnn,",
-        "Default sampling parameters: top_p 0.9.",
+        "## Default sampling parameters\n\n| parameter | value |\n|---|---|\n| temperature | 1 |\n",
+        "| top_p | 0.9 |",
         "![Samples](samples.png)",
         f"| autoencoder/model.safetensors | `{pipeline.autoencoder.digest}` |",
     ):

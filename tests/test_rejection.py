@@ -14,10 +14,14 @@ from PIL import Image
 
 from sampling.evaluation.classifier import ClassifierConfig, load_classifier, save_classifier
 from sampling.evaluation.rejection import num_candidates, select_best
+from sampling.pipeline import VQVAE2Pipeline
 from tests.test_commands import contents, fails
+from vqvae2 import AutoencoderConfig, PriorSpec
 from vqvae2.__main__ import main
 from vqvae2.data.images import read_image
 from vqvae2.data.scenes import CLASSES
+from vqvae2.models.autoencoder import LevelConfig
+from vqvae2.priors import PixelCNNConfig
 
 FRACTIONS = st.integers(1, 100).map(lambda percent: percent / 100)
 
@@ -169,13 +173,20 @@ def test_invalid_options_give_one_line_errors_and_write_nothing(
     assert contents(finished_run) == before
 
 
-def test_run_without_labels_raises(
-    finished_run: Path, classifier_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_packaged_models_can_be_sampled_with_rejection(
+    tmp_path: Path, classifier_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vqvae2.data.code_store import CodeStore
+    monkeypatch.chdir(tmp_path)
+    command = ["sample", "scenes64", "--count", "1", "--keep-fraction", "0.5", "--classifier", str(classifier_path)]
+    assert main(command) == 0
+    accepted = tmp_path / "scenes64-samples" / "accepted"
+    assert json.loads((accepted / "rejection.json").read_text())["candidates"] == 2
+    assert len(list((accepted / "images").iterdir())) == 1
 
-    opened = CodeStore.open(finished_run / "codes" / "train")
-    opened.header = opened.header.model_copy(update={"classes": ()})
-    monkeypatch.setattr(CodeStore, "open", lambda *_: opened)
-    command = ["sample", str(finished_run), "--keep-fraction", "0.5", "--classifier", str(classifier_path)]
+
+def test_model_without_labels_raises(tmp_path: Path, classifier_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    autoencoder = AutoencoderConfig(levels=(LevelConfig(stride=4),), channels=8, residual_channels=4).build((16, 16))
+    prior = PixelCNNConfig(channels=8, layers=1, output_channels=8).build(PriorSpec(level=autoencoder.map_specs[0]))
+    VQVAE2Pipeline(autoencoder, (prior,)).save_pretrained(tmp_path / "saved")
+    command = ["sample", str(tmp_path / "saved"), "--keep-fraction", "0.5", "--classifier", str(classifier_path)]
     fails(capsys, command, "--keep-fraction", "no class labels")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Self, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from vqvae2 import files
 from vqvae2.errors import UserError
@@ -163,13 +164,8 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
     """
     problems = error.errors(include_url=False)
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
-    keys = [section] if section else []
-    for position, key in enumerate(problem["loc"]):
-        if isinstance(data, dict) and key not in data and position < len(problem["loc"]) - 1:
-            continue  # the tag of a union, which pydantic adds to the path
-        keys.append(str(key))
-        data = _child(data, key)
-    name, total = ".".join(_shorten(key) for key in keys), len(problems)
+    keys = [*([section] if section else []), *_keys(problem, data)]
+    name, total = ".".join(_shorten(key) for key in keys), len({_keys(each, data) for each in problems})
     more = f" (and {total - 1} more)" if total > 1 else ""
     if problem["type"] == "extra_forbidden":
         known = _known_keys(cls, problem["loc"][:-1]) if cls else []
@@ -187,6 +183,20 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
     shown = "" if nested or problem["type"] == "model_type" else f", not {_shorten(repr(problem['input']))}"
     separator = "." if re.match(r"[a-z_.]+: ", message) else ": "  # a validator may name a key of its section
     return f"{name}{separator}{message}{shown}{more}"
+
+
+def _keys(problem: ErrorDetails, data: Any) -> tuple[str, ...]:
+    """Return the keys of an error's location, without the tags of unions that pydantic adds to it."""
+    location, keys = problem["loc"], []
+    if data is None:  # options of the command line: values are not nested, so a name after the first is a tag
+        return tuple(str(key) for position, key in enumerate(location) if not position or isinstance(key, int))
+    for position, key in enumerate(location, 1):
+        if _has_child(data, key):
+            data = data[key]
+        elif problem["type"] != "missing" or position < len(location):
+            continue
+        keys.append(str(key))
+    return tuple(keys)
 
 
 def _shorten(text: str) -> str:
@@ -217,8 +227,6 @@ def _describe_types(annotation: Any) -> str:
     return " or ".join(dict.fromkeys(found)) or "another type"
 
 
-def _child(data: Any, key: int | str) -> Any:
-    """Return the value at a key or index, or None if there is none."""
-    if isinstance(data, dict):
-        return data.get(key)
-    return data[key] if isinstance(data, list) and isinstance(key, int) and key < len(data) else None
+def _has_child(data: Any, key: int | str) -> bool:
+    """Return whether plain data has a value at a key or index."""
+    return key in data if isinstance(data, dict) else isinstance(data, list | tuple) and key in range(len(data))

@@ -19,6 +19,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# Everything before the name, in an absolute path or an address, also in one that a name such as `videos:` precedes.
+_FOLDERS = re.compile(r"(?:^|(?<=:))(?:[\w+.-]+:/)?~?/(?:.*/)?(?=.)")
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
 _PARTIAL = re.compile(r"\..*\.([\w-]+)\.(\d+)\.partial")
 _cleaned: set[Path] = set()
@@ -189,6 +191,23 @@ def parse_json(content: bytes, source: object, fix: str) -> Any:
     except ValueError as error:  # includes errors of decoding and integers with too many digits
         reason = str(error)
     raise UserError(f"{source}: not valid JSON ({reason}). {fix}")
+
+
+def without_folders(value: Any) -> Any:
+    """Return a JSON value whose absolute paths and addresses are replaced by the names at their ends.
+
+    Folders of a computer are private, and mean nothing elsewhere.
+
+    >>> without_folders({"data": "/home/me/photos", "sources": ["videos:~/clips", "s3://bucket/a.tar"]})
+    {'data': 'photos', 'sources': ['videos:clips', 'a.tar']}
+    >>> without_folders(["scenes", "huggingface:owner/name", "torchvision:CIFAR10:/data", 3])
+    ['scenes', 'huggingface:owner/name', 'torchvision:CIFAR10:data', 3]
+    """
+    if isinstance(value, dict):
+        return {name: without_folders(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(each) for each in value]
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

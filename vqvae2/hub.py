@@ -50,7 +50,7 @@ def pipeline_folder(source: str | Path, **options: Unpack[HubOptions]) -> Path:
     Raises:
         UserError: If there is none, or the repository cannot be reached or holds no pipeline.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         return path
     if packaged := _packaged_model(source):

@@ -35,15 +35,8 @@ def sample(pipeline: VQVAE2Pipeline, config: SamplingConfig, progress: Progress)
     Raises:
         UserError: If the settings do not fit the model.
     """
-    pipeline.check_params(config.params)
-    size = pipeline.batch_that_fits(min(config.batch_size, config.count), config.params, config.memory)
-    batches = []
-    for start in range(0, config.count, size):
-        numbers = range(start, min(start + size, config.count))
-        labels = pipeline.labels_of(numbers, config.classes)
-        codes = pipeline.sample_codes(numbers, labels, config.seed, config.params, progress=progress)
-        batches.append(to_uint8(pipeline.decode(codes)).cpu())
-    return torch.cat(batches)
+    batches = pipeline.sample_batches(range(config.count), config, progress)
+    return torch.cat([to_uint8(batch).cpu() for batch in batches])
 
 
 def inpaint(

@@ -17,13 +17,12 @@ from tqdm import tqdm
 
 from sampling.evaluation.classifier import Classifier, LabeledSamples, load_classifier
 from sampling.output_folder import image_path, manifest_path, next_free, write_grids
+from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
 from vqvae2 import distributed, files
 from vqvae2.config import Config, Measured
-from vqvae2.data.code_store import CodeStore
 from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.errors import UserError
-from vqvae2.run_folder import RunFolder
 
 _RECORD = "rejection.json"
 
@@ -80,18 +79,18 @@ def _exact(fraction: float) -> Fraction:
 
 @dataclass(frozen=True)
 class ClassifierRejection:
-    """A classifier and the fraction of a run's samples to keep according to it."""
+    """A classifier and the fraction of a model's samples to keep according to it."""
 
     fraction: float
     classifier: Classifier
-    classes: tuple[str, ...]  # of the run
+    classes: tuple[str, ...]  # of the model that is sampled
 
     @classmethod
     def from_options(cls, run: Path, fraction: float | None, source: str | None) -> "ClassifierRejection | None":
         """Return the rejection that `--keep-fraction` and `--classifier` request, or None if neither is given.
 
         Raises:
-            UserError: If only one option is given, the fraction is not in (0, 1], the run has no labels, or the
+            UserError: If only one option is given, the fraction is not in (0, 1], the model has no labels, or the
                 classifier lacks one of its classes. Raised before anything is sampled.
         """
         if fraction is None and source is None:
@@ -104,11 +103,11 @@ class ClassifierRejection:
             raise UserError("--classifier: requires --keep-fraction, the fraction of candidates to keep, such as 0.1")
         if not 0 < fraction <= 1:
             raise UserError(f"--keep-fraction {fraction}: must be greater than 0 and at most 1, for example 0.1")
-        classes = CodeStore.open(RunFolder.existing(run).code_store("train")).header.classes
+        classes = VQVAE2Pipeline.from_pretrained(run).class_names
         if not classes:
             raise UserError(
-                "--keep-fraction: this run has no class labels (data.labels is `none`). Train on labeled images, or "
-                "sample without --keep-fraction."
+                "--keep-fraction: this model has no class labels (it was trained with `data.labels: none`). Train on "
+                "labeled images, or sample without --keep-fraction."
             )
         classifier = load_classifier(source, processes().device or "cpu")
         classifier.class_indices(classes)

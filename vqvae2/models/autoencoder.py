@@ -239,13 +239,17 @@ class Autoencoder(nn.Module):
     def save(self, path: Path, dtype: torch.dtype | None = None, **made_from: Any) -> None:
         """Write weights, config and provenance (`made_from`, JSON-serializable) to one safetensors file.
 
-        Weights are converted to `dtype`, if given. They are float32 again once they are loaded.
+        Weights are converted to `dtype`, if given. They are float32 again once they are loaded. Of paths in the
+        provenance, only the names are written.
         """
         checkpoint.save(path, self.state_dict(), self._stored(made_from).to_dict(), dtype)
 
     def _stored(self, made_from: dict[str, Any]) -> _StoredAutoencoder:
         return _StoredAutoencoder(
-            config=self.config, size=self.size, image_channels=self.image_channels, made_from=made_from
+            config=self.config,
+            size=self.size,
+            image_channels=self.image_channels,
+            made_from=files.without_folders(made_from),
         )
 
     @classmethod
