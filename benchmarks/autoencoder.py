@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="measured steps of each, after two that are not")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     options = parser.parse_args()
     taken = run_interleaved(
         train_steps, {name: (name == "plain", options) for name in ("ours", "plain")}, options.steps, warmup=2
