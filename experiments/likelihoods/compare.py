@@ -7,8 +7,8 @@ from torch import Tensor
 
 from experiments.likelihoods.likelihood_run import (
     KINDS,
+    BoundEvaluationConfig,
     CapacityConfig,
-    EvaluationConfig,
     LikelihoodConfig,
     LikelihoodOptions,
     LikelihoodRun,
@@ -41,7 +41,7 @@ class StoredMeasurement(Config):
     """Contents of evaluation.json in the folder of a model."""
 
     weights: str  # digest
-    evaluation: EvaluationConfig
+    evaluation: BoundEvaluationConfig
     bits_per_dim: Measurement
 
 

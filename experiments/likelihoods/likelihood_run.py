@@ -37,8 +37,8 @@ class CapacityConfig(Config):
     )
 
 
-class EvaluationConfig(Config):
-    """How the trained models are measured."""
+class BoundEvaluationConfig(Config):
+    """How the bounds of the trained models are measured."""
 
     samples: int = Field(
         default=50, ge=1, le=10**6, description="samples per image of the bound of the VAE and VIMCO beside their own"
@@ -55,7 +55,7 @@ class LikelihoodConfig(BaseRunConfig):
     capacities: Annotated[tuple[CapacityConfig, ...], Field(min_length=1)] = (CapacityConfig(),)
     vimco_samples: int = Field(default=5, ge=2, le=1024, description="samples per image of VIMCO's bound in training")
     training: QuantizedTrainingConfig = QuantizedTrainingConfig(steps=100_000)
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: BoundEvaluationConfig = BoundEvaluationConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
