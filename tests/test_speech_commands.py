@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from experiments.speech.speech_run import SpeechConfig
 from tests.test_commands import fails
 from tests.test_configs import CONFIGS
+from tests.test_two_processes import run_on_two_processes
 from vqvae2.__main__ import main
 from vqvae2.audio.audio_io import read_waveform
 from vqvae2.data.code_store import CodeStore
@@ -138,6 +139,18 @@ def test_evaluate_recognizes_real_recordings(trained: Path) -> None:
         "conversions_as_source",
         "samples",
     }
+
+
+def test_one_of_two_processes_writes(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("evaluation", "speech.html", "conversions", "samples"))
+    commands = (f"convert {run} --count 2", f"sample {run} --count 2", f"evaluate {run} --samples 0")
+    printed = run_on_two_processes(tmp_path, *(f"speech {command}" for command in commands))
+    assert printed.count(f"{run}/speech.html") == 2
+    assert printed.count("bits: autoencoder") == printed.count(f"{run}/evaluation/metrics.json") == 1
+    assert main(["speech", "evaluate", str(trained), "--samples", "0"]) == 0
+    expected = json.loads((trained / "evaluation" / "metrics.json").read_text())["bits"]
+    assert json.loads((run / "evaluation" / "metrics.json").read_text())["bits"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient"])

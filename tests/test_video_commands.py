@@ -13,6 +13,7 @@ from experiments.video.stages import FramePriorStage
 from experiments.video.video_run import VideoConfig
 from tests.test_commands import fails
 from tests.test_configs import CONFIGS
+from tests.test_two_processes import run_on_two_processes
 from tests.test_videos import write_frames
 from vqvae2.__main__ import main
 from vqvae2.pictures import load_image
@@ -127,6 +128,21 @@ def test_three_codes_are_trained_once_and_measured(trained: Path, capsys: pytest
     assert 0 < metrics["usage"] <= 1
     assert main(["video", "three-codes", str(trained), "--count", "8"]) == 0
     assert "three-codes: already complete" in capsys.readouterr().out
+
+
+def test_two_processes_train_together_and_one_writes(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("three-codes", "predictions", "evaluation"))
+    printed = run_on_two_processes(
+        tmp_path,
+        f"video three-codes {run} --count 8",
+        f"video predict {run} --num-frames 2",
+        f"video evaluate {run} --num-frames 2 --classifier-steps 1",
+    )
+    assert printed.count("psnr three codes") == printed.count(f"{run}/three-codes/reconstructions.png") == 1
+    assert printed.count(f"{run}/predictions") == printed.count("recognized, prediction:") == 1
+    assert (run / "three-codes" / "metrics.json").is_file()
+    assert (run / "evaluation" / "metrics.json").is_file()
 
 
 def test_folder_of_frames_without_actions(tmp_path: Path) -> None:

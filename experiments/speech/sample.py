@@ -7,6 +7,7 @@ from pydantic import Field
 
 from experiments.speech.speech_run import SpeechRun
 from sampling.params import LevelSamplingParams
+from sampling.processes import processes
 from sampling.sample_waveforms import sample_utterances
 from vqvae2.command_line import Options
 
@@ -44,4 +45,4 @@ def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:
 
 def main(options: SampleSpeechOptions) -> None:
     """Run the command `vqvae2 speech sample`."""
-    sample(SpeechRun.existing(options.run), options)
+    processes().on_main_process(sample)(SpeechRun.existing(options.run), options)

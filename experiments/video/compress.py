@@ -14,6 +14,7 @@ from torch import Tensor
 from experiments.video.three_codes import ThreeCodes
 from experiments.video.video_run import VideoRun
 from sampling.params import LevelSamplingParams
+from sampling.processes import processes
 from sampling.sample_level import Noise, sample_level
 from train.loop import train
 from train.quantized_stage import QuantizedObjective, QuantizedStage
@@ -145,6 +146,7 @@ def main(options: ThreeCodesOptions) -> None:
     stage, folder = ThreeCodesStage(run), run.three_codes
     if not is_finished(folder.weights, stage.made_from):
         train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
-    metrics = write_reconstructions(run, options)
-    print("\n".join(f"{name.replace('_', ' '):<20} {value:.3f}" for name, value in metrics.items()))
-    print(folder.path / "reconstructions.png")
+    if processes().is_main_process:
+        metrics = write_reconstructions(run, options)
+        print("\n".join(f"{name.replace('_', ' '):<20} {value:.3f}" for name, value in metrics.items()))
+        print(folder.path / "reconstructions.png")

@@ -11,6 +11,7 @@ from experiments.video.video_run import VideoRun
 from sampling.evaluation.action_recognition import ActionRecognizer
 from sampling.next_frames import decode_clips
 from sampling.params import LevelSamplingParams
+from sampling.processes import processes
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.data.clips import find_clips
@@ -66,6 +67,8 @@ def evaluate(run: VideoRun, options: EvaluateVideoOptions) -> dict[str, dict[str
 def main(options: EvaluateVideoOptions) -> None:
     """Run the command `vqvae2 video evaluate`."""
     run = VideoRun.existing(options.run)
+    if not processes().is_main_process:
+        return
     metrics = evaluate(run, options)
     files.write_json(run.folder.metrics, {"options": options.to_dict() | {"run": None}, **metrics})
     for kind, named in metrics.items():

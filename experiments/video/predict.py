@@ -11,6 +11,7 @@ from torch import Tensor
 
 from experiments.video.video_run import VideoRun
 from sampling.params import LevelSamplingParams
+from sampling.processes import processes
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.errors import UserError
@@ -33,8 +34,8 @@ class PredictOptions(Options):
     )
 
 
-def write_predictions(run: VideoRun, options: PredictOptions) -> Path:
-    """Write pictures and animations to RUN/predictions, and return the folder."""
+def write_predictions(run: VideoRun, options: PredictOptions) -> None:
+    """Write pictures and animations to RUN/predictions, and print the folder."""
     context, classes = run.config.context_frames, run.frames[1].classes
     clips = run.held_out_clips(context + options.num_frames)
     if options.clip >= len(clips):
@@ -63,9 +64,9 @@ def write_predictions(run: VideoRun, options: PredictOptions) -> Path:
         save_clips(folder, "actions", dict(zip(classes, others, strict=True)), context)
     networks = [str(network.digest) for network in (run.autoencoder, *predictor.priors)]
     files.write_json(folder / "manifest.json", options.to_dict() | {"run": None, "networks": networks})
-    return folder
+    print(folder)
 
 
 def main(options: PredictOptions) -> None:
     """Run the command `vqvae2 video predict`."""
-    print(write_predictions(VideoRun.existing(options.run), options))
+    processes().on_main_process(write_predictions)(VideoRun.existing(options.run), options)

@@ -19,14 +19,13 @@ def train_video(run: VideoRun) -> None:
         for level in reversed(config.levels):
             folder, settings = run.prior(level, with_actions), config.priors[level]
             if not is_finished(folder.weights, made_from):
-                shown = config.context_frames, with_actions
-                stage = FramePriorStage(level, run.autoencoder, run.stores, settings, *shown)
+                seen = config.context_frames, with_actions
+                stage = FramePriorStage(level, run.autoencoder, run.stores, settings, *seen)
                 train(stage, settings.training, folder.path, config.data.num_workers, config.tracker)
 
 
 def main(options: VideoOptions) -> None:
     """Run the command `vqvae2 video train`."""
     if options.resume_with_changes and options.baseline_without_actions:
-        advice = "Use --no-baseline-without-actions."
-        raise UserError(f"--resume-with-changes: would change only one of two priors that are compared. {advice}")
+        raise UserError("--resume-with-changes: would leave the baseline as it is. Use --no-baseline-without-actions.")
     train_video(VideoRun.open(options, options.resume_with_changes))
