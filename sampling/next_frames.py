@@ -8,7 +8,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 from sampling.sample_level import Noise, sample_level
 from vqvae2.code_maps import CodeMaps
 from vqvae2.data.images import to_uint8
@@ -25,7 +25,7 @@ class FramePredictor(NamedTuple):
 
     autoencoder: Autoencoder
     priors: Sequence[Prior]  # finest first
-    params: LevelSamplingParams
+    params: CodeSamplingParams
     seed: int
 
     def predict(
@@ -51,7 +51,7 @@ def sample_next_frames(
     actions: Int[Tensor, "n t"],
     seed: int,
     clips: Sequence[tuple[int, ...]],
-    params: LevelSamplingParams,
+    params: CodeSamplingParams,
 ) -> CodeClips:
     """Return the codes of the frames after the context frames, as many as there are actions.
 

@@ -133,6 +133,10 @@ def test_three_codes_reach_the_decoder_and_gradients_the_encoder(name: str) -> N
     latents = network.encode(codes)
     torch.testing.assert_close(network.decoder(codes, (latents,)), logits)
     torch.testing.assert_close(incremental_logits(network.decoder, codes, (latents,)), logits)
+    params = LevelSamplingParams(temperature=0), LevelSamplingParams(temperature=0, dtype="bf16")
+    exact, rounded = (sample_level(network.decoder, Noise(0, range(6), 0), each, (latents,)) for each in params)
+    assert (exact == rounded).double().mean() > 0.8
+    torch.testing.assert_close(network.decoder(codes, (latents,)), logits)  # the decoder itself is unchanged
     assert not torch.allclose(network.decoder(codes, ((latents + 1) % 5,)), logits)
     unquantized, output = network(codes, quantized=False)
     torch.testing.assert_close(output.quantized, network.features(codes))

@@ -126,8 +126,16 @@ def test_three_codes_are_trained_once_and_measured(trained: Path, capsys: pytest
     assert (metrics["bits"], metrics["bits_of_first_stage"]) == (9, 2 * 2 * 3)
     assert {"psnr_first_stage", "psnr_three_codes", "psnr_mean_frame", "nll", "nll_of_other"} <= set(metrics)
     assert 0 < metrics["usage"] <= 1
-    assert main(["video", "three-codes", str(trained), "--count", "8"]) == 0
+    assert main(["video", "three-codes", str(trained), "--count", "8", "--codes.dtype", "bf16"]) == 0
     assert "three-codes: already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "three-codes"])
+def test_guidance_is_not_offered_because_these_priors_have_no_labels(
+    command: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["video", command, str(trained), "--codes.guidance-scale", "2"]
+    fails(capsys, arguments, "--codes.guidance-scale: unknown option")
 
 
 def test_two_processes_train_together_and_one_writes(trained: Path, tmp_path: Path) -> None:

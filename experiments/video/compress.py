@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.video.three_codes import ThreeCodes
 from experiments.video.video_run import VideoRun
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 from sampling.processes import processes
 from sampling.sample_level import Noise, sample_level
 from train.loop import train
@@ -29,7 +29,7 @@ from vqvae2.metrics.reconstruction import compare_images
 from vqvae2.pictures import interleave_rows, save_grid
 
 _BATCH, _PREVIEW_FRAMES = 64, 16
-_GREEDY = LevelSamplingParams(temperature=0)
+_GREEDY = CodeSamplingParams(temperature=0)
 
 
 class ThreeCodesOptions(Options):
@@ -37,7 +37,7 @@ class ThreeCodesOptions(Options):
 
     run: tyro.conf.Positional[Path] = Field(description="folder of a video experiment with cached codes")
     count: int = Field(default=512, ge=1, le=10**6, description="held-out frames to reconstruct")
-    codes: LevelSamplingParams = Field(default=_GREEDY, description="sampling of the first stage's codes")
+    codes: CodeSamplingParams = Field(default=_GREEDY, description="sampling of the first stage's codes")
 
 
 class ThreeCodesObjective(QuantizedObjective):
@@ -106,7 +106,7 @@ def measure_codes(network: ThreeCodes, store: CodeStore) -> dict[str, float]:
 
 @torch.inference_mode()
 def reconstruct(
-    run: VideoRun, network: ThreeCodes, count: int, params: LevelSamplingParams = _GREEDY
+    run: VideoRun, network: ThreeCodes, count: int, params: CodeSamplingParams = _GREEDY
 ) -> list[UInt8[Tensor, "n c h w"]]:
     """Return held-out frames, their reconstructions by the first stage, and those from the latent codes."""
     store, device = run.stores[1], network.embedding.weight.device

@@ -10,7 +10,7 @@ from experiments.video.predict import PREDICTION
 from experiments.video.video_run import VideoRun
 from sampling.evaluation.action_recognition import ActionRecognizer
 from sampling.next_frames import decode_clips
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 from sampling.processes import processes
 from vqvae2 import files
 from vqvae2.command_line import Options
@@ -25,7 +25,7 @@ class EvaluateVideoOptions(Options):
     run: tyro.conf.Positional[Path] = Field(description="folder of a video experiment")
     count: int = Field(default=1000, ge=1, le=10**6, description="clips; all held-out ones if there are fewer")
     num_frames: int = Field(default=10, ge=1, le=10**4, description="frames to predict after the context frames")
-    codes: LevelSamplingParams = Field(default=PREDICTION, description="sampling of the codes")
+    codes: CodeSamplingParams = Field(default=PREDICTION, description="sampling of the codes")
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of the predictions")
     classifier_steps: int = Field(default=1000, ge=1, le=10**6, description="training steps of the action classifier")
 

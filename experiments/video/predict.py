@@ -10,14 +10,14 @@ from pydantic import Field
 from torch import Tensor
 
 from experiments.video.video_run import VideoRun
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 from sampling.processes import processes
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.errors import UserError
 from vqvae2.pictures import save_clips
 
-PREDICTION = LevelSamplingParams(temperature=0.5)  # other values are compared in docs/video.md
+PREDICTION = CodeSamplingParams(temperature=0.5)  # other values are compared in docs/video.md
 
 
 class PredictOptions(Options):
@@ -28,7 +28,7 @@ class PredictOptions(Options):
     num_frames: int = Field(default=10, ge=1, le=10**4, description="frames to predict after the context frames")
     clip: int = Field(default=0, ge=0, description="clip that the other futures start from")
     futures: int = Field(default=4, ge=1, le=1000, description="futures of one start and its own actions")
-    codes: LevelSamplingParams = Field(default=PREDICTION, description="sampling of the codes")
+    codes: CodeSamplingParams = Field(default=PREDICTION, description="sampling of the codes")
     seed: int = Field(
         default=0, ge=0, le=2**63 - 1, description="the future of a clip depends on the seed and the clip"
     )

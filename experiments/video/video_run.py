@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments.video.three_codes import ThreeCodesConfig
 from sampling.next_frames import CodeClips, FramePredictor
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 from sampling.run_config import RunConfig
 from sampling.run_data import load_run_autoencoder, open_run_codes, open_run_datasets
 from train.run import Run, RunOptions, load_run_prior
@@ -29,9 +29,7 @@ class VideoConfig(RunConfig):
     """The sections of a video experiment's YAML file: those of a run on images, and settings of clips."""
 
     context_frames: int = Field(default=6, ge=1, le=64, description="preceding frames that the prior of a frame sees")
-    baseline_without_actions: bool = Field(
-        default=False, description="also train priors that do not see the actions, to compare with"
-    )
+    baseline_without_actions: bool = Field(default=False, description="also train priors that do not see the actions")
     three_codes: ThreeCodesConfig = ThreeCodesConfig()
 
 
@@ -98,7 +96,7 @@ class VideoRun(Run):
     def three_codes(self) -> StageFolder:
         return StageFolder(self.folder.path / "three-codes")
 
-    def predictor(self, params: LevelSamplingParams, seed: int, with_actions: bool = True) -> FramePredictor:
+    def predictor(self, params: CodeSamplingParams, seed: int, with_actions: bool = True) -> FramePredictor:
         """Return the trained networks that predict frames."""
         paths = (self.prior(level, with_actions).weights for level in self.config.levels)
         priors = [load_run_prior(path, self.autoencoder.digest) for path in paths]
