@@ -107,7 +107,8 @@ def _to_bfloat16(prior: Prior) -> Prior:
     copied = copy.deepcopy(prior, shared)
     for module in copied.modules():
         if parametrize.is_parametrized(module, "weight"):
-            cls = type(module)  # made by `weight_norm` for one module; removal changes it, so the copy needs its own
-            module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+            cls: Any = type(module)  # `remove_parametrizations` changes this class, which the prior's module has, too
+            cls = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+            module.__class__ = cls
             parametrize.remove_parametrizations(module, "weight")
     return copied.eval().requires_grad_(False).bfloat16()

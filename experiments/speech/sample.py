@@ -8,7 +8,7 @@ from pydantic import Field
 from experiments.speech.speech_run import SpeechRun
 from sampling.guidance import check_guidance
 from sampling.params import LevelSamplingParams
-from sampling.processes import processes
+from sampling.processes import on_main_process
 from sampling.sample_waveforms import sample_utterances
 from vqvae2.command_line import Options
 
@@ -47,4 +47,4 @@ def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:
 
 def main(options: SampleSpeechOptions) -> None:
     """Run the command `vqvae2 speech sample`."""
-    processes().on_main_process(sample)(SpeechRun.existing(options.run), options)
+    on_main_process(sample, SpeechRun.existing(options.run), options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from experiments.video.video_run import VideoRun
 from sampling.params import CodeSamplingParams
-from sampling.processes import processes
+from sampling.processes import on_main_process
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.errors import UserError
@@ -69,4 +69,4 @@ def write_predictions(run: VideoRun, options: PredictOptions) -> None:
 
 def main(options: PredictOptions) -> None:
     """Run the command `vqvae2 video predict`."""
-    processes().on_main_process(write_predictions)(VideoRun.existing(options.run), options)
+    on_main_process(write_predictions, VideoRun.existing(options.run), options)
