@@ -30,7 +30,8 @@ A setting has one name in YAML, on the command line and in Python. On the comman
 joined by dots, and list elements are numbered: `--autoencoder.training.steps 1000`,
 `--autoencoder.model.levels.0.stride 4`. Hyphens and underscores are equivalent. A Boolean is `--data.flip`,
 `--data.no-flip`, `--data.flip true` or `--data.flip false`. Sampling parameters are one value, or values per level:
-`--temperature top=1.0,bottom=0.9`.
+`--temperature top=1.0,bottom=0.9`. In a section that a YAML file gives in part, the other settings
+keep the defaults that are listed for it.
 """
 
 
@@ -85,9 +86,8 @@ def _rows(
             continue
         nested = _config_class(field)
         if nested:
-            yield from _rows(
-                nested, nested.model_fields, f"{prefix}{name}.", _nested_default(field, name, default, nested)
-            )
+            below = _nested_default(field, name, default, nested)
+            yield from _rows(nested, nested.model_fields, f"{prefix}{name}.", below)
             continue
         positional = any("POSITIONAL" in str(item).upper() for item in field.metadata)
         shown = f"`{name.upper()}`" if positional else f"`--{prefix}{name.replace('_', '-')}`"

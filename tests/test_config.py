@@ -167,5 +167,5 @@ def test_partial_sections_keep_the_defaults_of_their_parent() -> None:
         "inner": {"kind": "inner", "size": 4, "width": 6},
     }
     assert middle(inner={"kind": "other"}) == {"steps": 5, "inner": {"kind": "other", "size": 3}}
-    with pytest.raises(UserError, match="parts.0.steps: required"):
+    with pytest.raises(UserError, match=r"parts\.0\.steps: required"):
         Outer.from_dict({"parts": [{}]}, "test")
