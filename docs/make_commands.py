@@ -30,7 +30,8 @@ A setting has one name in YAML, on the command line and in Python. On the comman
 joined by dots, and list elements are numbered: `--autoencoder.training.steps 1000`,
 `--autoencoder.model.levels.0.stride 4`. Hyphens and underscores are equivalent. A Boolean is `--data.flip`,
 `--data.no-flip`, `--data.flip true` or `--data.flip false`. Sampling parameters are one value, or values per level:
-`--temperature top=1.0,bottom=0.9`.
+`--temperature top=1.0,bottom=0.9`. In a section that a YAML file gives in part, the other settings
+keep the defaults that are listed for it.
 """
 
 
@@ -76,17 +77,21 @@ def _is_optional(row: tuple[str, str, str, str]) -> bool:
     return row[0].startswith("`--")
 
 
-def _rows(cls: type[Config], names: typing.Collection[str], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def _rows(
+    cls: type[Config], names: typing.Collection[str], prefix: str = "", default: Config | None = None
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the options of a class with their defaults: those of the instance `default`, or of the class."""
     for name, field in cls.model_fields.items():
         if name not in names:
             continue
         nested = _config_class(field)
         if nested:
-            yield from _rows(nested, nested.model_fields, f"{prefix}{name}.")
+            below = _nested_default(field, name, default, nested)
+            yield from _rows(nested, nested.model_fields, f"{prefix}{name}.", below)
             continue
         positional = any("POSITIONAL" in str(item).upper() for item in field.metadata)
         shown = f"`{name.upper()}`" if positional else f"`--{prefix}{name.replace('_', '-')}`"
-        yield shown, _type_name(field), _default(field), field.description or ""
+        yield shown, _type_name(field), _default(field, name, default), field.description or ""
 
 
 def _settings() -> Iterator[str]:
@@ -100,7 +105,10 @@ def _settings() -> Iterator[str]:
     yield from _section("", VideoConfig, skip=RunConfig.model_fields)
 
 
-def _section(path: str, cls: type[Config], skip: typing.Collection[str] = ()) -> Iterator[str]:
+def _section(
+    path: str, cls: type[Config], default: Config | None = None, skip: typing.Collection[str] = ()
+) -> Iterator[str]:
+    """Yield the table of a section, with the defaults of the instance `default` or of the class, and those below it."""
     rows, nested = [], []
     for name, field in cls.model_fields.items():
         if name in skip:
@@ -108,16 +116,18 @@ def _section(path: str, cls: type[Config], skip: typing.Collection[str] = ()) ->
         children = list(_config_classes(field.annotation))
         if children:
             child_path = f"{path}.{name}" if path else name
-            nested += [(f"{child_path}{_suffix(field, child)}", child) for child in children]
+            for child in children:
+                below = _nested_default(field, name, default, child)
+                nested.append((f"{child_path}{_suffix(field, child)}", child, below))
         else:
-            rows.append((f"`{name}`", _type_name(field), _default(field), field.description or ""))
+            rows.append((f"`{name}`", _type_name(field), _default(field, name, default), field.description or ""))
     if rows or not path:
         yield f"## {path or 'top level'}\n"
         if cls.__doc__:
             yield f"{cls.__doc__.strip().splitlines()[0]}\n"
         yield _table(("key", "type", "default", "meaning"), rows)
-    for child_path, child in nested:
-        yield from _section(child_path, child)
+    for child_path, child, below in nested:
+        yield from _section(child_path, child, below)
 
 
 def _suffix(field: FieldInfo, child: type[Config]) -> str:
@@ -165,10 +175,16 @@ def _name(annotation: Any) -> str:
     return str(annotation)
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
+def _nested_default(field: FieldInfo, name: str, default: Config | None, child: type[Config]) -> Config | None:
+    """Return the default of a nested config if it is of the class `child`; a union has one default for all classes."""
+    value = getattr(default, name) if default else field.get_default(call_default_factory=True)
+    return value if type(value) is child else None
+
+
+def _default(field: FieldInfo, name: str, default: Config | None) -> str:
+    if default is None and field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    value = getattr(default, name) if default else field.get_default(call_default_factory=True)
     if value is None or value == ():
         return ""
     if isinstance(value, bool):

@@ -5,8 +5,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vqvae2.code_maps import CodeMaps
+from vqvae2.errors import UserError
 from vqvae2.priors import IncrementalDecoder, Prior
 from vqvae2.priors.base import Column, Wave, WavefrontDecoder
+
+
+def check_guidance(prior: Prior, guidance_scale: float, level: str) -> None:
+    """Raise UserError if the prior of a level does not support a guidance scale."""
+    if guidance_scale == 1:
+        return
+    if not prior.spec.num_classes:
+        raise UserError(f"guidance_scale {guidance_scale:g}: the prior of level {level} has no class labels")
+    if not prior.made_from.get("label_dropout", 0):
+        raise UserError(
+            f"guidance_scale {guidance_scale:g}: the prior of level {level} was trained without label dropout, so it "
+            "has no unconditional distribution. Train it with label_dropout, or use guidance_scale 1."
+        )
 
 
 def make_decoder(

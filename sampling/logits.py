@@ -4,16 +4,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 
 
 def sample_codes(
-    logits: Float[Tensor, "b k"], uniform: Float[Tensor, " b"], params: LevelSamplingParams
+    logits: Float[Tensor, "b k"], uniform: Float[Tensor, " b"], params: CodeSamplingParams
 ) -> Int[Tensor, " b"]:
     """Sample codes by inversion of the cumulative distribution. `uniform` holds variates in [0, 1).
 
     >>> probabilities = torch.tensor([0.2, 0.5, 0.3])
-    >>> sample_codes(probabilities.log().expand(3, 3), torch.tensor([0.9, 0.5, 0.1]), LevelSamplingParams()).tolist()
+    >>> sample_codes(probabilities.log().expand(3, 3), torch.tensor([0.9, 0.5, 0.1]), CodeSamplingParams()).tolist()
     [0, 1, 2]
     """
     if params.temperature == 0:

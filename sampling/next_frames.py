@@ -8,7 +8,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 from sampling.sample_level import Noise, sample_level
 from vqvae2.code_maps import CodeMaps
 from vqvae2.data.images import to_uint8
@@ -25,16 +25,16 @@ class FramePredictor(NamedTuple):
 
     autoencoder: Autoencoder
     priors: Sequence[Prior]  # finest first
-    params: LevelSamplingParams
+    params: CodeSamplingParams
     seed: int
 
     def predict(
-        self, given: CodeClips, actions: Int[Tensor, "n t"], clips: Sequence[tuple[int, ...]]
+        self, context: CodeClips, actions: Int[Tensor, "n t"], clips: Sequence[tuple[int, ...]]
     ) -> UInt8[Tensor, "n t c h w"]:
-        """Return the images of the frames after the given ones. See `sample_next_frames`."""
+        """Return the images of the frames after the context frames. See `sample_next_frames`."""
         predicted = []
         for batch in tqdm(list(SequentialBatchSampler(len(clips), _BATCH)), "predicting", leave=False):
-            start, numbers = tuple(level[batch] for level in given), [clips[index] for index in batch]
+            start, numbers = tuple(level[batch] for level in context), [clips[index] for index in batch]
             codes = sample_next_frames(self.priors, start, actions[batch], self.seed, numbers, self.params)
             predicted.append(decode_clips(self.autoencoder, codes))
         return torch.cat(predicted)
@@ -47,20 +47,20 @@ def decode_clips(autoencoder: Autoencoder, codes: CodeClips) -> UInt8[Tensor, "n
 
 def sample_next_frames(
     priors: Sequence[Prior],
-    given: CodeClips,
+    context: CodeClips,
     actions: Int[Tensor, "n t"],
     seed: int,
     clips: Sequence[tuple[int, ...]],
-    params: LevelSamplingParams,
+    params: CodeSamplingParams,
 ) -> CodeClips:
-    """Return the codes of the frames after the given ones, as many as there are actions.
+    """Return the codes of the frames after the context frames, as many as there are actions.
 
     Args:
         priors: Priors trained on `vqvae2.data.clips.FrameHistories`, finest level first.
         actions: The action that leads to each frame; ignored by priors that do not see it.
         clips: Numbers of each clip, on which its noise depends.
     """
-    count, frames = given[0].shape[1], [list(level.unbind(1)) for level in given]
+    count, frames = context[0].shape[1], [list(level.unbind(1)) for level in context]
     for step, action in enumerate(actions.unbind(1)):
         keys = [(*clip, step) for clip in clips]
         current: CodeMaps = ()

@@ -11,20 +11,25 @@ from vqvae2.config import Config
 from vqvae2.errors import UserError
 
 
-class LevelSamplingParams(Config):
-    """Sampling parameters of one level. The defaults sample from the prior's own distribution."""
+class CodeSamplingParams(Config):
+    """Sampling parameters of a prior without labels. The defaults sample from the prior's own distribution."""
 
     temperature: float = Field(default=1.0, ge=0, description="divides the logits; 0 selects the most likely code")
     top_k: int = Field(default=0, ge=0, description="sample from the k most likely codes only; 0 for all")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="sample from the most likely codes with this total probability only"
     )
-    guidance_scale: float = Field(
-        default=1.0, ge=0, description="classifier-free guidance; 1 disables it, above 1 follows the label more closely"
-    )
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="data type of the priors; bf16 is faster if the hardware supports it, and gives other images",
+    )
+
+
+class LevelSamplingParams(CodeSamplingParams):
+    """Sampling parameters of one level, whose prior may have labels."""
+
+    guidance_scale: float = Field(
+        default=1.0, ge=0, description="classifier-free guidance; 1 disables it, above 1 follows the label more closely"
     )
 
 

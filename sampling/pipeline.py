@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sampling.guidance import check_guidance
 from sampling.labels import labels_of
 from sampling.memory import batch_that_fits
 from sampling.model_card import write_model_card
@@ -257,15 +258,7 @@ class VQVAE2Pipeline:
         """Raise UserError if parameters name an unknown level, or ask for guidance that a prior does not support."""
         params.check_levels(self.levels)
         for name, prior in zip(self.levels, self.priors, strict=True):
-            if (scale := params.for_level(name).guidance_scale) == 1:
-                continue
-            if not prior.spec.num_classes:
-                raise UserError(f"guidance_scale {scale:g}: the prior of level {name} has no class labels")
-            if not prior.made_from.get("label_dropout", 0):
-                raise UserError(
-                    f"guidance_scale {scale:g}: the prior of level {name} was trained without label dropout, so it "
-                    "has no unconditional distribution. Train it with label_dropout, or use guidance_scale 1."
-                )
+            check_guidance(prior, params.for_level(name).guidance_scale, name)
 
     def labels_of(self, images: Sequence[int], class_labels: Sequence[int | str] | None) -> Int[Tensor, " b"] | None:
         """Return the label of each image number; see `sampling.labels.labels_of`."""

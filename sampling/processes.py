@@ -1,13 +1,16 @@
 """The processes that `accelerate launch` or `torchrun` started; a single one without a launcher."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec
 
 import torch
 from accelerate import PartialState
 
 from vqvae2.errors import UserError
+
+P = ParamSpec("P")
 
 
 def processes() -> PartialState:
@@ -18,6 +21,12 @@ def processes() -> PartialState:
     """
     with accelerate_errors():
         return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def on_main_process(function: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> None:
+    """Call a function on the main process only. It must not communicate with the other processes."""
+    if processes().is_main_process:
+        function(*arguments, **named)
 
 
 @contextmanager

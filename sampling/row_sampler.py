@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sampling.logits import sample_codes
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 from vqvae2.code_maps import MapSpec
 from vqvae2.priors.base import Column, IncrementalDecoder
 
@@ -23,7 +23,7 @@ class RowSampler:
     def __init__(
         self,
         decoder: IncrementalDecoder,
-        params: LevelSamplingParams,
+        params: CodeSamplingParams,
         batch: int,
         level: MapSpec,
         device: torch.device,

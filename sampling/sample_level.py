@@ -1,16 +1,17 @@
 """Sample the codes of one level, with reproducible noise per image."""
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sampling.guidance import make_decoder
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams, LevelSamplingParams
 from sampling.row_sampler import RowSampler
 from sampling.wavefront_sampler import sample_wavefront
 from vqvae2.code_maps import CodeMaps
@@ -52,7 +53,7 @@ class PartialCodes(NamedTuple):
 def sample_level(
     prior: Prior,
     noise: Noise,
-    params: LevelSamplingParams | None = None,
+    params: CodeSamplingParams | None = None,
     coarser: CodeMaps = (),
     labels: Int[Tensor, " b"] | None = None,
     partial: PartialCodes | None = None,
@@ -67,7 +68,8 @@ def sample_level(
         partial: Codes to keep. In raster order, rows after the last sampled code are not computed.
         progress: Called with the number of positions completed since the last call.
     """
-    params = params or LevelSamplingParams()
+    params = params or CodeSamplingParams()
+    guidance_scale = params.guidance_scale if isinstance(params, LevelSamplingParams) else 1.0
     height, width = prior.spec.level.shape
     batch = len(noise.generators)
     device = next(prior.parameters()).device
@@ -84,7 +86,7 @@ def sample_level(
     if params.dtype == "bf16":
         prior = _to_bfloat16(prior)
     uniform = noise.draw(height, width).to(device)
-    decoder = make_decoder(prior, batch, rows, coarser, labels, params.guidance_scale)
+    decoder = make_decoder(prior, batch, rows, coarser, labels, guidance_scale)
     if isinstance(decoder, WavefrontDecoder):
         sample_wavefront(decoder, params, uniform, codes, None if partial is None else partial.keep, progress)
     else:
@@ -100,10 +102,13 @@ def sample_level(
 
 def _to_bfloat16(prior: Prior) -> Prior:
     """Return a copy in bfloat16, with weight norm folded into the weights beforehand."""
-    with torch.device("meta"):
-        copied: Prior = prior.config.build(prior.spec)
-    copied.load_state_dict(prior.state_dict(), assign=True)  # a copy of the module would share its parametrizations
+    # The copy's parameters share the memory of the prior's until they are converted.
+    shared: dict[int, Any] = {id(each): nn.Parameter(each.detach(), False) for each in prior.parameters()}
+    copied = copy.deepcopy(prior, shared)
     for module in copied.modules():
         if parametrize.is_parametrized(module, "weight"):
+            cls: Any = type(module)  # `remove_parametrizations` changes this class, which the prior's module has, too
+            cls = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+            module.__class__ = cls
             parametrize.remove_parametrizations(module, "weight")
     return copied.eval().requires_grad_(False).bfloat16()

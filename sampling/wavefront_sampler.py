@@ -7,13 +7,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sampling.logits import sample_codes
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 from vqvae2.priors.base import WavefrontDecoder
 
 
 def sample_wavefront(
     decoder: WavefrontDecoder,
-    params: LevelSamplingParams,
+    params: CodeSamplingParams,
     uniform: Float[Tensor, "b h w"],
     codes: Int[Tensor, "b h w"],
     keep: Bool[Tensor, "b h w"] | None = None,

@@ -3,21 +3,29 @@
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from experiments.likelihoods.likelihood_run import CapacityConfig, LikelihoodConfig
+from experiments.speech.speech_run import SpeechConfig
+from experiments.video.three_codes import ThreeCodesConfig
 from sampling.run_config import RunConfig
 from tests.test_commands import fails
 from tests.test_configs import CONFIGS
 from train.accelerator import make_accelerator
+from train.run import ConfigOptions
 from vqvae2.__main__ import COMMANDS, main
-from vqvae2.command_line import parse
+from vqvae2.command_line import option_names, options_class, parse
+from vqvae2.config import Config
 from vqvae2.errors import UserError
 
 DEMO = RunConfig.from_yaml(CONFIGS / "demo.yaml")
@@ -96,6 +104,65 @@ def test_commands_page_is_current() -> None:
     spec.loader.exec_module(module)
     page = (CONFIGS.parent / "docs" / "commands.md").read_text(encoding="utf-8")
     assert page == module.commands_page(), "run: python docs/make_commands.py"
+
+
+def documented(part: str, section: str) -> dict[str, str]:
+    """Return the default of each option or setting that a section of docs/commands.md lists, as text."""
+    page = (CONFIGS.parent / "docs" / "commands.md").read_text(encoding="utf-8")
+    text = page.split(f"\n# {part}\n")[1].split("\n# ")[0] if part else page.split("\n# ")[0]
+    text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| `")]
+    return {row[0].strip("`"): row[2].strip() for row in rows}
+
+
+def as_text(value: Any) -> str:
+    if value is None or value == ():
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_commands_page_has_the_defaults_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in COMMANDS.items():
+        module, _, function = command.target.partition(":")
+        cls = options_class(getattr(importlib.import_module(module), function))
+        if not issubclass(cls, ConfigOptions):  # whose defaults come from a file
+            defaults = {key.replace("_", "-"): value for key, value in option_names(cls)}
+            for option, default in documented("", f"vqvae2 {name}").items():
+                if option.startswith("--") and default != "required":
+                    assert default == as_text(defaults[option[2:]]), f"{name} {option}"
+    assert documented("", "vqvae2 video predict")["--codes.temperature"] == "0.5"
+    assert main(["video", "predict", "--help"]) == 0
+    assert "0.5)" in capsys.readouterr().out.split("--codes.temperature")[1].split("--codes.top-k")[0]
+
+
+def settings(config: Config, section: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield section, name and value of the settings of a config, as docs/commands.md names them."""
+    for name, value in config:
+        path = f"{section}.{name}" if section else name
+        if isinstance(value, Config):
+            yield from settings(value, f"{path} (kind: {value.kind})" if "kind" in type(value).model_fields else path)
+        elif not (isinstance(value, tuple) and value and isinstance(value[0], Config)):
+            yield section or "top level", name, value
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "section"),
+    [
+        ("Settings of speech experiments", SpeechConfig(), ""),
+        ("Settings of comparisons of likelihoods", LikelihoodConfig(), ""),
+        ("Settings of comparisons of likelihoods", CapacityConfig(), "capacities.N"),
+        ("Settings of video experiments", ThreeCodesConfig(), "three_codes"),
+    ],
+)
+def test_commands_page_has_the_defaults_of_settings(part: str, config: Config, section: str) -> None:
+    listed = list(settings(config, section))
+    assert len(listed) > 10
+    for name, setting, value in listed:
+        assert documented(part, name)[setting] == as_text(value), f"{name}.{setting}"
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 
 from sampling.run_config import RunConfig
 from vqvae2.command_line import parse
@@ -137,3 +139,34 @@ def test_values_and_keys_of_any_length_give_short_errors(tmp_path: Path) -> None
         with pytest.raises(UserError, match=r"record\.json: .*Delete it\.$") as error:
             Record.from_json(tmp_path / "record.json", "Delete it.")
         assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_partial_sections_keep_the_defaults_of_their_parent() -> None:
+    class Inner(Config):
+        kind: Literal["inner"] = "inner"
+        size: int = 1
+        width: int = 2
+
+    class Other(Config):
+        kind: Literal["other"] = "other"
+        size: int = 3
+
+    class Middle(Config):
+        steps: int
+        inner: Annotated[Inner | Other, Field(discriminator="kind")] = Inner(size=4)
+
+    class Outer(Config):
+        middle: Middle = Middle(steps=5)
+        parts: tuple[Middle, ...] = ()
+
+    def middle(**values: Any) -> dict[str, Any]:
+        return Outer.from_dict({"middle": values}, "test").middle.to_dict()
+
+    assert middle() == {"steps": 5, "inner": {"kind": "inner", "size": 4, "width": 2}}
+    assert middle(inner={"kind": "inner", "width": 6}) == {
+        "steps": 5,
+        "inner": {"kind": "inner", "size": 4, "width": 6},
+    }
+    assert middle(inner={"kind": "other"}) == {"steps": 5, "inner": {"kind": "other", "size": 3}}
+    with pytest.raises(UserError, match=r"parts\.0\.steps: required"):
+        Outer.from_dict({"parts": [{}]}, "test")

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from experiments.speech.speech_run import SpeechConfig
 from tests.test_commands import fails
 from tests.test_configs import CONFIGS
+from tests.test_two_processes import run_on_two_processes
 from vqvae2.__main__ import main
 from vqvae2.audio.audio_io import read_waveform
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.recordings import open_recordings
+from vqvae2.priors import load_prior, save_prior
 
 TINY = """
 data: {{path: {path}, pattern: '(?P<content>\\w+)_(?P<speaker>\\w+)_\\d+', length: 512, crop: 256}}
@@ -77,6 +79,14 @@ def test_finished_run_is_skipped_and_other_settings_are_refused(
     fails(capsys, ["speech", "train", str(trained / "config.yaml"), "--training.steps", "8"], "training.steps = 6")
 
 
+def test_few_steps_train_the_codebook(tones: Path, tmp_path: Path) -> None:
+    settings = ["--training.steps", "2", "--training.unquantized-steps", "300", "--no-baseline"]
+    command = ["speech", "train", str(write_config(tmp_path, tones)), "--run", str(tmp_path / "run"), *settings]
+    assert main(command) == 0
+    state = load_file(tmp_path / "run" / "autoencoder" / "model.safetensors")
+    assert state["quantizer.initialized"].all()
+
+
 def test_moved_run_resumes_in_its_new_folder(trained: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(trained, tmp_path / "moved", ignore=shutil.ignore_patterns("prior-top"))
     assert main(["speech", "train", str(moved / "config.yaml")]) == 0
@@ -99,6 +109,19 @@ def test_convert_and_sample_write_audio_and_a_page(trained: Path) -> None:
     np.testing.assert_allclose(waveform[: len(original)], original[:512], atol=0.025)
     assert "anna: high" in page
     assert page.count(">as ben<") == page.count(">reconstruction<") == 2  # both recordings are of anna
+
+
+def test_guidance_needs_a_prior_trained_with_label_dropout(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    command = ["speech", "sample", str(run), "--count", "1", "--codes.guidance-scale", "2"]
+    fails(capsys, command, "guidance_scale 2: the prior of level top was trained without label dropout")
+    path = run / "prior-top" / "model.safetensors"
+    prior = load_prior(path)
+    save_prior(path, prior, prior.config, **prior.made_from | {"label_dropout": 0.1})
+    assert main(command) == 0
 
 
 def test_convert_other_files(trained: Path, tones: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +161,18 @@ def test_evaluate_recognizes_real_recordings(trained: Path) -> None:
         "conversions_as_source",
         "samples",
     }
+
+
+def test_one_of_two_processes_writes(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("evaluation", "speech.html", "conversions", "samples"))
+    commands = (f"convert {run} --count 2", f"sample {run} --count 2", f"evaluate {run} --samples 0")
+    printed = run_on_two_processes(tmp_path, *(f"speech {command}" for command in commands))
+    assert printed.count(f"{run}/speech.html") == 2
+    assert printed.count("bits: autoencoder") == printed.count(f"{run}/evaluation/metrics.json") == 1
+    assert main(["speech", "evaluate", str(trained), "--samples", "0"]) == 0
+    expected = json.loads((trained / "evaluation" / "metrics.json").read_text())["bits"]
+    assert json.loads((run / "evaluation" / "metrics.json").read_text())["bits"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient"])

@@ -24,15 +24,25 @@ from vqvae2.quantizers import EMAConfig, GradientConfig
 STEPS, BATCH = 20, 8
 NO_DROPOUT = ["--priors.top.model.dropout", "0", "--priors.bottom.model.dropout", "0"]
 # Runs several commands with one launch, because starting the processes takes longer than the commands.
-RUN_COMMANDS = f"""
+RUN_COMMANDS = """
 import sys
 from vqvae2.__main__ import main
-config, *commands = sys.argv[1:]
-for command in commands:
-    name, *options = command.split()
-    if status := main([name, config, *options, *{NO_DROPOUT}]):
+for command in sys.argv[1:]:
+    if status := main(command.split()):
         sys.exit(status)
 """
+
+
+def run_on_two_processes(folder: Path, *commands: str) -> str:
+    """Run commands with torchrun on two processes, and return what they printed. A script is written to `folder`."""
+    script = folder / "commands.py"
+    script.write_text(RUN_COMMANDS)
+    # `accelerate launch --cpu` always starts one process. For GPUs it runs torchrun, as here.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([*launch, *commands], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def train_quantizers(dead_code_threshold: float) -> dict[str, Tensor]:
@@ -82,20 +92,16 @@ def test_codebook_statistics_and_restarts_match_one_process() -> None:
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Train on one process and, with torchrun, on two, and return both run folders."""
     folder = tmp_path_factory.mktemp("launched")
-    script = folder / "commands.py"
-    script.write_text(RUN_COMMANDS)
     commands = ["train-autoencoder", "extract-codes", "train-prior --level bottom"]
     for processes in (1, 2):
         (folder / f"{processes}.yaml").write_text(f"{TINY}run: {folder / str(processes)}\n")
     for command in commands:
         name, *options = command.split()
         assert main([name, str(folder / "1.yaml"), *options, *NO_DROPOUT]) == 0
-    # `accelerate launch --cpu` always starts one process. For GPUs it runs torchrun, as here.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    arguments = [*launch, str(script), str(folder / "2.yaml"), *commands]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    named = [command.partition(" ") for command in commands]
+    run_on_two_processes(
+        folder, *(" ".join([name, str(folder / "2.yaml"), options, *NO_DROPOUT]) for name, _, options in named)
+    )
     return folder / "1", folder / "2"
 
 

@@ -47,7 +47,7 @@ def test_clips_are_the_frames_of_one_folder(tmp_path: Path) -> None:
 
 def test_histories_hold_what_a_prior_sees(tmp_path: Path) -> None:
     store = write_store(tmp_path, [f"a/{k}" for k in range(5)] + ["b/0", "b/1"] + [f"c/{k}" for k in range(3)])
-    data = FrameHistories(store, level=0, given=2, with_actions=True)
+    data = FrameHistories(store, level=0, context_frames=2, with_actions=True)
     assert data.targets.tolist() == [2, 3, 4, 9]  # the clip b is too short
     assert data.header.levels == (BOTTOM, BOTTOM, BOTTOM, TOP, ACTION)
     frame, last, before, top, action = data.read([1, 3]).codes
@@ -55,7 +55,7 @@ def test_histories_hold_what_a_prior_sees(tmp_path: Path) -> None:
     for found, level, numbers in ((frame, 0, [3, 9]), (last, 0, [2, 8]), (before, 0, [1, 7]), (top, 1, [3, 9])):
         assert torch.equal(found, records.codes[level][numbers])
     assert action.flatten().tolist() == records.label[[3, 9]].tolist()
-    coarse = FrameHistories(store, level=1, given=1, with_actions=False)
+    coarse = FrameHistories(store, level=1, context_frames=1, with_actions=False)
     assert coarse.header.levels == (TOP, TOP)
     assert len(coarse) == len(coarse.targets) == 7
     assert torch.equal(coarse[(6, 123)].codes[1], records.codes[1][8])  # as training reads it
@@ -63,8 +63,8 @@ def test_histories_hold_what_a_prior_sees(tmp_path: Path) -> None:
 
 def test_clips_that_are_too_short_give_a_one_line_error(tmp_path: Path) -> None:
     store = write_store(tmp_path, ["a/0", "a/1", "b/0"])
-    with pytest.raises(UserError, match="given: no clip of train has more than 2 frames"):
-        FrameHistories(store, level=0, given=2, with_actions=True)
+    with pytest.raises(UserError, match="context_frames: no clip of train has more than 2 frames"):
+        FrameHistories(store, level=0, context_frames=2, with_actions=True)
 
 
 def make_prior(name: str, level: MapSpec, *coarser: MapSpec) -> Prior:
@@ -133,6 +133,10 @@ def test_three_codes_reach_the_decoder_and_gradients_the_encoder(name: str) -> N
     latents = network.encode(codes)
     torch.testing.assert_close(network.decoder(codes, (latents,)), logits)
     torch.testing.assert_close(incremental_logits(network.decoder, codes, (latents,)), logits)
+    params = LevelSamplingParams(temperature=0), LevelSamplingParams(temperature=0, dtype="bf16")
+    exact, rounded = (sample_level(network.decoder, Noise(0, range(6), 0), each, (latents,)) for each in params)
+    assert (exact == rounded).double().mean() > 0.8
+    torch.testing.assert_close(network.decoder(codes, (latents,)), logits)  # the decoder itself is unchanged
     assert not torch.allclose(network.decoder(codes, ((latents + 1) % 5,)), logits)
     unquantized, output = network(codes, quantized=False)
     torch.testing.assert_close(output.quantized, network.features(codes))

@@ -13,6 +13,7 @@ from experiments.video.stages import FramePriorStage
 from experiments.video.video_run import VideoConfig
 from tests.test_commands import fails
 from tests.test_configs import CONFIGS
+from tests.test_two_processes import run_on_two_processes
 from tests.test_videos import write_frames
 from vqvae2.__main__ import main
 from vqvae2.pictures import load_image
@@ -28,8 +29,8 @@ autoencoder:
       - {stride: 4, quantizer: {kind: ema, codebook_size: 8, code_dim: 4}}
       - {stride: 2, quantizer: {kind: ema, codebook_size: 8, code_dim: 4}}
   training: {steps: 3, batch_size: 4, validate_every: 3, preview_every: 3, checkpoint_every: 3}
-given: 2
-blind: true
+context_frames: 2
+baseline_without_actions: true
 priors:
   top:
     model: {kind: pixelsnail, channels: 8, residual_channels: 8, kernel: 3, blocks: 1, layers: 1, heads: 2}
@@ -43,7 +44,7 @@ three_codes:
   decoder: {kind: pixelcnn, channels: 8, kernel: 3, layers: 2, output_channels: 8}
   training: {steps: 4, batch_size: 8, unquantized_steps: 1, validate_every: 4, preview_every: 4, checkpoint_every: 2}
 """
-STAGES = ("prior-top", "prior-bottom", "prior-top-blind", "prior-bottom-blind")
+STAGES = ("prior-top", "prior-bottom", "prior-top-without-actions", "prior-bottom-without-actions")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,11 @@ def test_training_writes_every_prior_and_is_skipped_afterwards(
     assert main(["video", "train", str(trained / "config.yaml")]) == 0
     assert capsys.readouterr().out.count("already complete") == 6
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    fails(capsys, ["video", "train", str(trained / "config.yaml"), "--given", "3"], "was made with given = 2")
+    fails(
+        capsys,
+        ["video", "train", str(trained / "config.yaml"), "--context-frames", "3"],
+        "was made with context_frames = 2",
+    )
 
 
 def test_resumed_training_gives_the_same_weights(
@@ -91,7 +96,7 @@ def test_resumed_training_gives_the_same_weights(
 
 
 def test_predict_writes_pictures_and_animations(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["video", "predict", str(trained), "--predicted", "3", "--futures", "3"]
+    command = ["video", "predict", str(trained), "--num-frames", "3", "--futures", "3"]
     assert main([*command, "--count", "2"]) == 0
     folder = trained / "predictions"
     height = load_image(folder / "futures.png").shape[1]
@@ -102,14 +107,14 @@ def test_predict_writes_pictures_and_animations(trained: Path, capsys: pytest.Ca
     assert main([*command, "--count", "1"]) == 0
     assert (folder / "actions.png").read_bytes() == before
     fails(capsys, [*command, "--clip", "99"], "--clip: 99 is too large")
-    fails(capsys, ["video", "predict", str(trained), "--predicted", "9"], "no held-out clip has 11 frames")
+    fails(capsys, ["video", "predict", str(trained), "--num-frames", "9"], "no held-out clip has 11 frames")
 
 
 def test_evaluate_compares_predictions(trained: Path) -> None:
-    assert main(["video", "evaluate", str(trained), "--predicted", "3", "--classifier-steps", "2"]) == 0
+    assert main(["video", "evaluate", str(trained), "--num-frames", "3", "--classifier-steps", "2"]) == 0
     metrics = json.loads((trained / "evaluation" / "metrics.json").read_text())
     for kind in ("mse", "ssim"):
-        assert set(metrics[kind]) == {"prediction", "blind", "last frame", "reconstruction"}
+        assert set(metrics[kind]) == {"prediction", "without actions", "last frame", "reconstruction"}
         assert all(len(values) == 3 for values in metrics[kind].values())
     assert set(metrics["recognized"]) == {"real", "reconstruction", "prediction", "other actions"}
     assert all(0 <= value <= 1 for values in metrics["recognized"].values() for value in values)
@@ -121,20 +126,51 @@ def test_three_codes_are_trained_once_and_measured(trained: Path, capsys: pytest
     assert (metrics["bits"], metrics["bits_of_first_stage"]) == (9, 2 * 2 * 3)
     assert {"psnr_first_stage", "psnr_three_codes", "psnr_mean_frame", "nll", "nll_of_other"} <= set(metrics)
     assert 0 < metrics["usage"] <= 1
-    assert main(["video", "three-codes", str(trained), "--count", "8"]) == 0
+    assert main(["video", "three-codes", str(trained), "--count", "8", "--codes.dtype", "bf16"]) == 0
     assert "three-codes: already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "three-codes"])
+def test_guidance_is_not_offered_because_these_priors_have_no_labels(
+    command: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["video", command, str(trained), "--codes.guidance-scale", "2"]
+    fails(capsys, arguments, "--codes.guidance-scale: unknown option")
+
+
+def test_two_processes_train_together_and_one_writes(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("three-codes", "predictions", "evaluation"))
+    printed = run_on_two_processes(
+        tmp_path,
+        f"video three-codes {run} --count 8",
+        f"video predict {run} --num-frames 2",
+        f"video evaluate {run} --num-frames 2 --classifier-steps 1",
+    )
+    assert printed.count("psnr three codes") == printed.count(f"{run}/three-codes/reconstructions.png") == 1
+    assert printed.count(f"{run}/predictions") == printed.count("recognized, prediction:") == 1
+    assert (run / "three-codes" / "metrics.json").is_file()
+    assert (run / "evaluation" / "metrics.json").is_file()
 
 
 def test_folder_of_frames_without_actions(tmp_path: Path) -> None:
     frames = write_frames(tmp_path / "frames", clips=6, frames=4)
     (tmp_path / "tiny.yaml").write_text(TINY)
-    arguments = ["--data.path", str(frames), "--data.labels", "none", "--run", str(tmp_path / "run"), "--no-blind"]
+    arguments = [
+        "--data.path",
+        str(frames),
+        "--data.labels",
+        "none",
+        "--run",
+        str(tmp_path / "run"),
+        "--no-baseline-without-actions",
+    ]
     assert main(["video", "train", str(tmp_path / "tiny.yaml"), *arguments]) == 0
-    assert main(["video", "predict", str(tmp_path / "run"), "--predicted", "2", "--count", "1"]) == 0
+    assert main(["video", "predict", str(tmp_path / "run"), "--num-frames", "2", "--count", "1"]) == 0
     assert (tmp_path / "run" / "predictions" / "clips.png").is_file()
     assert not (tmp_path / "run" / "predictions" / "actions.png").exists()
-    assert main(["video", "evaluate", str(tmp_path / "run"), "--predicted", "2"]) == 0
-    assert not (tmp_path / "run" / "prior-top-blind").exists()
+    assert main(["video", "evaluate", str(tmp_path / "run"), "--num-frames", "2"]) == 0
+    assert not (tmp_path / "run" / "prior-top-without-actions").exists()
 
 
 def test_wrong_commands_and_folders_give_one_line_errors(
@@ -148,7 +184,7 @@ def test_wrong_commands_and_folders_give_one_line_errors(
     shutil.copytree(trained, run)
     weights = run / "prior-top" / "model.safetensors"
     shutil.rmtree(run / "prior-bottom")
-    evaluate = ["video", "evaluate", str(run), "--predicted", "3"]
+    evaluate = ["video", "evaluate", str(run), "--num-frames", "3"]
     fails(capsys, evaluate, "prior-bottom")
     weights.write_bytes(b"damaged")
     fails(capsys, evaluate, "prior-")

@@ -125,13 +125,14 @@ class BaseRun:
 
     @classmethod
     def existing(cls, path: Path) -> Self:
-        """Return the run in a folder, and reserve the folder for this process.
+        """Return the run in a folder, and reserve the folder for this command; its main process holds the lock.
 
         Raises:
             UserError: If `path` is not the folder of such a run, or another process has reserved it.
         """
         folder = RunFolder.existing(path, cls.command)
-        files.lock_folder(path)
+        if processes().is_main_process:
+            files.lock_folder(path)
         return cls(cls.config_class.from_resolved_yaml(folder.config), folder)
 
     @classmethod

@@ -41,6 +41,15 @@ class Config(BaseModel):
                     raise ValueError(f"{name}: expected {_describe_types(field.annotation)}, not {str(value).lower()}")
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_sections(cls, data: Any) -> Any:
+        """Complete the sections in `data` with the values that this class sets in their defaults."""
+        if not isinstance(data, dict):
+            return data
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {name: _complete(value, defaults.get(name)) for name, value in data.items()}
+
     @classmethod
     def from_yaml(cls, path: Path) -> Self:
         """Return the settings in the YAML file `path`.
@@ -94,6 +103,16 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         """Return the settings as YAML, with all defaults, and a last line that proves the text is complete."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True) + f"{_END}\n"
+
+
+def _complete(section: Any, default: Any) -> Any:
+    """Return a section with the values that were set in its default, unless the two differ in `kind`."""
+    if not isinstance(section, dict) or not isinstance(default, Config):
+        return section
+    if section.get("kind") != getattr(default, "kind", None):
+        return section
+    values = {name: getattr(default, name) for name in default.model_fields_set}
+    return values | {name: _complete(value, values.get(name)) for name, value in section.items()}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -98,13 +98,13 @@ def save_animation(path: Path, frames: Sequence[UInt8[Tensor, "c h w"]], seconds
         first.save(partial, format="GIF", save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
 
 
-def save_clips(folder: Path, name: str, clips: Mapping[str, UInt8[Tensor, "t c h w"]], given: int) -> None:
+def save_clips(folder: Path, name: str, clips: Mapping[str, UInt8[Tensor, "t c h w"]], context_frames: int) -> None:
     """Write captioned clips as rows of NAME.png, and side by side as NAME.gif.
 
-    In the PNG, a white gap separates the `given` first frames from the others.
+    In the PNG, a white gap separates the first `context_frames` frames from the others.
     """
     gap = torch.full_like(next(iter(clips.values()))[:1], 255)
-    rows = {caption: torch.cat([clip[:given], gap, clip[given:]]) for caption, clip in clips.items()}
+    rows = {caption: torch.cat([clip[:context_frames], gap, clip[context_frames:]]) for caption, clip in clips.items()}
     save_rows(folder / f"{name}.png", rows, enlarge_to=64)
     frames = torch.stack(list(clips.values()), 1)
     save_animation(folder / f"{name}.gif", [image_grid(each, len(clips), enlarge_to=128) for each in frames])

@@ -5,14 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from experiments.likelihoods.likelihood_run import (
-    KINDS,
-    CapacityConfig,
-    EvaluationConfig,
-    LikelihoodConfig,
-    LikelihoodOptions,
-    LikelihoodRun,
-)
+from experiments.likelihoods.likelihood_run import KINDS, BoundsConfig, CapacityConfig, LikelihoodOptions, LikelihoodRun
 from experiments.likelihoods.stage import LikelihoodStage, bits_per_dim
 from experiments.likelihoods.vae import VAE
 from experiments.likelihoods.vimco import VIMCO
@@ -41,7 +34,7 @@ class StoredMeasurement(Config):
     """Contents of evaluation.json in the folder of a model."""
 
     weights: str  # digest
-    evaluation: EvaluationConfig
+    evaluation: BoundsConfig
     bits_per_dim: Measurement
 
 
@@ -92,7 +85,7 @@ def write_results(run: LikelihoodRun, rows: Sequence[Mapping[str, Measurement]])
         f"VIMCO, {samples} samples": [row[VIMCO.kind].multi_sample for row in rows],
     }
     lines = [f"| latents | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
-    for label, values in zip(_labels(config), zip(*columns.values(), strict=True), strict=True):
+    for label, values in zip(config.labels, zip(*columns.values(), strict=True), strict=True):
         lines.append(f"| {label} | {' | '.join(f'{value:.3f}' for value in values)} |")
     contents = [
         {
@@ -103,13 +96,8 @@ def write_results(run: LikelihoodRun, rows: Sequence[Mapping[str, Measurement]])
         for each, row in zip(config.capacities, rows, strict=True)
     ]
     files.write_json(run.folder.path / "results.json", {"evaluation": config.evaluation.to_dict(), "rows": contents})
-    _plot(run.folder.path / "likelihoods.png", _labels(config), columns)
+    _plot(run.folder.path / "likelihoods.png", config.labels, columns)
     print("\n".join(lines))
-
-
-def _labels(config: LikelihoodConfig) -> list[str]:
-    """Return the number of latents of an image and the size of the codebook, for each capacity."""
-    return [f"{each.latents * config.positions}, K = {each.quantizer.codebook_size}" for each in config.capacities]
 
 
 def _plot(path: Path, labels: Sequence[str], columns: Mapping[str, Sequence[float]]) -> None:

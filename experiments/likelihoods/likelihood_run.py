@@ -37,8 +37,8 @@ class CapacityConfig(Config):
     )
 
 
-class EvaluationConfig(Config):
-    """How the trained models are measured."""
+class BoundsConfig(Config):
+    """How the bounds of the trained models are measured."""
 
     samples: int = Field(
         default=50, ge=1, le=10**6, description="samples per image of the bound of the VAE and VIMCO beside their own"
@@ -55,7 +55,7 @@ class LikelihoodConfig(BaseRunConfig):
     capacities: Annotated[tuple[CapacityConfig, ...], Field(min_length=1)] = (CapacityConfig(),)
     vimco_samples: int = Field(default=5, ge=2, le=1024, description="samples per image of VIMCO's bound in training")
     training: QuantizedTrainingConfig = QuantizedTrainingConfig(steps=100_000)
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: BoundsConfig = BoundsConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -74,6 +74,11 @@ class LikelihoodConfig(BaseRunConfig):
         """Number of positions of the latent map."""
         height, width = self.data.shape
         return height * width // self.network.stride**2
+
+    @property
+    def labels(self) -> list[str]:
+        """Number of latents of an image and size of the codebook, for each capacity."""
+        return [f"{each.latents * self.positions}, K = {each.quantizer.codebook_size}" for each in self.capacities]
 
 
 class LikelihoodOptions(ConfigOptions, LikelihoodConfig):

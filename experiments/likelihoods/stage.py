@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from experiments.likelihoods.likelihood_run import CapacityConfig, EvaluationConfig, LikelihoodRun
+from experiments.likelihoods.likelihood_run import BoundsConfig, CapacityConfig, LikelihoodRun
 from experiments.likelihoods.networks import LatentModel
 from experiments.likelihoods.vqvae import VQVAE
 from train.accelerator import to_device
@@ -69,7 +69,7 @@ class LikelihoodStage(QuantizedStage[LatentModel, LikelihoodObjective]):
 
 @torch.inference_mode()
 def bits_per_dim(
-    bound: Callable[[Tensor], Tensor], data: ImageDataset, evaluation: EvaluationConfig, device: torch.device
+    bound: Callable[[Tensor], Tensor], data: ImageDataset, evaluation: BoundsConfig, device: torch.device
 ) -> float:
     """Return −bound / (C · H · W · ln 2), the mean over all images of a bound in nats per image.
 

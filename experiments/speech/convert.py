@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from experiments.speech.speech_run import SpeechRun
+from sampling.processes import on_main_process
 from sampling.sample_waveforms import decode_speech
 from vqvae2.audio.mu_law import expand
 from vqvae2.command_line import Options
@@ -71,4 +72,4 @@ def _read(run: SpeechRun, options: ConvertOptions) -> list[_Input]:
 
 def main(options: ConvertOptions) -> None:
     """Run the command `vqvae2 speech convert`."""
-    convert(SpeechRun.existing(options.run), options)
+    on_main_process(convert, SpeechRun.existing(options.run), options)

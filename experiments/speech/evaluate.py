@@ -16,6 +16,7 @@ from experiments.speech.sample import sample_labels
 from experiments.speech.speech_run import SpeechRun
 from experiments.speech.stages import bits_per_sample
 from sampling.evaluation.speech_recognition import SpeechRecognizer
+from sampling.processes import processes
 from sampling.sample_waveforms import decode_speech, sample_utterances
 from train.accelerator import make_accelerator
 from vqvae2 import checkpoint, files
@@ -68,8 +69,8 @@ class _Utterances(NamedTuple):
     content: Int[Tensor, " n"]
 
 
-def evaluate(run: SpeechRun, options: EvaluateSpeechOptions) -> SpeechMetrics:
-    """Measure a run. Recognition is by classifiers trained on the real training recordings."""
+def evaluate(run: SpeechRun, options: EvaluateSpeechOptions, bits: dict[str, float]) -> SpeechMetrics:
+    """Measure a run; `bits` are its likelihoods. Recognition is by classifiers trained on real training recordings."""
     training, data = run.recordings
     sets = _held_out_utterances(run, options)
     if options.samples:
@@ -88,7 +89,7 @@ def evaluate(run: SpeechRun, options: EvaluateSpeechOptions) -> SpeechMetrics:
     return SpeechMetrics(
         temperature=options.temperature,
         seed=options.seed,
-        bits=_bits(run),
+        bits=bits,
         content_recognized=contents,
         speaker_recognized=speakers,
         codes=_code_information(run),
@@ -177,6 +178,8 @@ def mutual_information(first: Int[np.ndarray, " n"], second: Int[np.ndarray, " n
 def main(options: EvaluateSpeechOptions) -> None:
     """Run the command `vqvae2 speech evaluate`."""
     run = SpeechRun.existing(options.run)
-    metrics = evaluate(run, options)
-    files.write_json(run.folder.metrics, metrics.to_dict())
-    print("\n".join([*metrics.lines(), str(run.folder.metrics)]))
+    bits = _bits(run)  # measured by all processes together
+    if processes().is_main_process:
+        metrics = evaluate(run, options, bits)
+        files.write_json(run.folder.metrics, metrics.to_dict())
+        print("\n".join([*metrics.lines(), str(run.folder.metrics)]))

@@ -6,7 +6,9 @@ import tyro
 from pydantic import Field
 
 from experiments.speech.speech_run import SpeechRun
+from sampling.guidance import check_guidance
 from sampling.params import LevelSamplingParams
+from sampling.processes import on_main_process
 from sampling.sample_waveforms import sample_utterances
 from vqvae2.command_line import Options
 
@@ -33,6 +35,7 @@ def sample_labels(num_speakers: int, classes_per_speaker: int, count: int) -> li
 def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:
     """Write utterances to RUN/samples, and update the run's page."""
     network, prior, contents = run.autoencoder, run.prior, run.classes_per_speaker
+    check_guidance(prior, options.codes.guidance_scale, "top")
     labels = sample_labels(len(network.speakers), contents, options.count)
     waveforms = sample_utterances(network, prior, labels, contents, options.seed, options.temperature, options.codes)
     rows: dict[str, list] = {}
@@ -44,4 +47,4 @@ def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:
 
 def main(options: SampleSpeechOptions) -> None:
     """Run the command `vqvae2 speech sample`."""
-    sample(SpeechRun.existing(options.run), options)
+    on_main_process(sample, SpeechRun.existing(options.run), options)

@@ -20,17 +20,17 @@ from vqvae2.data.recordings import Recordings, RecordingsConfig, open_recordings
 from vqvae2.models.speech_autoencoder import SpeechAutoencoder, SpeechModelConfig, load_speech_autoencoder
 from vqvae2.priors import Prior, TransformerConfig
 from vqvae2.run_folder import StageFolder
-from vqvae2.training_config import PriorTrainingConfig, TrainingConfig
+from vqvae2.training_config import PriorTrainingConfig, QuantizedTrainingConfig
 
 _SECTIONS = {"Conversions": "conversions", "Samples": "samples"}  # of the run's page: heading → folder
 
 
-class SpeechTrainingConfig(TrainingConfig):
+class SpeechTrainingConfig(QuantizedTrainingConfig):
     """How the autoencoder is trained."""
 
     steps: int = Field(default=100_000, ge=1, le=2**40, description="optimizer steps")
     batch_size: int = Field(default=8, ge=1, le=2**24, description="global batch size")
-    unquantized_steps: int = Field(default=300, ge=0, description="first steps that train without quantization")
+    unquantized_steps: int = Field(default=300, ge=0, description="first steps not quantized, at most a tenth of all")
     spectrum_weight: float = Field(
         default=1.0,
         ge=0,

@@ -77,7 +77,7 @@ class WaveformStage(QuantizedStage[SpeechNetworkT, SpeechObjective]):
         self.network = build(self.training_data.speakers)
         log_mel = LogMel(run.config.data.sample_rate, run.config.model.samples_per_code)
         self.objective = SpeechObjective(self.network, self.config.spectrum_weight, log_mel)
-        self.first_quantized_step = self.config.unquantized_steps
+        self.first_quantized_step = self.config.first_quantized_step
         self.curves = {"nats per sample": ["train/nll"], "bits per recorded sample": ["validation/bits"]}
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from experiments.video.three_codes import ThreeCodes
 from experiments.video.video_run import VideoRun
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
+from sampling.processes import processes
 from sampling.sample_level import Noise, sample_level
 from train.loop import train
 from train.quantized_stage import QuantizedObjective, QuantizedStage
@@ -28,7 +29,7 @@ from vqvae2.metrics.reconstruction import compare_images
 from vqvae2.pictures import interleave_rows, save_grid
 
 _BATCH, _PREVIEW_FRAMES = 64, 16
-_GREEDY = LevelSamplingParams(temperature=0)
+_GREEDY = CodeSamplingParams(temperature=0)
 
 
 class ThreeCodesOptions(Options):
@@ -36,7 +37,7 @@ class ThreeCodesOptions(Options):
 
     run: tyro.conf.Positional[Path] = Field(description="folder of a video experiment with cached codes")
     count: int = Field(default=512, ge=1, le=10**6, description="held-out frames to reconstruct")
-    codes: LevelSamplingParams = Field(default=_GREEDY, description="sampling of the first stage's codes")
+    codes: CodeSamplingParams = Field(default=_GREEDY, description="sampling of the first stage's codes")
 
 
 class ThreeCodesObjective(QuantizedObjective):
@@ -105,7 +106,7 @@ def measure_codes(network: ThreeCodes, store: CodeStore) -> dict[str, float]:
 
 @torch.inference_mode()
 def reconstruct(
-    run: VideoRun, network: ThreeCodes, count: int, params: LevelSamplingParams = _GREEDY
+    run: VideoRun, network: ThreeCodes, count: int, params: CodeSamplingParams = _GREEDY
 ) -> list[UInt8[Tensor, "n c h w"]]:
     """Return held-out frames, their reconstructions by the first stage, and those from the latent codes."""
     store, device = run.stores[1], network.embedding.weight.device
@@ -145,6 +146,7 @@ def main(options: ThreeCodesOptions) -> None:
     stage, folder = ThreeCodesStage(run), run.three_codes
     if not is_finished(folder.weights, stage.made_from):
         train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
-    metrics = write_reconstructions(run, options)
-    print("\n".join(f"{name.replace('_', ' '):<20} {value:.3f}" for name, value in metrics.items()))
-    print(folder.path / "reconstructions.png")
+    if processes().is_main_process:
+        metrics = write_reconstructions(run, options)
+        print("\n".join(f"{name.replace('_', ' '):<20} {value:.3f}" for name, value in metrics.items()))
+        print(folder.path / "reconstructions.png")

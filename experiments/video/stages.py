@@ -15,16 +15,17 @@ def train_video(run: VideoRun) -> None:
     train_autoencoder(run)
     extract_codes(run)
     config, made_from = run.config, {"autoencoder": files.digest(run.folder.autoencoder_weights)}
-    for blind in (False, True) if config.blind else (False,):
+    for with_actions in (True, False) if config.baseline_without_actions else (True,):
         for level in reversed(config.levels):
-            folder, settings = run.prior(level, blind), config.priors[level]
+            folder, settings = run.prior(level, with_actions), config.priors[level]
             if not is_finished(folder.weights, made_from):
-                stage = FramePriorStage(level, run.autoencoder, run.stores, settings, config.given, blind)
+                seen = config.context_frames, with_actions
+                stage = FramePriorStage(level, run.autoencoder, run.stores, settings, *seen)
                 train(stage, settings.training, folder.path, config.data.num_workers, config.tracker)
 
 
 def main(options: VideoOptions) -> None:
     """Run the command `vqvae2 video train`."""
-    if options.resume_with_changes and options.blind:
-        raise UserError("--resume-with-changes: would change only one of two priors that are compared. Use --no-blind.")
+    if options.resume_with_changes and options.baseline_without_actions:
+        raise UserError("--resume-with-changes: would leave the baseline as it is. Use --no-baseline-without-actions.")
     train_video(VideoRun.open(options, options.resume_with_changes))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments.video.three_codes import ThreeCodesConfig
 from sampling.next_frames import CodeClips, FramePredictor
-from sampling.params import LevelSamplingParams
+from sampling.params import CodeSamplingParams
 from sampling.run_config import RunConfig
 from sampling.run_data import load_run_autoencoder, open_run_codes, open_run_datasets
 from train.run import Run, RunOptions, load_run_prior
@@ -28,8 +28,8 @@ from vqvae2.run_folder import StageFolder
 class VideoConfig(RunConfig):
     """The sections of a video experiment's YAML file: those of a run on images, and settings of clips."""
 
-    given: int = Field(default=6, ge=1, le=64, description="frames that are given, and that the prior of a frame sees")
-    blind: bool = Field(default=False, description="also train priors that do not see the actions, to compare with")
+    context_frames: int = Field(default=6, ge=1, le=64, description="preceding frames that the prior of a frame sees")
+    baseline_without_actions: bool = Field(default=False, description="also train priors that do not see the actions")
     three_codes: ThreeCodesConfig = ThreeCodesConfig()
 
 
@@ -85,19 +85,19 @@ class VideoRun(Run):
         return tuple(level.unflatten(0, (len(clips), -1)) for level in codes)
 
     def read_actions(self, clips: Sequence[range]) -> Int[Tensor, "n t"]:
-        """Return the actions that lead to the frames after the given ones of held-out clips, −1 without actions."""
-        return torch.stack([self.stores[1].read(clip[self.config.given :]).label for clip in clips])
+        """Return the actions that lead to the frames after the context frames of held-out clips, −1 without actions."""
+        return torch.stack([self.stores[1].read(clip[self.config.context_frames :]).label for clip in clips])
 
-    def prior(self, level: str, blind: bool) -> StageFolder:
-        """Return the folder of a prior; `blind` is the one that does not see the actions."""
-        return self.folder.prior(f"{level}-blind" if blind else level)
+    def prior(self, level: str, with_actions: bool) -> StageFolder:
+        """Return the folder of a prior that sees the actions, or of one that does not."""
+        return self.folder.prior(level if with_actions else f"{level}-without-actions")
 
     @property
     def three_codes(self) -> StageFolder:
         return StageFolder(self.folder.path / "three-codes")
 
-    def predictor(self, params: LevelSamplingParams, seed: int, blind: bool = False) -> FramePredictor:
+    def predictor(self, params: CodeSamplingParams, seed: int, with_actions: bool = True) -> FramePredictor:
         """Return the trained networks that predict frames."""
-        paths = (self.prior(level, blind).weights for level in self.config.levels)
+        paths = (self.prior(level, with_actions).weights for level in self.config.levels)
         priors = [load_run_prior(path, self.autoencoder.digest) for path in paths]
         return FramePredictor(self.autoencoder, priors, params, seed)

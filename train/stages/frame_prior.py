@@ -24,8 +24,8 @@ class FramePriorStage(PriorStage):
     Args:
         level: Name of the level.
         stores: Codes of the frames for training and for validation.
-        given: Number of preceding frames that the prior sees.
-        blind: Whether the prior does not see the action.
+        context_frames: Number of preceding frames that the prior sees.
+        with_actions: Whether the prior sees the action, if the frames have actions.
     """
 
     def __init__(
@@ -34,15 +34,15 @@ class FramePriorStage(PriorStage):
         autoencoder: Autoencoder,
         stores: tuple[CodeStore, CodeStore],
         config: PriorStageConfig,
-        given: int,
-        blind: bool,
+        context_frames: int,
+        with_actions: bool,
     ) -> None:
         names = level_names(len(autoencoder.map_specs))
-        self.autoencoder, self.given, self.index = autoencoder, given, names.index(level)
+        self.autoencoder, self.context_frames, self.index = autoencoder, context_frames, names.index(level)
         self.shown = names[self.index :]
-        with_actions = bool(stores[0].header.classes) and not blind
-        training, held_out = (FrameHistories(store, self.index, given, with_actions) for store in stores)
-        name = f"{level}-blind" if blind else level
+        shown = bool(stores[0].header.classes) and with_actions
+        training, held_out = (FrameHistories(store, self.index, context_frames, shown) for store in stores)
+        name = level if with_actions else f"{level}-without-actions"
         super().__init__((name, 0), training, held_out, config, {"autoencoder": autoencoder.digest})
 
     def preview(self, path: Path) -> None:
@@ -53,6 +53,6 @@ class FramePriorStage(PriorStage):
         noise = Noise(0, chosen, self.index)
         sampled = sample_level(self.network, noise, LevelSamplingParams(), to_device(tuple(coarser), device)).cpu()
         finer = [frame.new_zeros(len(frame), *spec.shape) for spec in self.autoencoder.map_specs[: self.index]]
-        above = coarser[self.given :][: len(self.shown) - 1]
+        above = coarser[self.context_frames :][: len(self.shown) - 1]
         rows = (to_uint8(self.autoencoder.decode((*finer, each, *above), self.shown)) for each in (frame, sampled))
         save_grid(path, *interleave_rows(*rows, columns=_PREVIEW_FRAMES))

@@ -27,7 +27,7 @@ def find_clips(frames: CodeStore) -> list[range]:
 
 
 class FrameHistories(CodeStore):
-    """Codes of one level of all frames that have `given` frames before them, as the finest maps of a store.
+    """Codes of one level of all frames that have `context_frames` frames before them, as the finest maps of a store.
 
     The coarser maps, on which the prior of the level is conditioned, are this level of the preceding frames, most
     recent first, the coarser levels of the frame itself, and the action that leads to the frame as a 1 × 1 map.
@@ -36,25 +36,27 @@ class FrameHistories(CodeStore):
         with_actions: Whether the action is one of the maps.
     """
 
-    def __init__(self, frames: CodeStore, level: int, given: int, with_actions: bool) -> None:
+    def __init__(self, frames: CodeStore, level: int, context_frames: int, with_actions: bool) -> None:
         clips = find_clips(frames)
         self.targets = np.concatenate(
-            [np.arange(clip.start + given, max(clip.stop, clip.start + given)) for clip in clips]
+            [np.arange(clip.start + context_frames, max(clip.stop, clip.start + context_frames)) for clip in clips]
         )
         if not len(self.targets):
             longest = max(map(len, clips))
-            raise UserError(f"given: no clip of {frames.header.split} has more than {longest} frames. Lower it.")
+            split = frames.header.split
+            raise UserError(f"context_frames: no clip of {split} has more than {longest} frames. Lower it.")
         maps, actions = frames.header.levels, frames.header.classes
-        levels = (*[maps[level]] * (given + 1), *maps[level + 1 :])
+        levels = (*[maps[level]] * (context_frames + 1), *maps[level + 1 :])
         if with_actions:
             levels = (*levels, MapSpec(codebook_size=len(actions), height=1, width=1))
         header = frames.header.model_copy(update={"levels": levels, "classes": (), "count": len(self.targets)})
         super().__init__(frames.path, header)
-        self.frames, self.level, self.given, self.with_actions = frames, level, given, with_actions
+        self.frames, self.level = frames, level
+        self.context_frames, self.with_actions = context_frames, with_actions
 
     def __getitems__(self, keys: Sequence[Any]) -> CodeBatch:
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
-        records = self.targets[indices][:, None] - np.arange(self.given + 1)  # most recent first
+        records = self.targets[indices][:, None] - np.arange(self.context_frames + 1)  # most recent first
         batch = self.frames.read(records.flatten().tolist())
         maps = [level.unflatten(0, records.shape) for level in batch.codes]
         codes = [*maps[self.level].unbind(1), *(level[:, 0] for level in maps[self.level + 1 :])]
