@@ -104,5 +104,5 @@ def test_settings_do_not_depend_on_the_working_directory(tmp_path: Path, monkeyp
         str(tmp_path / "b"),
         f"{tmp_path / 'c.csv'}:label",
     )
-    named = DataConfig(path="torchvision:CIFAR10").with_absolute_paths()
-    assert (named.path, named.val_path, named.labels) == ("torchvision:CIFAR10", None, "none")
+    named = DataConfig(path="huggingface:mnist").with_absolute_paths()
+    assert (named.path, named.val_path, named.labels) == ("huggingface:mnist", None, "none")
