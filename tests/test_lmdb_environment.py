@@ -47,6 +47,33 @@ def test_truncated_file_is_detected_with_and_without_a_seal(store: Path) -> None
         (store / "seal.json").unlink(missing_ok=True)
 
 
+def test_file_that_was_truncated_opens_once_it_is_restored(store: Path) -> None:
+    content = (store / "data.mdb").read_bytes()
+    (store / "seal.json").unlink()
+    lmdb_environment.close_reader(store)
+    os.truncate(store / "data.mdb", 3 * 4096)
+    with pytest.raises(UserError, match="truncated file") as caught:
+        lmdb_environment.open_reader(store)
+    (store / "data.mdb").write_bytes(content)
+    lmdb_environment.open_reader(store)  # although the traceback of the error still exists
+    assert caught.tb
+
+
+def test_readers_of_the_parent_process_do_not_prevent_opening(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMDB identifies files by inode, and a new file may have the inode of a deleted one, here by a hard link."""
+    write(tmp_path / "other", HEADER)
+    (tmp_path / "other" / "lock.mdb").unlink()
+    os.link(store / "data.mdb", tmp_path / "other" / "lock.mdb")
+    lmdb_environment.close_reader(store)
+    lmdb_environment.open_reader(tmp_path / "other")
+    with pytest.raises(UserError, match="already open in this process"):
+        lmdb_environment.open_reader(store)
+    monkeypatch.setattr(os, "getpid", lambda pid=os.getpid(): pid + 1)  # as in a forked process
+    lmdb_environment.open_reader(store)
+
+
 def test_copy_is_verified_only_once(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(store, copy)

@@ -83,11 +83,17 @@ def open_reader(
     path = path.resolve()  # LMDB refuses to open a database twice, also through a link
     reader = _readers.get(path)
     if reader is None or reader.pid != os.getpid():
-        close_reader(path)
+        # All readers that a forked process inherited: lmdb also refuses a file that has the number of a deleted one.
+        for opened in [each for each, other in _readers.items() if other.pid != os.getpid()]:
+            close_reader(opened)
         try:
             _verify_seal(path)
             environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=_MAX_READERS)
-            _check_length(path, environment)
+            try:
+                _check_length(path, environment)
+            except ValueError:
+                environment.close()
+                raise
         except UserError:
             raise
         except (lmdb.Error, ValueError) as error:
