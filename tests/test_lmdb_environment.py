@@ -70,7 +70,8 @@ def test_readers_of_the_parent_process_do_not_prevent_opening(
     lmdb_environment.open_reader(tmp_path / "other")
     with pytest.raises(UserError, match="already open in this process"):
         lmdb_environment.open_reader(store)
-    monkeypatch.setattr(os, "getpid", lambda pid=os.getpid(): pid + 1)  # as in a forked process
+    forked = os.getpid() + 1
+    monkeypatch.setattr(os, "getpid", lambda: forked)
     lmdb_environment.open_reader(store)
 
 
