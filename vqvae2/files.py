@@ -198,7 +198,7 @@ def without_folders(value: Any) -> Any:
 
     Folders of a computer are private, and mean nothing elsewhere.
 
-    >>> without_folders({"data": "/home/me/photos", "sources": ["videos:~/clips", "s3://bucket/a.tar"]})
+    >>> without_folders({"data": "/private/photos", "sources": ["videos:~/clips", "s3://bucket/a.tar"]})
     {'data': 'photos', 'sources': ['videos:clips', 'a.tar']}
     >>> without_folders(["scenes", "huggingface:owner/name", "torchvision:CIFAR10:/data", 3])
     ['scenes', 'huggingface:owner/name', 'torchvision:CIFAR10:data', 3]
