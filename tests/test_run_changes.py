@@ -97,13 +97,24 @@ def test_stage_that_stopped_early_continues_with_more_patience(run: Path, capsys
         assert json.loads(log.read_text().splitlines()[-1])["step"] == 2
         before = contents(run)
         for change in ([f"{TRAINING}.steps", "9"], [f"{TRAINING}.learning-rate", "1e-3"]):
-            expected = "stopped early, and kept the weights of step 1. To continue, also raise early_stopping_patience"
+            expected = "training stopped early at step 2. To continue, also raise early_stopping_patience, now 1"
             fails(capsys, train_top(run, *change, "--resume-with-changes"), expected)
         fails(capsys, train_top(run, f"{TRAINING}.validate-every", "2"), "validate_every = 1, not 2")
         assert contents(run) == before
         more = [f"{TRAINING}.early-stopping-patience", "3", "--resume-with-changes"]
         assert main(train_top(run, *more)) == 0
         assert json.loads(log.read_text().splitlines()[-1])["step"] == 4
+
+
+def test_stage_whose_best_weights_are_not_the_last_continues(run: Path) -> None:
+    shutil.rmtree(run / "prior-top")
+    whole = [f"{TRAINING}.early-stopping-patience", "5", f"{TRAINING}.validate-every", "1", "--resume-with-changes"]
+    with mock.patch("train.stages.prior.mean_nll", return_value=2.0):  # so that the best step is the first
+        assert main(train_top(run, *whole)) == 0
+        assert json.loads((run / "prior-top" / "summary.json").read_text())["steps"] == 1
+        assert main(train_top(run, f"{TRAINING}.steps", "5", "--resume-with-changes")) == 0
+    log = run / "prior-top" / "metrics.jsonl"
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 5
 
 
 def test_max_pixels_may_change_until_images_have_been_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ from sampling.processes import processes
 from sampling.run_changes import RunChanges, SettingChange
 from sampling.run_config import RunConfig
 from sampling.run_data import open_run_datasets
-from sampling.summary import read_summary
 from train.checkpoints import check_made_from
 from vqvae2 import checkpoint, files
 from vqvae2.command_line import Options, parse, split_config_path
@@ -292,11 +291,11 @@ def _check_early_stopping(key: str, previous: Config, config: Config, folder: Ru
     patience = after["early_stopping_patience"]
     if stage is None or not stage.weights.is_file() or patience is None:
         return
-    summary = read_summary(stage.summary)
-    if summary and summary.steps < before["steps"] and patience <= before["early_stopping_patience"]:
+    step = max(stage.checkpoint_steps(), default=0)  # not that of the summary, whose weights are the best, not the last
+    if step < before["steps"] and patience <= before["early_stopping_patience"]:
         raise UserError(
-            f"{key}: training stopped early, and kept the weights of step {summary.steps:,}. To continue, also raise "
-            f"early_stopping_patience, now {patience}."
+            f"{key}: training stopped early at step {step:,}. To continue, also raise early_stopping_patience, now "
+            f"{patience}."
         )
 
 

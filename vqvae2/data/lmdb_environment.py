@@ -83,7 +83,7 @@ def open_reader(
     path = path.resolve()  # LMDB refuses to open a database twice, also through a link
     reader = _readers.get(path)
     if reader is None or reader.pid != os.getpid():
-        # All readers that a forked process inherited: lmdb also refuses a file that has the number of a deleted one.
+        # All readers that a forked process inherited: lmdb also refuses a file with the inode of a deleted one.
         for opened in [each for each, other in _readers.items() if other.pid != os.getpid()]:
             close_reader(opened)
         try:
