@@ -1,10 +1,13 @@
 """What the page of `vqvae2 app` survives: bad uploads, canceled jobs, closed tabs, two users, signals, long use."""
 
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from vqvae2.data.image_io import read_image
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
+
+    from tests.app_browser import Server
 
     OpenPage = Callable[[str], Page]
 
@@ -52,6 +57,21 @@ def test_upload_of_40_megapixels(open_page: "OpenPage", tmp_path: Path) -> None:
     upload(page, path)
     expected = read_image(path, (64, 64))
     assert np.array_equal(pixels(page, "Image")[::6, ::6], expected)
+
+
+def test_upload_of_a_closed_tab_prints_nothing(app_server: "Server") -> None:
+    """The fixture checks what the server has printed."""
+    address = urlparse(app_server.url)
+    head = (
+        "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n"
+        "Content-Type: multipart/form-data; boundary=edge\r\n\r\n"
+        '--edge\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    )
+    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        connection.sendall(head.encode() + bytes(1000))
+        time.sleep(0.5)  # until the server reads the file
+    with urlopen(app_server.url, timeout=20) as response:
+        assert response.status == 200
 
 
 def submit_long_job(page: "Page", seed: int) -> None:

@@ -82,7 +82,8 @@ def serve(model: ServedModel, host: str, port: int) -> None:
         tempfile.TemporaryDirectory(prefix="vqvae2-app-", ignore_cleanup_errors=True) as folder,
     ):
         _set_environment(host, folder)
-        from sampling.app.page import LOOK, build_page  # imports gradio, which reads its environment variables
+        # This imports gradio, which reads its environment variables.
+        from sampling.app.page import LAUNCH_OPTIONS, build_page
 
         page = build_page(model)
         try:
@@ -99,7 +100,7 @@ def serve(model: ServedModel, host: str, port: int) -> None:
                 enable_monitoring=False,
                 run_history=False,
                 footer_links=[],
-                **LOOK,
+                **LAUNCH_OPTIONS,
             )
             print(f"{page.local_url}\nPress Ctrl-C to stop.", flush=True)
             threading.Event().wait()

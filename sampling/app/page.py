@@ -4,6 +4,8 @@ from typing import Any
 
 import gradio as gr
 from gradio.themes import Default
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from sampling.app.codes_tab import CodesTab
 from sampling.app.events import cancel_on_unload
@@ -11,6 +13,7 @@ from sampling.app.tabs import InpaintTab, LevelsTab, SampleTab, VariationsTab
 from sampling.app.worker import ServedModel
 
 _CACHE_SECONDS = 3600  # for which uploads and pictures are kept
+_CLIENT_CLOSED_REQUEST = 499  # nobody receives it
 
 # Labels and buttons stand above pictures instead of covering them, and all tabs fit on a telephone.
 _CSS = """
@@ -23,10 +26,18 @@ label[data-testid="block-label"] { position: static; width: fit-content; }
 .grid-wrap { min-height: 0 !important; max-height: none !important; height: auto !important; }
 @media (max-width: 500px) { .tab-container button { padding: 0 7px !important; } }
 """
-# The fonts of the system: gradio's own themes load fonts.
-LOOK: dict[str, Any] = {
+
+
+async def _ignore_disconnect(_request: Request, _error: Exception) -> Response:
+    """Answer a browser that has closed the connection during an upload, so that the server does not log an error."""
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+
+# Arguments of gr.Blocks.launch. The fonts are those of the system: gradio's own themes load fonts.
+LAUNCH_OPTIONS: dict[str, Any] = {
     "theme": Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     "css": _CSS,
+    "app_kwargs": {"exception_handlers": {ClientDisconnect: _ignore_disconnect}},
 }
 
 
