@@ -54,14 +54,15 @@ for enabled in (False, True):
     results["steps"].append(step)
 bottom, top = network.map_specs
 codes = CodeBatch((torch.randint(512, (2, 4, 4)), torch.randint(512, (2, 2, 2))), torch.tensor([0, 2]))
-for config in (
-    PixelSNAILConfig(channels=8, residual_channels=8, blocks=2, layers=1, heads=2, kernel=3),
-    PixelCNNConfig(channels=8, layers=2, output_channels=8, kernel=3),
-    TransformerConfig(channels=8, layers=2, heads=2),
-):
+for name, config in {
+    "pixelsnail": PixelSNAILConfig(channels=8, residual_channels=8, blocks=2, layers=1, heads=2, kernel=3),
+    "pixelcnn": PixelCNNConfig(channels=8, layers=2, output_channels=8, kernel=3),
+    "transformer": TransformerConfig(channels=8, layers=2, heads=2),
+    "wavefront": TransformerConfig(channels=8, layers=2, heads=2, attention_order="wavefront"),
+}.items():
     dynamo.reset()
     prior = config.build(PriorSpec(level=bottom, coarser=(top,), num_classes=3)).train()
-    results[config.kind] = dynamo.explain(PriorObjective(prior, 0, label_dropout=0.1))(codes).graph_break_count
+    results[name] = dynamo.explain(PriorObjective(prior, 0, label_dropout=0.1))(codes).graph_break_count
 print(json.dumps(results))
 """
 
@@ -71,7 +72,7 @@ def test_compiled_networks() -> None:
     finished = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     results = json.loads(finished.stdout.splitlines()[-1])
-    for kind in ("autoencoder", "pixelsnail", "pixelcnn", "transformer"):
+    for kind in ("autoencoder", "pixelsnail", "pixelcnn", "transformer", "wavefront"):
         assert results[kind] == 0, f"graph breaks of {kind}"
     for eager, compiled in results["steps"]:
         assert len(eager) > 20

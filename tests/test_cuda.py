@@ -32,10 +32,14 @@ PRIORS = [
     PixelCNNConfig(channels=16, layers=2, output_channels=16, kernel=3, dropout=0),
     TransformerConfig(channels=16, layers=2, heads=2, dropout=0),
 ]
-WAVEFRONT = PixelSNAILConfig(
-    channels=16, residual_channels=16, blocks=2, layers=1, heads=2, attention_order="wavefront"
-)
-SAMPLED = [pytest.param(config, id=config.kind) for config in PRIORS] + [pytest.param(WAVEFRONT, id="wavefront")]
+WAVEFRONT = [
+    PixelSNAILConfig(channels=16, residual_channels=16, blocks=2, layers=1, heads=2, attention_order="wavefront"),
+    TransformerConfig(channels=16, layers=2, heads=2, attention_order="wavefront"),
+]
+SAMPLED = [
+    *(pytest.param(config, id=config.kind) for config in PRIORS),
+    *(pytest.param(config, id=f"{config.kind}-wavefront") for config in WAVEFRONT),
+]
 
 
 def autoencoder() -> tuple[nn.Module, ImageSample]:

@@ -196,8 +196,16 @@ def test_captured_position_has_no_wait_and_no_tensor_on_the_cpu(
         sampler._next_position()
 
 
-def test_wavefront_does_not_wait() -> None:
-    model = PixelSNAILConfig(channels=8, residual_channels=8, blocks=2, layers=1, kernel=3, attention=False)
+@pytest.mark.parametrize(
+    "model",
+    [
+        PixelSNAILConfig(channels=8, residual_channels=8, blocks=2, layers=1, kernel=3, attention=False),
+        PixelSNAILConfig(channels=8, residual_channels=8, blocks=1, layers=1, heads=2, attention_order="wavefront"),
+        TransformerConfig(channels=8, layers=2, heads=2, attention_order="wavefront"),
+    ],
+    ids=["pixelsnail", "pixelsnail-attention", "transformer"],
+)
+def test_wavefront_does_not_wait(model: PriorConfig) -> None:
     prior = model.build(PriorSpec(level=BOTTOM, coarser=(TOP,))).eval().requires_grad_(False)
     with fake_cuda() as check, torch.no_grad():
         move_to_fake_cuda(prior)

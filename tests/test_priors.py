@@ -200,7 +200,16 @@ def test_gradient_checkpointing_keeps_gradients(kind: str) -> None:
         torch.testing.assert_close(recomputed, kept, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"output_layers": 1}, {"kind": "pixelcnn"}, {"kind": "transformer"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"output_layers": 1},
+        {"kind": "pixelcnn"},
+        {"kind": "transformer"},
+        {"kind": "transformer", "attention_order": "wavefront"},
+    ],
+    ids=str,
+)
 def test_gradients_reach_every_weight(settings: dict[str, Any]) -> None:
     prior = build(size=(6, 6), coarser=((3, 3),), classes=2, **settings).train()
     given = inputs(prior)

@@ -12,7 +12,7 @@ from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, PartialCodes, sample_level
 from tests.decoders import wavefront_logits
 from tests.test_priors import build, inputs
-from vqvae2.priors import Prior, toom_cook
+from vqvae2.priors import PixelCNN, PixelSNAIL, Prior, Transformer, toom_cook
 from vqvae2.priors.base import WavefrontShape
 
 CASES: list[dict[str, Any]] = [
@@ -125,6 +125,16 @@ ATTENTION: list[dict[str, Any]] = [
     {"size": (9, 1), "classes": 2},
     {"size": (1, 6)},
     {"size": (8, 6), "coarser": ((4, 3), (2, 1)), "classes": 3, "output_layers": 1},
+    *(
+        {"kind": "transformer"} | settings
+        for settings in (
+            {"size": (6, 5)},
+            {"size": (5, 9), "coarser": ((1, 3),)},
+            {"size": (9, 1), "classes": 2},
+            {"size": (1, 6)},
+            {"size": (8, 6), "coarser": ((4, 3), (2, 1)), "classes": 3},
+        )
+    ),
 ]
 
 
@@ -138,7 +148,7 @@ def test_attention_in_wavefront_order_is_causal_and_matches_the_full_pass(settin
         expected = prior(**given)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
         height, width = prior.spec.level.shape
-        skew = prior.config.kernel // 2 + 1
+        skew = skew_of(prior)
         steps = torch.arange(width) + skew * torch.arange(height)[:, None]
         for row in range(height):
             for column in range(width):
@@ -147,9 +157,25 @@ def test_attention_in_wavefront_order_is_causal_and_matches_the_full_pass(settin
                 differs = (prior(**given | {"codes": changed}) - expected).abs().amax((0, 1)) > 0
                 assert not differs[steps <= steps[row, column]].any()
                 if settings.get("attention", True) is True:
-                    # Attention includes positions whose first layer reads the changed code: the next one in its row.
+                    # Attention includes positions whose input is the changed code: the next one in its row.
                     reached = steps > steps[row, column]
                     assert column + 1 == width or differs[reached].all()
+
+
+def skew_of(prior: PixelSNAIL | PixelCNN | Transformer) -> int:
+    """Return by how many columns a row is behind the row above it in wavefront order."""
+    return 2 if isinstance(prior, Transformer) else prior.config.kernel // 2 + 1
+
+
+def test_transformer_in_wavefront_order_depends_on_the_last_column() -> None:
+    prior = build(size=(4, 5), kind="transformer", attention_order="wavefront")
+    codes = inputs(prior, batch=1)["codes"]
+    changed = codes.clone()
+    changed[0, 1, 4] = (changed[0, 1, 4] + 1) % prior.spec.level.codebook_size
+    with torch.no_grad():
+        differs = (prior(changed) - prior(codes))[0].abs().amax(0) > 0
+    steps = torch.arange(5) + 2 * torch.arange(4)[:, None]
+    assert torch.equal(differs, steps >= steps[2, 4])  # the code above is an input, the code to the left is not
 
 
 @pytest.mark.parametrize("settings", ATTENTION, ids=str)
@@ -166,7 +192,7 @@ def test_wavefront_attention_samples_what_the_full_pass_gives(settings: dict[str
     found = sample_level(prior, Noise(4, range(3), 0), None, given["coarser"], given["labels"], known)
     uniform = Noise(4, range(3), 0).draw(height, width)
     codes = torch.where(keep, given["codes"], 0)
-    skew = prior.config.kernel // 2 + 1
+    skew = skew_of(prior)
     for step in range(width + skew * (height - 1)):
         with torch.no_grad():
             logits = prior(codes, given["coarser"], given["labels"])

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vqvae2.priors.base import Column, Wave, WavefrontShape
@@ -38,9 +38,8 @@ class CausalAttention(nn.Module):
         if self.skew is None:
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
-            rows, columns = (torch.arange(length, device=query.device) for length in (height, width))
-            steps = (self.skew * rows[:, None] + columns).flatten()
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=steps[:, None] >= steps)
+            mask = wavefront_mask(height, width, self.skew, query.device)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return attended.transpose(2, 3).reshape(len(query), self.width, height, width)
 
     def incremental(self, batch: int, height: int, width: int) -> "IncrementalAttention":
@@ -80,28 +79,50 @@ class IncrementalAttention:
 
 
 class WavefrontAttention:
-    """Attention of the rows in flight. Keys and values are cached in wavefront order, so that no mask is needed."""
+    """Attention of the rows in flight."""
 
     def __init__(self, attention: CausalAttention, shape: WavefrontShape) -> None:
         self.key_block = WavefrontGatedResidualBlock(attention.key_block, shape)
         self.query_block = WavefrontGatedResidualBlock(attention.query_block, shape)
         self.key_value, self.query = attention.key_value.incremental(), attention.query.incremental()
-        self.sizes = (shape.batch, attention.heads, attention.width // attention.heads)
-        batch, heads, width = self.sizes
-        self.cache = self.query.weight.new_zeros(2, batch, heads, shape.height * shape.width, width)
-        self.length = 0  # cached positions
+        self.cache = WavefrontCache(shape, attention.heads, attention.width // attention.heads, self.query.weight)
 
     def step(self, wave: Wave, inputs: Tensor, features: Tensor, coordinates: Float[Tensor, "rb 2"]) -> Tensor:
         """Return the outputs (rows · batch, channels / 2) of the rows in flight."""
-        batch, heads, width = self.sizes
         key_value = self.key_value(self.key_block.step(wave, torch.cat([inputs, features, coordinates], 1)))
         query = self.query(self.query_block.step(wave, torch.cat([features, coordinates], 1)))
-        first, self.length = self.length, self.length + wave.end - wave.first
-        self.cache[:, :, :, first : self.length] = key_value.view(-1, batch, 2, heads, width).permute(2, 1, 3, 0, 4)
-        keys, values = self.cache[:, :, :, : self.length]
-        query = query.view(-1, batch, heads, width).permute(1, 2, 0, 3)
-        attended = F.scaled_dot_product_attention(query, keys, values)
+        batch, heads, width = self.cache.sizes
+        key, value = key_value.view(-1, batch, 2, heads, width).permute(2, 1, 3, 0, 4)
+        attended = self.cache.attend(query.view(-1, batch, heads, width).permute(1, 2, 0, 3), key, value)
         return attended.permute(2, 0, 1, 3).reshape(len(inputs), heads * width)
+
+
+class WavefrontCache:
+    """Keys and values of a layer, in wavefront order, so that no mask is needed.
+
+    Args:
+        like: Tensor of the type and on the device of keys and values.
+    """
+
+    def __init__(self, shape: WavefrontShape, heads: int, head_dim: int, like: Tensor) -> None:
+        self.sizes = (shape.batch, heads, head_dim)
+        self.cache = like.new_zeros(2, shape.batch, heads, shape.height * shape.width, head_dim)
+        self.length = 0  # cached positions
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Float[Tensor, "b heads r e"]:
+        """Store keys and values (B, heads, R, E) of the rows in flight, then attend to all that are stored."""
+        first, self.length = self.length, self.length + key.shape[2]
+        keys, values = self.cache
+        keys[:, :, first : self.length] = key
+        values[:, :, first : self.length] = value
+        return F.scaled_dot_product_attention(query, keys[:, :, : self.length], values[:, :, : self.length])
+
+
+def wavefront_mask(height: int, width: int, skew: int, device: torch.device) -> Bool[Tensor, "n n"]:
+    """Return to which positions, in raster order, each position attends: those of its own and of earlier steps."""
+    rows, columns = (torch.arange(length, device=device) for length in (height, width))
+    steps = (skew * rows[:, None] + columns).flatten()
+    return steps[:, None] >= steps
 
 
 class RasterPosition:

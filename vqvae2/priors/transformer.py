@@ -1,26 +1,39 @@
-"""A decoder-only transformer over codes in raster order (Vaswani et al. 2017), with 2D rotary position embeddings.
+"""A decoder-only transformer over codes (Vaswani et al. 2017), with 2D rotary position embeddings.
 
 Pre-norm blocks with RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) and a SwiGLU feed-forward layer (Shazeer 2020,
 arXiv 2002.05202). In each attention head, half of the rotary pairs encode the row, the other half the column (Su et al.
-2021, arXiv 2104.09864). The input at a position is the previous code, so attention includes the current position.
+2021, arXiv 2104.09864).
+
+In raster order, the input at a position is the previous code, so attention includes the current position. In wavefront
+order, it is the code to the left and the code above, and attention includes all positions of the same step.
 """
 
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from vqvae2.code_maps import CodeMaps
 from vqvae2.config import Config
-from vqvae2.priors.attention import RasterPosition, cached_attention
-from vqvae2.priors.base import Column, IncrementalDecoder, Prior, PriorSpec
+from vqvae2.priors.attention import RasterPosition, WavefrontCache, cached_attention, wavefront_mask
+from vqvae2.priors.base import (
+    Column,
+    IncrementalDecoder,
+    Prior,
+    PriorSpec,
+    Wave,
+    WavefrontDecoder,
+    WavefrontShape,
+)
 from vqvae2.priors.conditioning import Conditioner
 from vqvae2.priors.layers import upsample_to
 
 _CONDITION_KERNEL = 3
 _ROTARY_BASE = 10_000.0
+_SKEW = 2  # columns that a row is behind the row above it in wavefront order: the code above right is known
 
 
 class TransformerConfig(Config):
@@ -31,6 +44,9 @@ class TransformerConfig(Config):
     layers: int = Field(default=12, ge=1, le=1024, description="number of blocks")
     heads: int = Field(default=12, ge=1, le=1024, description="attention heads")
     feed_forward: float = Field(default=8 / 3, gt=0, description="hidden channels of the feed-forward layer / channels")
+    attention_order: Literal["raster", "wavefront"] = Field(
+        default="raster", description="order of positions in attention; wavefront samples many rows at once"
+    )
     condition_layers: int = Field(
         default=3, ge=0, le=1024, description="residual blocks over the coarser levels' codes"
     )
@@ -68,25 +84,31 @@ class Transformer(Prior):
             spec, channels, _CONDITION_KERNEL, config.condition_layers, config.dropout
         )
         self.embedding = nn.Embedding(level.codebook_size, channels)
-        self.start = nn.Parameter(torch.zeros(channels))  # input at the first position
+        self.start = nn.Parameter(torch.zeros(channels))  # input without a code to the left, or before the first
+        self.embedding_above = None if self.is_raster_order else nn.Embedding(level.codebook_size, channels)
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(channels)
         self.logits = nn.Linear(channels, level.codebook_size, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        for embedding in filter(None, (self.embedding, self.embedding_above)):
+            nn.init.normal_(embedding.weight, std=0.02)
         nn.init.normal_(self.start, std=0.02)
         nn.init.normal_(self.logits.weight, std=0.02)
 
     def conditional_logits(
         self, codes: Int[Tensor, "b h w"], condition: Float[Tensor, "b c h2 w2"] | None
     ) -> Float[Tensor, "b k h w"]:
-        previous = self.embedding(codes.flatten(1)[:, :-1])
-        x = torch.cat([self.start.to(previous.dtype).expand(len(codes), 1, -1), previous], 1)
+        x = self._embed(codes)
         if condition is not None:
             x = x + self._at_positions(condition)
         rotary = self.rotary()
+        mask = None if self.is_raster_order else wavefront_mask(*self.spec.level.shape, _SKEW, codes.device)
         for block in self.blocks:
-            x = self._run_block(block, x, rotary)
+            x = self._run_block(block, x, rotary, mask)
         return self.logits(self.norm(x)).transpose(1, 2).unflatten(2, codes.shape[1:])
+
+    @property
+    def is_raster_order(self) -> bool:
+        return self.config.attention_order == "raster"
 
     def rotary(self) -> Float[Tensor, "2 n e"]:
         """Return the rotary embedding of all positions."""
@@ -96,6 +118,26 @@ class Transformer(Prior):
     def _make_incremental_decoder(self, batch: int, condition: Tensor | None) -> IncrementalDecoder:
         at_positions = None if condition is None else self._at_positions(condition)
         return _IncrementalTransformer(self, batch, at_positions)
+
+    @torch.inference_mode()
+    def wavefront_decoder(
+        self, batch: int, height: int, coarser: CodeMaps = (), labels: Int[Tensor, " b"] | None = None
+    ) -> WavefrontDecoder | None:
+        if self.is_raster_order:
+            return None
+        condition = self._condition(batch, coarser, labels)
+        shape = WavefrontShape(batch, height, self.spec.level.width, _SKEW)
+        return _WavefrontTransformer(self, shape, None if condition is None else self._at_positions(condition))
+
+    def _embed(self, codes: Int[Tensor, "b h w"]) -> Float[Tensor, "b n c"]:
+        """Return the inputs of all positions."""
+        if self.embedding_above is None:
+            previous = self.embedding(codes.flatten(1)[:, :-1])
+            return torch.cat([self.start.to(previous.dtype).expand(len(codes), 1, -1), previous], 1)
+        left = self.embedding(codes[:, :, :-1])
+        left = torch.cat([self.start.to(left.dtype).expand(*codes.shape[:2], 1, -1), left], 2)
+        above = F.pad(self.embedding_above(codes[:, :-1]), (0, 0, 0, 0, 1, 0))
+        return (left + above).flatten(1, 2)
 
     def _at_positions(self, condition: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
         """Return the conditioning features of each position. N is 1 if there is only a label."""
@@ -118,16 +160,19 @@ class TransformerBlock(nn.Module):
         for layer in (self.out, self.down_proj):  # residual branches start small, whatever the number of blocks
             nn.init.normal_(layer.weight, std=0.02 / (2 * config.layers) ** 0.5)
 
-    def forward(self, x: Float[Tensor, "b n c"], rotary: Float[Tensor, "2 n e"]) -> Float[Tensor, "b n c"]:
-        query, key, value = self.project(x)
-        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        return self.feed_forward(x, F.scaled_dot_product_attention(query, key, value, is_causal=True))
+    def forward(
+        self, x: Float[Tensor, "b n c"], rotary: Float[Tensor, "2 n e"], mask: Bool[Tensor, "n n"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """Return the outputs. Without a mask, positions attend to those up to and including themselves."""
+        query, key, value = self.project(x, rotary)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        return self.feed_forward(x, attended)
 
-    def project(self, x: Float[Tensor, "b n c"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values (B, heads, N, C / heads), before the rotary embedding."""
+    def project(self, x: Float[Tensor, "b n c"], rotary: Float[Tensor, "2 n e"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (B, heads, N, C / heads)."""
         split = self.query_key_value(self.first_norm(x)).unflatten(2, (3, self.heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        return query, key, value
+        return apply_rotary(query, rotary), apply_rotary(key, rotary), value
 
     def feed_forward(self, x: Float[Tensor, "b n c"], attended: Float[Tensor, "b heads n e"]) -> Float[Tensor, "b n c"]:
         """Add the attention output to `x`, then apply the feed-forward layer."""
@@ -178,12 +223,48 @@ class _IncrementalTransformer(IncrementalDecoder):
             x = x + self.condition[:, 0 if label_only else position].view(*x.shape)
         rotary = self.rotary[:, position].view(2, 1, -1)
         for block, cache in zip(self.blocks, self.cache, strict=True):
-            query, key, value = block.project(x)
-            key_value = torch.stack([apply_rotary(key, rotary), value])[:, :, :, 0]
-            query = apply_rotary(query, rotary)
+            query, key, value = block.project(x, rotary)
+            key_value = torch.stack([key, value])[:, :, :, 0]
             x = block.feed_forward(x, cached_attention(cache, key_value, query, position, self.position.all))
         return self.model.logits(self.model.norm(x))[:, 0]
 
     @torch.inference_mode()
     def set_codes(self, column: Column, codes: Int[Tensor, " b"]) -> None:
         self.previous.copy_(self.model.embedding(codes)[:, None])
+
+
+class _WavefrontTransformer(WavefrontDecoder):
+    def __init__(self, model: Transformer, shape: WavefrontShape, condition: Float[Tensor, "b n c"] | None) -> None:
+        self.model, self.shape, self.condition = model, shape, condition
+        self.blocks = [block for block in model.blocks if isinstance(block, TransformerBlock)]
+        head_dim = model.config.channels // model.config.heads
+        self.caches = [WavefrontCache(shape, model.config.heads, head_dim, model.start.detach()) for _ in self.blocks]
+        device = model.start.device
+        self.codes = torch.zeros(shape.batch, shape.height, shape.width, dtype=torch.int64, device=device)
+        self.rotary = model.rotary()
+
+    @torch.inference_mode()
+    def logits(self, wave: Wave) -> Float[Tensor, "r b k"]:
+        rows, columns = self.shape.index_tensors(wave, self.codes.device)
+        positions = rows * self.shape.width + columns
+        x = self._embed(rows, columns)
+        if self.condition is not None:
+            label_only = self.condition.shape[1] == 1
+            x = x + (self.condition if label_only else self.condition[:, positions])
+        rotary = self.rotary[:, positions]
+        for block, cache in zip(self.blocks, self.caches, strict=True):
+            x = block.feed_forward(x, cache.attend(*block.project(x, rotary)))
+        return self.model.logits(self.model.norm(x)).transpose(0, 1)
+
+    @torch.inference_mode()
+    def set_codes(self, wave: Wave, codes: Int[Tensor, "r b"]) -> None:
+        rows, columns = self.shape.index_tensors(wave, self.codes.device)
+        self.codes[:, rows, columns] = codes.T
+
+    def _embed(self, rows: Int[Tensor, " r"], columns: Int[Tensor, " r"]) -> Float[Tensor, "b r c"]:
+        """Return the inputs of the rows in flight."""
+        assert self.model.embedding_above is not None
+        left = self.model.embedding(self.codes[:, rows, columns - 1])  # of the last column at the first one, not used
+        left = torch.where((columns > 0)[:, None], left, self.model.start)
+        above = self.model.embedding_above(self.codes[:, rows - 1, columns])
+        return left + above * (rows > 0)[:, None]
