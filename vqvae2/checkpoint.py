@@ -152,7 +152,8 @@ def build_module(build: Callable[[], Module], tensors: dict[str, Tensor], source
     with torch.device("meta"):
         module = build()
     _check_state_dict(module, tensors, source)  # before anything is allocated
-    module = module.to_empty(device="cpu")
+    # As `to_empty`, except for what is not on the meta device, such as a table that a package computes.
+    module = module._apply(lambda each: torch.empty_like(each, device="cpu") if each.is_meta else each)
     load_state_dict(module, tensors, source)
     return module
 

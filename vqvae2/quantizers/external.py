@@ -44,7 +44,9 @@ class ExternalConfig(Config):
         Raises:
             UserError: If the package, the class or an argument is wrong, or the class has no lookup of single codes.
         """
-        return ExternalQuantizer(self)
+        # Not on the meta device: some classes read their tensors, and compute tables that weights files lack.
+        with torch.device("cpu"):
+            return ExternalQuantizer(self)
 
 
 class ExternalQuantizer(Quantizer):
@@ -104,8 +106,6 @@ class ExternalQuantizer(Quantizer):
         Raises:
             UserError: If not.
         """
-        if any(tensor.is_meta for tensor in self.state_dict().values()):
-            return  # about to be filled with weights that passed this check
         was_training = self.training
         self.eval()
         try:
