@@ -209,6 +209,38 @@ def test_dead_codes_restart_at_features(config: type[EMAConfig] | type[GradientC
     assert len(codes.unique()) == 4
 
 
+@pytest.mark.parametrize("config", [EMAConfig, GradientConfig])
+def test_larger_batches_do_not_restart_codes_in_use(config: type[EMAConfig] | type[GradientConfig]) -> None:
+    quantizer = config(codebook_size=16, code_dim=4).build()
+    for step in range(20):
+        quantizer(features(2, 4, 64, seed=step))
+        quantizer.update()
+    trained = quantizer.codebook.clone()
+    quantizer(features(100, 4, 64, seed=99))
+    quantizer.update()
+    moved = (quantizer.codebook - trained).norm(dim=1) / trained.norm(dim=1)
+    assert moved.max() < 0.5, "no code is replaced by a random feature"
+
+
+def test_codes_of_kmeans_are_kept_with_many_micro_batches() -> None:
+    quantizer = EMAConfig(codebook_size=16, code_dim=4).build()
+    for part in features(64, 4, 64).split(2):
+        quantizer(part)
+        initial = quantizer.codebook.clone()
+    quantizer.update()
+    assert (quantizer.codebook - initial).norm(dim=1).max() < 0.5
+
+
+def test_batch_without_features_restarts_nothing() -> None:
+    quantizer = EMAConfig(codebook_size=4, code_dim=2, kmeans_init=False).build()
+    quantizer.ema_cluster_size.copy_(torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    before = quantizer.codebook.clone()
+    quantizer(torch.zeros(0, 2, 4))
+    quantizer.update()
+    assert torch.equal(quantizer.codebook[0].isfinite(), before[0].isfinite())
+    assert quantizer.ema_cluster_size[0] == 0
+
+
 def test_dead_codes_stay_if_restarts_are_off() -> None:
     quantizer = EMAConfig(codebook_size=2, code_dim=2, kmeans_init=False, dead_code_threshold=0).build()
     for buffer in (quantizer.embedding, quantizer.ema_embedding_sum):

@@ -50,8 +50,8 @@ class CodebookQuantizer(Quantizer):
     """Base class of quantizers that look up the nearest of `codebook_size` learned vectors.
 
     In training mode, `forward` accumulates statistics and `update` applies them, summed over all ranks. The codebook is
-    therefore the same with one process and batch size 2N, two processes and batch size N, or two accumulated batches of
-    size N.
+    therefore the same with one process and batch size 2N, or two processes and batch size N. With two accumulated
+    batches of size N it is, too, except that k-means uses the first one and restarts use the last one.
     """
 
     ema_cluster_size: Tensor  # (K,) moving average of the uses of each code per step, summed over ranks
@@ -139,8 +139,10 @@ class CodebookQuantizer(Quantizer):
     def _restart_dead_codes(self, counts: Float[Tensor, " k"], latents: Float[Tensor, "n width"]) -> None:
         """Replace codes with too little usage by random latents of the current batch."""
         vectors = _sample_latents(latents, self.codebook_size, self._generator())
-        threshold = self.config.dead_code_threshold * counts.sum() / self.codebook_size
-        dead = self.ema_cluster_size < threshold
+        # Relative to the moving averages, not to this batch, which may be larger than those before: that of a
+        # pretrained codebook, or one micro-batch, for k-means.
+        threshold = self.config.dead_code_threshold * self.ema_cluster_size.sum() / self.codebook_size
+        dead = (self.ema_cluster_size < threshold) & (counts.sum() > 0)  # nothing replaces them without latents
         # Twice the threshold gives a new code time to be used before it can be restarted: 69 steps at γ = 0.99.
         cluster_size = (2 * threshold).expand(self.codebook_size)
         self.ema_cluster_size.copy_(torch.where(dead, cluster_size, self.ema_cluster_size))
