@@ -164,6 +164,19 @@ def test_last_steps_train_only_the_decoder(config: Path, tmp_path: Path) -> None
     assert updates == {2}, "the moments of the steps before are discarded"
 
 
+def test_decoder_steps_keep_the_averaged_weights_of_the_encoder(config: Path, tmp_path: Path) -> None:
+    average = ["--autoencoder.training.ema-decay", "0.9"]
+    with pytest.raises(Stopped):
+        train_stage(config, tmp_path / "run", *DECODER_STEPS, *average, stop_at=4)
+    before = load_file(tmp_path / "run" / "autoencoder" / "checkpoints" / "00000004" / "state.safetensors")
+    state = train_stage(config, tmp_path / "run", *DECODER_STEPS, *average)
+    encoder = [name for name in before if name.startswith("ema/encoder")]
+    assert encoder
+    for name in encoder:
+        assert torch.equal(state[name], before[name]), name
+        assert torch.equal(state[name.replace("ema/", "objective/network.")], before[name]), name
+
+
 def test_decoder_steps_resume_exactly_and_match_in_two_processes(config: Path, tmp_path: Path) -> None:
     expected = train_stage(config, tmp_path / "run", *DECODER_STEPS)
     for stop_at in (4, 5):

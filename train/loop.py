@@ -30,7 +30,7 @@ from tqdm import tqdm
 from train.accelerator import fast_kernels, log_preview, make_accelerator, seed_step, to_device
 from train.checkpoints import Checkpoints, Optimized, TrainingState
 from train.early_stopping import EarlyStopping
-from train.ema import ExponentialMovingAverage
+from train.ema import ExponentialMovingAverage, copy_tensors
 from train.lr_schedule import learning_rate
 from train.metric_log import MetricLog, StepValues
 from train.signals import StopSignals
@@ -154,6 +154,8 @@ def train(
         finished = state.step == config.steps or early_stopping.should_stop
         for step, batches in () if finished else _batches(stage, config, accelerator, state.step, num_workers):
             seed_step(config.seed, step, accelerator.process_index)
+            if 0 < step == config.phase(step)[0]:
+                _start_phase(units[0], ema)
             log.add(_update(stage, units, batches, config, step, accelerator))
             state.advance(time.monotonic() - started)
             bar.update()
@@ -261,6 +263,15 @@ def _optimized(stage: TrainingStage, units: Sequence[TrainableUnit]) -> dict[str
     }
 
 
+def _start_phase(unit: TrainableUnit, ema: ExponentialMovingAverage) -> None:
+    """Start another phase of training from the averaged weights, if any, so that those which it freezes stay as saved.
+
+    The moments of the phase before are too small for a loss with further terms, and start at zero.
+    """
+    unit.optimizer.optimizer.state.clear()
+    copy_tensors(dict(ema.network.named_parameters()), ema.average)
+
+
 def _update(
     stage: TrainingStage,
     units: Sequence[TrainableUnit],
@@ -271,9 +282,6 @@ def _update(
 ) -> StepValues:
     """Update the weights once, and return the mean of each loss term over the micro-batches, and gradient norms."""
     stage.before_update(step)
-    first_of_phase, _ = config.phase(step)
-    if 0 < step == first_of_phase:  # moments of an earlier phase are too small for a loss with further terms
-        units[0].optimizer.optimizer.state.clear()
     units = [unit for unit in units if step >= unit.start]
     names: list[str] = []
     sums: Tensor | float = 0.0
