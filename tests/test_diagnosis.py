@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from sampling.evaluation.diagnose import diagnose_run, diagnostic_rows
@@ -140,6 +141,14 @@ def test_warnings_are_printed_and_shown_in_the_report(run: Path, capsys: pytest.
     text = Page(write_report(run)).text
     assert "perplexity 1.25 on held-out images" in text
     assert "Level top: prior overfits" in text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["priors"]["top"]["training"]["early_stopping_patience"] = 2
+    (run / "config.yaml").write_text(yaml.safe_dump(config) + "# complete\n")
+    summary = run / "prior-top" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"steps": 2}))
+    text = Page(write_report(run)).text
+    assert "Level top: prior overfits" not in text, "the best weights are kept"
+    assert "2 steps" in text
 
 
 def test_invalid_runs_give_one_line_errors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

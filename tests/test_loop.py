@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from train import loop
+from train.checkpoints import TrainingState
 from train.loop import TrainingStage, train
 from train.lr_schedule import learning_rate
 from vqvae2 import checkpoint
@@ -116,6 +118,25 @@ def test_resumed_run_matches_uninterrupted_run_bit_for_bit(tmp_path: Path, stop_
     assert [entry["step"] for entry in log_entries(interrupted)] == [
         entry["step"] for entry in log_entries(uninterrupted)
     ]
+
+
+def test_signal_after_the_last_checkpoint_stops_before_the_next_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = loop._save
+
+    def save_and_stop(state: TrainingState, *arguments: Any) -> None:
+        save(state, *arguments)
+        if state.step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "_save", save_and_stop)
+    with pytest.raises(Stopped, match=r"^stopped by SIGTERM; run the same command again to resume$") as stopped:
+        train(LineStage(), config(), tmp_path, num_workers=0)
+    assert stopped.value.status == 143
+    assert not (tmp_path / "model.safetensors").exists()
+    assert train(LineStage(), config(), tmp_path, num_workers=0)["steps"] == 12
+    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_killed_run_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tests.test_commands import contents, fails
 from train.checkpoints import Checkpoints
 from vqvae2 import checkpoint
 from vqvae2.__main__ import main
+from vqvae2.data.code_store import CodeHeader
 
 TRAINING = "--priors.top.training"
 CHANGES = [f"{TRAINING}.steps", "9", f"{TRAINING}.learning-rate", "1e-3", f"{TRAINING}.batch-size", "4"]
@@ -149,3 +150,5 @@ def test_prior_of_another_autoencoder_is_not_taken_as_complete(run: Path, capsys
     fails(capsys, train_top(run), "prior-top/checkpoints", "trained on another `autoencoder`", "Delete")
     shutil.rmtree(run / "prior-top")
     assert main(train_top(run)) == 0
+    with mock.patch.object(CodeHeader, "digest", "0" * 64):  # as if other images had become unreadable
+        fails(capsys, train_top(run), "prior-top/model.safetensors", "trained on another `codes`", "Delete")

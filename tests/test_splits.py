@@ -117,6 +117,9 @@ def test_a_run_with_a_folder_for_validation(
     command[0] = "extract-codes"
     moved = shutil.copytree(val, tmp_path / "moved")
     assert main([*command[:-1], str(moved)]) == 0, "the same images in another place"
+    other = shutil.copytree(val, tmp_path / "other")
+    shutil.copy(val / "b" / "0.png", other / "b" / "new.png")
+    fails(capsys, [*command[:-1], str(other)], "does not hold the images")  # although its codes are complete
     shutil.copy(val / "b" / "0.png", moved / "b" / "new.png")
     shutil.rmtree(tmp_path / "run" / "codes")
     fails(capsys, [*command[:-1], str(moved)], "does not hold the images")

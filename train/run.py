@@ -184,10 +184,11 @@ class Run(BaseRun):
     command: ClassVar[str] = "vqvae2 run"
 
     def check(self, previous: RunConfig | None) -> None:
+        data = self.config.data
         with torch.device("meta"):  # raises if sizes do not divide
-            self.config.autoencoder.model.build(self.config.data.shape, self.config.data.channels)
-        if previous and previous.data.path != self.config.data.path:
-            open_run_datasets(self.config.data, self.folder, use_cache=False)
+            self.config.autoencoder.model.build(data.shape, data.channels)
+        if previous and (previous.data.path, previous.data.val_path) != (data.path, data.val_path):
+            open_run_datasets(data, self.folder, use_cache=False)
         _check_pretrained(self.config, self.folder)
 
 

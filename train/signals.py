@@ -9,10 +9,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vqvae2.distributed import all_reduce_sum
+from vqvae2.errors import Stopped
 
 
 class StopSignals:
-    """Records stop signals inside a `with` block. A second Ctrl-C interrupts immediately."""
+    """Records stop signals inside a `with` block. A second Ctrl-C interrupts immediately.
+
+    Raises:
+        Stopped: At the end of the block, if a signal arrived after the last call of `received`.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -30,6 +35,9 @@ class StopSignals:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._received and error is None:  # after the last step
+            name = signal.Signals(self._received).name
+            raise Stopped(f"stopped by {name}; run the same command again to resume", self._received)
 
     def received(self) -> signal.Signals | None:
         """Return the signal that any process has received. Every process must call this in every step.

@@ -90,7 +90,8 @@ def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
     }
     warnings = codebook_warnings(autoencoder.metrics, names)
     for name in names:
-        warnings += prior_warnings(name, _log(folder.prior(name)))
+        keeps_best = config.priors[name].training.early_stopping_patience is not None
+        warnings += prior_warnings(name, _log(folder.prior(name)), keeps_best)
     return RunStatus(
         folder,
         samples,
@@ -117,7 +118,8 @@ def _training(folder: StageFolder, steps: int) -> StageStatus:
         step = int(entry["step"])
         metrics |= {name.removeprefix("validation/"): entry[name] for name in entry if name.startswith("validation/")}
     if folder.weights.is_file():
-        metrics = summary.validation if summary else metrics
+        if summary:
+            steps, metrics = summary.steps or steps, summary.validation
         detail = f"{steps:,} steps" if steps else "pretrained"
         return StageStatus("finished", detail, summary.seconds if summary else None, metrics)
     if step:

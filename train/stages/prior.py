@@ -20,6 +20,7 @@ from train.accelerator import shared_batches, to_device
 from train.loop import TrainingStage, train
 from train.run import Run, RunOptions, is_finished, open_run
 from vqvae2 import files
+from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import CodeBatch, CodeStore, to_int64
 from vqvae2.data.images import to_uint8
 from vqvae2.data.samplers import SequentialBatchSampler
@@ -171,10 +172,13 @@ def train_prior(run: Run, level: str) -> None:
     folder = run.folder.prior(level)
     if processes().is_main_process:
         files.lock_folder(folder.path)
-    if folder.weights.is_file() and is_finished(
-        folder.weights, {"autoencoder": files.digest(run.folder.autoencoder_weights)}
-    ):
-        return
+    if folder.weights.is_file():
+        made_from: dict[str, str | None] = {"autoencoder": files.digest(run.folder.autoencoder_weights)}
+        store = run.folder.code_store("train")
+        if lmdb_environment.exists(store):  # it may have been deleted since
+            made_from["codes"] = CodeStore.read_header(store).digest
+        if is_finished(folder.weights, made_from):
+            return
     stage = ImagePriorStage(run, level)
     train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
 
