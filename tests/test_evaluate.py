@@ -101,6 +101,17 @@ def test_folder_and_its_statistics_agree_and_folder_features_are_cached(
     assert again["fid"]["value"] == first["fid"]["value"]
 
 
+def test_replaced_weights_file_is_measured_again(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "inception.pth"
+    shutil.copy(inception_weights, weights)
+    first = evaluate(run, weights)
+    state = torch.load(weights, weights_only=True)
+    torch.save({name: 1.5 * each if each.is_floating_point() else each for name, each in state.items()}, weights)
+    second = evaluate(run, weights)
+    assert second["protocol"]["inception_weights"] == files.digest(weights)
+    assert second["fid"]["value"] != first["fid"]["value"]
+
+
 def test_different_sizes_and_formats_give_warnings(run: Path, inception_weights: Path, tmp_path: Path) -> None:
     folder = fill(tmp_path / "reference", 6, size=(48, 40))
     for path in list(folder.iterdir()):

@@ -163,6 +163,7 @@ def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> di
         "reference": config.reference,
         "reference_digest": _reference_digest(reference),
         "inception_weights": config.inception_weights,
+        "weights": {str(path): files.digest(path) if path.is_file() else None for path in config.weights_files},
         "features": list(config.features),
     }
 

@@ -51,3 +51,9 @@ class EvaluationConfig(Config):
     def inception_path(self) -> Path | None:
         """Path of the Inception weights, if given."""
         return Path(self.inception_weights) if self.inception_weights else None
+
+    @property
+    def weights_files(self) -> list[Path]:
+        """Weights files of networks that are given."""
+        given = [self.inception_weights, *(network.partition("=")[2] for network in self.features)]
+        return [Path(path) for path in given if path]

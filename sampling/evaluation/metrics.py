@@ -113,6 +113,7 @@ class MadeFrom(Config):
     reference: str
     reference_digest: str | None = None
     inception_weights: str | None = None
+    weights: dict[str, str | None] = Field(default_factory=dict)  # digests of weights files that were given
     features: tuple[str, ...] = ("inception",)
 
 
