@@ -6,7 +6,8 @@ one large matrix multiplication. In float32 the error is about twice that of dir
 fast on their own, so GPUs use tiles of one output, which is direct summation.
 
 A tile mixes all of its inputs, so rounding errors of each input affect all outputs of the tile. The algorithm is
-therefore only used for the rows above a position, where all columns are in the past, and causality stays exact.
+therefore only used for the rows above a position. In raster order all their columns are earlier ones, and causality
+stays exact; in wavefront order, later columns of these rows have the effect of a rounding error in the full pass.
 """
 
 from functools import cache
