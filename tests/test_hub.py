@@ -76,6 +76,10 @@ def test_sample_command_takes_saved_pipelines_and_their_defaults(
     assert (tmp_path / "faces-variations" / "grid.png").is_file()
     assert main(["reconstruct", "scenes64", picture]) == 0
     assert (tmp_path / "scenes64-reconstructions.png").is_file()
+    monkeypatch.chdir(saved)
+    assert main(["sample", ".", "--count", "2"]) == 0
+    assert (saved / "faces-samples" / "manifest.json").is_file()
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     fails(capsys, ["sample", "empty"], "empty: not a run folder")
 
