@@ -6,17 +6,22 @@ from torch import Tensor
 
 from sampling.params import CodeSamplingParams
 
+# Logits divided by less can overflow to infinity, and their softmax is NaN. At 1e-30 it is already one-hot.
+_MIN_TEMPERATURE = 1e-30
+
 
 def sample_codes(
     logits: Float[Tensor, "b k"], uniform: Float[Tensor, " b"], params: CodeSamplingParams
 ) -> Int[Tensor, " b"]:
     """Sample codes by inversion of the cumulative distribution. `uniform` holds variates in [0, 1).
 
+    A temperature below 1e-30 selects the most likely code, as 0 does.
+
     >>> probabilities = torch.tensor([0.2, 0.5, 0.3])
     >>> sample_codes(probabilities.log().expand(3, 3), torch.tensor([0.9, 0.5, 0.1]), CodeSamplingParams()).tolist()
     [0, 1, 2]
     """
-    if params.temperature == 0:
+    if params.temperature < _MIN_TEMPERATURE:
         return logits.argmax(1)
     logits = keep_top_p(keep_top_k(logits.float() / params.temperature, params.top_k), params.top_p)
     cumulative = logits.softmax(1).cumsum(1, dtype=torch.float64)  # in float32, the order of additions would matter

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from sampling.sample_level import PartialCodes
 from vqvae2.code_maps import CodeMaps, MapSpec
 from vqvae2.errors import UserError
+from vqvae2.pictures import IMAGE_ERRORS
 
 HALVES = ("top-half", "bottom-half", "left-half", "right-half")
 
@@ -39,7 +40,7 @@ def read_mask(source: str, size: tuple[int, int]) -> Bool[Tensor, "h w"]:
     try:
         with Image.open(source) as picture:
             mask = torch.from_numpy(np.array(picture.convert("L")) >= 128)
-    except (UnidentifiedImageError, OSError) as error:
+    except IMAGE_ERRORS as error:
         raise UserError(f"--keep {source}: not a readable picture ({error})") from None
     if tuple(mask.shape) != size:
         found = f"{mask.shape[0]} × {mask.shape[1]}"

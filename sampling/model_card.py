@@ -24,20 +24,21 @@ def write_model_card(folder: RunFolder, pipeline: "VQVAE2Pipeline", params: Samp
     """Write README.md to the folder of a saved pipeline, with what is known about its training.
 
     Pipelines of a run have its data set, its metrics and a grid of its samples. A pipeline that was loaded from a saved
-    one keeps that one's card, with the sections on sampling parameters and files updated.
+    one keeps that one's card, with the sections on sampling parameters and files updated. A README.md in a run folder
+    is the user's own, and is not published.
 
     Args:
         params: Default sampling parameters of the saved pipeline.
     """
     source = RunFolder(pipeline.source) if pipeline.source is not None else None
+    is_run = source is not None and source.config.is_file()
     sampling, digests = _sampling(params), _digests(folder, pipeline)
-    if source and source.card.is_file():
+    if source and not is_run and source.pipeline_config.is_file() and source.card.is_file():
         card = source.card.read_text(encoding="utf-8", errors="replace")
         files.write_text(folder.card, _replace_section(_replace_section(card, sampling), digests))
         if (source.path / _GRID).is_file() and source.path.resolve() != folder.path.resolve():
             shutil.copyfile(source.path / _GRID, folder.path / _GRID)
         return
-    is_run = source is not None and source.config.is_file()
     data = RunConfig.from_resolved_yaml(source.config).data if source and is_run else None
     title = f"# {folder.path.resolve().name}\n"
     parts = [_front_matter(pipeline, data), title, _usage(), _architecture(pipeline), sampling]

@@ -96,13 +96,18 @@ def find_other_network(manifest: Manifest, run: RunFolder) -> str | None:
     return None
 
 
-def next_free(first: Path, is_free: Callable[[Path], bool]) -> Path:
-    """Return the first of NAME, NAME-2, NAME-3, … that `is_free`."""
-    folder, number = first, 1
-    while not is_free(folder):
+def next_free(first: Path, is_free: Callable[[Path], bool], suffix: str = "") -> Path:
+    """Return the first of NAME, NAME-2, NAME-3, … that `is_free`. The number comes before the `suffix` of NAME."""
+    name, path, number = first.name.removesuffix(suffix), first, 1
+    while not is_free(path):
         number += 1
-        folder = first.with_name(f"{first.name}-{number}")
-    return folder
+        path = first.with_name(f"{name}-{number}{suffix}")
+    return path
+
+
+def next_new(first: Path, suffix: str = "") -> Path:
+    """Return the first of NAME, NAME-2, NAME-3, … that does not exist; see `next_free`."""
+    return next_free(first, lambda path: not path.exists(), suffix)
 
 
 def next_free_folder(first: Path, manifest: Manifest) -> Path:
@@ -112,7 +117,7 @@ def next_free_folder(first: Path, manifest: Manifest) -> Path:
 
 def default_output(model: Path, kind: str) -> Path:
     """Return where a command writes by default: RUN/KIND for a run, NAME-KIND in the working directory otherwise."""
-    name = model.name if model.is_dir() else model.name.partition("@")[0]  # without the revision of a hub id
+    name = model.resolve().name if model.is_dir() else model.name.partition("@")[0]  # without the revision of a hub id
     return model / kind if RunFolder(model).config.is_file() else Path(f"{name}-{kind}")
 
 
@@ -130,6 +135,12 @@ def check_new(folder: Path) -> None:
     children = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
     if not all(files.is_leftover(child.name) for child in children):
         raise UserError(f"{folder}: exists and is not empty. Choose another folder with --out.")
+
+
+def check_new_file(path: Path) -> None:
+    """Raise UserError if a file that is about to be written exists."""
+    if path.exists():
+        raise UserError(f"{path}: already exists. Choose another name or delete it.")
 
 
 def image_path(folder: Path, number: int, image_format: ImageFormat = "png") -> Path:

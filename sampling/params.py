@@ -40,10 +40,14 @@ def _parse_per_level(value: Any) -> Any:
     try:
         if "=" not in value:
             return float(value)
-        pairs = (part.split("=") for part in value.split(","))
-        return {level.strip(): float(number) for level, number in pairs}
+        pairs = [(level.strip(), float(number)) for level, number in (part.split("=") for part in value.split(","))]
     except ValueError:
         raise ValueError(f"expected a number, or numbers per level such as top=1,bottom=2, not {value!r}") from None
+    levels = [level for level, _ in pairs]
+    for level in levels:
+        if levels.count(level) > 1:
+            raise ValueError(f"the level {level!r} occurs twice")
+    return dict(pairs)
 
 
 def format_per_level(value: float | str | Mapping[str, float]) -> str:

@@ -114,8 +114,13 @@ class VQVAE2Pipeline:
         Args:
             sampling: Default sampling parameters of the saved pipeline; those of this one if not given.
             dtype: Stored type of the weights, such as `torch.bfloat16` for half the size; their own if not given.
+
+        Raises:
+            UserError: If the folder is a run folder, whose weights would be overwritten.
         """
         target = RunFolder(Path(folder))
+        if target.config.exists():
+            raise UserError(f"{folder}: a run folder, whose weights would be overwritten. Choose another folder.")
         self.autoencoder.save(target.autoencoder_weights, dtype, **self.autoencoder.made_from)
         digest = files.digest(target.autoencoder_weights)
         for name, prior in zip(self.levels, self.priors, strict=True):

@@ -1,7 +1,6 @@
 """The command `vqvae2 reconstruct`: images beside their reconstructions, or a folder of reconstructions."""
 
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from sampling.output_folder import check_new, default_output
+from sampling.output_folder import check_new, check_new_file, default_output, next_new
 from sampling.processes import processes
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.data.image_io import MAX_PIXELS
 from vqvae2.data.images import DataConfig, ImageDataset, read_image, to_float, to_uint8
 from vqvae2.data.sources import open_source
-from vqvae2.data.sources.base import is_image
+from vqvae2.data.sources.base import is_image, member_name
 from vqvae2.errors import UserError
 from vqvae2.hub import SOURCE_HELP
 from vqvae2.models import Autoencoder
@@ -46,8 +45,8 @@ class ReconstructOptions(Options):
     )
     out: Path | None = Field(
         default=None,
-        description="PNG or, for a folder or archive, folder to write; reconstructions(.png) in the run folder if not "
-        "given, or NAME-reconstructions(.png) for another model",
+        description="new PNG or, for a folder or archive, new folder; if not given, reconstructions(.png) in the run "
+        "folder, or NAME-reconstructions(.png) for another model, and reconstructions-2(.png), … if it exists",
     )
 
 
@@ -74,7 +73,7 @@ def progressive_levels(autoencoder: Autoencoder) -> list[tuple[str, ...]]:
 def reconstruct_all(autoencoder: Autoencoder, images: ImageDataset, out: Path) -> int:
     """Write the reconstruction of every readable image to a new folder, as NAME.png. Return their number.
 
-    The folder is complete or absent.
+    NAME is the path in the source, without a leading `/` and without `..`. The folder is complete or absent.
 
     Raises:
         UserError: If the folder exists and is not empty, too many images are unreadable, or two have the same NAME.
@@ -88,11 +87,11 @@ def reconstruct_all(autoencoder: Autoencoder, images: ImageDataset, out: Path) -
             if read:
                 codes = autoencoder.encode(to_float(torch.stack(list(read.values())).to(device)))
                 for number, image in zip(read, to_uint8(autoencoder.decode(codes)).cpu(), strict=True):
-                    path = (partial / images.names[number]).with_suffix(".png")
+                    path = _png_path(partial, images.names[number])
                     if path.exists():
                         raise UserError(
-                            f"{images.source.describe(number)}: another image has the same name without "
-                            "its suffix. Rename one of them."
+                            f"{images.source.describe(number)}: the reconstruction of another image is also named "
+                            f"{path.relative_to(partial)}. Rename one of them."
                         )
                     save_image(path, image)
                 count += len(read)
@@ -100,12 +99,22 @@ def reconstruct_all(autoencoder: Autoencoder, images: ImageDataset, out: Path) -
     return count
 
 
+def _png_path(folder: Path, name: str) -> Path:
+    """Return the path in a folder for the reconstruction of an image, whose name can be absolute or contain `..`."""
+    path = (folder / (member_name(name) or "image")).with_suffix(".png")
+    assert path.is_relative_to(folder)
+    return path
+
+
 def _open_images(options: ReconstructOptions, autoencoder: Autoencoder) -> ImageDataset:
-    config = DataConfig(
-        path=str(options.images[0]),
-        size=autoencoder.size,
-        channels=cast(Any, autoencoder.image_channels),
-        max_pixels=options.max_pixels,
+    config = DataConfig.from_dict(
+        {
+            "path": str(options.images[0]),
+            "size": autoencoder.size,
+            "channels": autoencoder.image_channels,
+            "max_pixels": options.max_pixels,
+        },
+        "vqvae2 reconstruct",
     )
     source = open_source(config.path)
     return ImageDataset(config, source, np.arange(len(source.index)))
@@ -117,12 +126,13 @@ def main(options: ReconstructOptions) -> None:
         if options.levels:
             raise UserError("--levels: needs image files. Name the files instead of a folder or archive.")
         autoencoder = Autoencoder.from_pretrained(options.run, processes().device or "cpu")
-        out = options.out or default_output(options.run, "reconstructions")
+        out = options.out or next_new(default_output(options.run, "reconstructions"))
         print(f"{out}: {reconstruct_all(autoencoder, _open_images(options, autoencoder), out):,} images")
         return
+    out = options.out or next_new(default_output(options.run, "reconstructions.png"), ".png")
+    check_new_file(out)
     autoencoder = Autoencoder.from_pretrained(options.run)
     rows = reconstruct(autoencoder, options.images, options.levels, options.max_pixels)
-    out = options.out or default_output(options.run, "reconstructions.png")
     save_grid(out, rows.flatten(0, 1), columns=rows.shape[1])
     columns = ["original", "reconstruction"]
     if options.levels:

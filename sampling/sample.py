@@ -155,9 +155,14 @@ def main(options: SampleOptions) -> None:
     config = options.config
     rejection = ClassifierRejection.from_options(options.run, options.keep_fraction, options.classifier)
     if rejection:
-        config = config.model_copy(update=rejection.candidate_settings(config.count, config.classes))
-    folder = sample_run(options.run, config, options.out)
-    if rejection:
-        folder = rejection.keep_best(folder, config.batch_size)
+        settings = rejection.candidate_settings(config.count, config.classes)
+        if config.format == "npz":  # of the accepted images only
+            settings["format"] = "png"
+        candidates = sample_run(options.run, config.model_copy(update=settings), options.out)
+        folder = rejection.keep_best(candidates, config.batch_size)
+        if config.format == "npz" and processes().is_main_process:
+            write_npz(folder, config.count)
+    else:
+        folder = sample_run(options.run, config, options.out)
     if processes().is_main_process:
         print(f"{folder / 'grid.png'}\n{folder / 'images'}")

@@ -27,6 +27,7 @@ from vqvae2.__main__ import COMMANDS, main
 from vqvae2.command_line import option_names, options_class, parse
 from vqvae2.config import Config
 from vqvae2.errors import UserError
+from vqvae2.priors import PixelSNAILConfig
 
 DEMO = RunConfig.from_yaml(CONFIGS / "demo.yaml")
 
@@ -46,6 +47,21 @@ def test_boolean_forms() -> None:
         apply("--data.flip", "maybe")
 
 
+def test_boolean_forms_of_an_option_that_also_accepts_other_types() -> None:
+    def attention(*arguments: str) -> object:
+        prior = apply(*arguments, "--data.flip", "true").priors["top"].model
+        assert isinstance(prior, PixelSNAILConfig)
+        return prior.attention
+
+    option = "--priors.top.model.attention"
+    for word in ("false", "False", "FALSE"):
+        assert attention(option, word) is False
+        assert attention(f"{option}={word}") is False
+    assert attention(option, "true") is True
+    assert attention(option, "0", "1") == (0, 1)
+    assert attention(f"{option}=1") == (1,)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -60,6 +76,7 @@ def test_boolean_forms() -> None:
         ),
         (["--autoencoder.training.steps", "many"], "--autoencoder.training.steps: "),
         (["--priors.top.training.warmup-steps", "9999"], "priors.top.training: warmup_steps (9999) must be less than"),
+        (["--autoencoder.training.betas", "1.5", "0.9"], "--autoencoder.training.betas.0: Input should be less than 1"),
         (["stray"], "stray: unexpected argument"),
     ],
 )

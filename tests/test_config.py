@@ -118,6 +118,14 @@ def test_differences_have_full_key_paths() -> None:
         ("size: 32", "size: 99999999999", ["data.size", "less than or equal"]),
         ("size: 32", "size: 2.5", ["data.size: Input should be a valid integer, got a number with a fractional part"]),
         ("num_workers: 0", "num_workers: yes", ["num_workers: expected an integer, not true"]),
+        ("steps: 6", "steps: 6, betas: [1.5, 0.9]", ["autoencoder.training.betas.0", "less than 1, not 1.5"]),
+        (
+            "  training: {steps: 6",
+            "  loss: {adversarial: {betas: [-1, 0.9]}}\n  training: {steps: 6",
+            ["autoencoder.loss.adversarial.betas.0", "greater than or equal to 0, not -1"],
+        ),
+        ("kind: ema, codebook_size: 16", "kind: fsq, grid: [1, 8]", ["quantizer.grid.0", "or equal to 2, not 1"]),
+        ("kind: ema, codebook_size: 16", f"kind: fsq, grid: {[64] * 5}", ["grid: must have at most 16,777,216"]),
         ("val_fraction: 0.1", "val_fraction: .nan", ["data.val_fraction", "finite"]),
     ],
 )

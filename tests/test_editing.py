@@ -195,6 +195,8 @@ def test_invalid_options_give_one_line_errors(
     fails(capsys, [*command, "--keep", str(tmp_path / "white.png")], "white.png", "nothing is left to sample")
     (tmp_path / "text.png").write_text("not an image")
     fails(capsys, [*command, "--keep", str(tmp_path / "text.png")], "text.png", "not a readable picture")
+    (tmp_path / "large.pgm").write_bytes(b"P5 65536 65536 255 ")
+    fails(capsys, [*command, "--keep", str(tmp_path / "large.pgm")], "large.pgm", "not a readable picture")
     fails(
         capsys,
         ["variations", str(finished_run), str(image), "--classes", "0", "--keep-levels", "2"],

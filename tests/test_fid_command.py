@@ -56,7 +56,9 @@ def test_fid_matches_pytorch_fid(dims: int, sets: tuple[Path, Path]) -> None:
     assert number(command(*arguments)) == pytest.approx(number(pytorch_fid_command(*arguments)), rel=1e-4)
 
 
-def test_statistics_files_are_interchangeable_with_pytorch_fid(sets: tuple[Path, Path], tmp_path: Path) -> None:
+def test_statistics_files_are_interchangeable_with_pytorch_fid(
+    sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = sets
     expected = number(command("--dims", 64, first, second))
     printed = command("--dims", 64, "--save-stats", second, tmp_path / "ours")
@@ -68,6 +70,10 @@ def test_statistics_files_are_interchangeable_with_pytorch_fid(sets: tuple[Path,
         assert number(theirs) == pytest.approx(expected, rel=1e-4)
     with pytest.raises(UserError, match="already exists"):
         command("--dims", 64, "--save-stats", second, tmp_path / "ours")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    command("--dims", 64, "--save-stats", second, ".")
+    assert (tmp_path / "folder.npz").read_bytes() == (tmp_path / "ours.npz").read_bytes()
     # Two statistics files need no Inception weights.
     run_command(fid.main, ["--dims", "64", str(tmp_path / "ours.npz"), str(tmp_path / "theirs.npz")], "vqvae2 fid")
 

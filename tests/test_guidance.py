@@ -57,6 +57,11 @@ def test_yaml_command_line_and_python_share_one_syntax() -> None:
     for bad in (["--temperature", "cold"], ["--temperature", "top=cold"], ["--top-k", "2.5"]):
         with pytest.raises(UserError, match=f"{bad[0].strip('-').replace('-', '.')}.*{bad[1]}"):
             parse(SamplingConfig, bad, "x")
+    for options in (["--temperature", "top=1,top=2"], ["--top-k", "top=1, top=1"]):
+        with pytest.raises(UserError, match=f"{options[0]}: the level 'top' occurs twice$"):
+            parse(SamplingConfig, options, "x")
+    with pytest.raises(UserError, match="file: temperature: the level 'top' occurs twice"):
+        SamplingConfig.from_dict({"temperature": "top=1,bottom=1,top=2"}, "file")
 
 
 @pytest.mark.parametrize(

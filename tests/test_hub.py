@@ -76,6 +76,10 @@ def test_sample_command_takes_saved_pipelines_and_their_defaults(
     assert (tmp_path / "faces-variations" / "grid.png").is_file()
     assert main(["reconstruct", "scenes64", picture]) == 0
     assert (tmp_path / "scenes64-reconstructions.png").is_file()
+    monkeypatch.chdir(saved)
+    assert main(["sample", ".", "--count", "2"]) == 0
+    assert (saved / "faces-samples" / "manifest.json").is_file()
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     fails(capsys, ["sample", "empty"], "empty: not a run folder")
 
@@ -303,3 +307,23 @@ def test_model_card_has_metadata_settings_and_measurements(finished_run: Path, t
         assert expected in text
     assert str(finished_run) not in card
     assert (tmp_path / "faces" / "samples.png").is_file()
+
+
+def test_readme_of_a_run_folder_is_not_published(finished_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "README.md").write_text("private notes")
+    pipeline = VQVAE2Pipeline.from_pretrained(run)
+    pipeline.save_pretrained(tmp_path / "faces")
+    VQVAE2Pipeline.from_pretrained(finished_run).save_pretrained(tmp_path / "expected" / "faces")
+    card = (tmp_path / "faces" / "README.md").read_text()
+    assert card == (tmp_path / "expected" / "faces" / "README.md").read_text()
+    (tmp_path / "faces" / "README.md").write_text("# The card of a saved pipeline\n")
+    VQVAE2Pipeline.from_pretrained(tmp_path / "faces").save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text().startswith("# The card of a saved pipeline\n")
+
+
+def test_run_folders_are_not_overwritten(finished_run: Path) -> None:
+    pipeline, before = VQVAE2Pipeline.from_pretrained(finished_run), contents(finished_run)
+    with pytest.raises(UserError, match=rf"{finished_run}: a run folder.* Choose another folder\."):
+        pipeline.save_pretrained(finished_run, dtype=torch.bfloat16)
+    assert contents(finished_run) == before

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.test_commands import fails
 from vqvae2 import Autoencoder
 from vqvae2.__main__ import main
 from vqvae2.errors import UserError
@@ -95,13 +96,19 @@ def random_rows(features: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("form", ["bare", "model", "module"])
-def test_codes_and_reconstructions_match_the_reference(reference: ReferenceVQVAE, tmp_path: Path, form: str) -> None:
+def test_codes_and_reconstructions_match_the_reference(
+    reference: ReferenceVQVAE, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = reference.state_dict()
     if form == "module":
         state = {f"module.{name}": tensor for name, tensor in state.items()}
     torch.save({"model": state, "step": 7} if form == "model" else state, tmp_path / "reference.pt")
     out = tmp_path / "ours.safetensors"
     assert main(["import-vqvae", str(tmp_path / "reference.pt"), str(out), "--size", "32", "48"]) == 0
+    before = out.read_bytes()
+    arguments = ["import-vqvae", str(tmp_path / "reference.pt"), str(out)]
+    fails(capsys, arguments, f"{out}: already exists. Choose another name or delete it.")
+    assert out.read_bytes() == before
     ours = Autoencoder.from_pretrained(out)
     assert (ours.config.channels, ours.config.residual_channels, ours.config.residual_layers) == (C, R, 2)
     images = torch.rand(3, 3, 32, 48) * 2 - 1

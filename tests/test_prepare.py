@@ -143,6 +143,11 @@ def test_invalid_arguments_raise(tmp_path: Path, capsys: pytest.CaptureFixture[s
         prepare([str(folder), str(tmp_path / "x"), "--size", "16", "--channels", "4"])
     with pytest.raises(UserError, match=r"quality.*less than or equal to 100"):
         prepare([str(folder), str(tmp_path / "x"), "--size", "16", "--quality", "101"])
+    for size in (["0"], ["16", "0"], ["99999999"]):
+        with pytest.raises(UserError, match=r"^--size: Input should be"):
+            prepare([str(folder), str(tmp_path / "x"), "--size", *size])
+    with pytest.raises(UserError, match="vqvae2 prepare: path: has control characters"):
+        prepare(["bad\nname", str(tmp_path / "x"), "--size", "16"])
     (folder / "dog" / "0001.png").write_text("not an image")
     with pytest.raises(UserError, match=r"1 of 12 images .*0001\.png"):
         prepare([str(folder), str(tmp_path / "y"), "--size", "16", "--num-workers", "0"])
@@ -178,6 +183,25 @@ def test_inspect_prints_prepared_image_statistics(tmp_path: Path, capsys: pytest
     for words in ("13, resized to cover 16×16, jpeg, quality 95", "2: cat 6, dog 6", "unreadable    none"):
         assert words in text
     assert (tmp_path / "grid.png").is_file()
+
+
+def test_inspect_keeps_existing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_codes(tmp_path / "train", code_header(7, (4, 1, 1)))
+    photo = tmp_path / "train.png"
+    photo.write_bytes(b"a photograph")
+    with pytest.raises(UserError, match=r"train\.png: already exists"):
+        inspect([str(tmp_path / "train"), "--out", str(photo)])
+    for number in (2, 3):
+        inspect([str(tmp_path / "train")])
+        assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / f"train-{number}.png")
+    assert photo.read_bytes() == b"a photograph"
+
+
+def test_inspect_names_the_picture_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_codes(tmp_path / "train", code_header(7, (4, 1, 1)))
+    monkeypatch.chdir(tmp_path / "train")
+    inspect(["."])
+    assert (tmp_path / "train.png").is_file()
 
 
 def test_hostile_header_and_index_of_prepared_images_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -117,6 +118,18 @@ def test_sample_command_keeps_the_most_probable_candidates_and_resumes(
     shutil.rmtree(accepted)
     assert main(command) == 0
     assert contents(run) == before
+
+
+def test_npz_holds_the_accepted_images_only(finished_run: Path, tmp_path: Path, classifier_path: Path) -> None:
+    out = tmp_path / "samples"
+    command = ["sample", str(finished_run), "--count", "4", "--format", "npz", "--out", str(out)]
+    assert main([*command, "--keep-fraction", "0.5", "--classifier", str(classifier_path)]) == 0
+    assert not (out / "samples.npz").exists()
+    with np.load(out / "accepted" / "samples.npz") as archive:
+        found = archive["arr_0"]
+    accepted = sorted((out / "accepted" / "images").iterdir())
+    np.testing.assert_array_equal(found, np.stack([np.asarray(Image.open(path)) for path in accepted]))
+    assert len(found) == 4
 
 
 def test_another_classifier_writes_to_a_new_folder(finished_run: Path, tmp_path: Path, classifier_path: Path) -> None:

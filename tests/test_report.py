@@ -21,6 +21,7 @@ from sampling.report.formatting import format_duration
 from sampling.report.picture import load_picture
 from sampling.report.report import write_report
 from sampling.run_config import RunConfig
+from tests.test_commands import fails
 from vqvae2 import checkpoint, files
 from vqvae2.__main__ import main
 from vqvae2.errors import UserError
@@ -279,6 +280,14 @@ def test_samples_option_shows_another_folder(run: Path, tmp_path: Path) -> None:
     text = Page(run / "report.html").text
     assert "2 images; seed 9" in text
     assert "The metrics were measured on other samples" in text
+
+
+def test_folder_without_samples_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(run)
+    before = (run / "report.html").read_bytes()
+    for folder in (tmp_path / "nowhere", run / "autoencoder"):
+        fails(capsys, ["report", str(run), "--samples", str(folder)], f"--samples {folder}: no manifest.json", "Give")
+    assert (run / "report.html").read_bytes() == before
 
 
 def test_load_picture_downscales_wide_images(tmp_path: Path) -> None:

@@ -62,10 +62,11 @@ def test_a_code_is_the_first_whose_cumulative_probability_exceeds_the_variate(se
     assert probabilities[code:].sum() >= uniform - 1e-6
 
 
-def test_temperature_zero_is_argmax() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0]])
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-46, 1e-40, 1e-31, 1e-30, 1e-20])
+def test_temperature_of_or_near_zero_is_argmax(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 300.0, 299.9]])
     for seed in range(20):
-        assert sample_codes(logits, Noise(seed, [0], 0).draw(), LevelSamplingParams(temperature=0)) == 1
+        assert sample_codes(logits, Noise(seed, [0], 0).draw(), LevelSamplingParams(temperature=temperature)) == 1
 
 
 def test_samples_depend_on_seed_and_index_but_not_on_the_batch() -> None:

@@ -20,8 +20,8 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
-def trials(run: Path) -> dict[tuple[str, str], float]:
-    found = json.loads((run / "evaluation" / "tuning.json").read_text())["trials"]
+def trials(run: Path, name: str = "tuning.json") -> dict[tuple[str, str], float]:
+    found = json.loads((run / "evaluation" / name).read_text())["trials"]
     return {(str(trial["temperature"]), str(trial["top_p"])): trial["distance"] for trial in found}
 
 
@@ -59,13 +59,20 @@ def test_best_combination_becomes_the_default(
     manifest = json.loads((run / "samples-2" / "manifest.json").read_text())
     assert manifest["sampling_params"]["temperature"] == 0.7
 
-    # Another number of images is another measurement, and so are other parameters.
+    # Another number of images is another measurement, and so are other parameters. Earlier ones are kept.
+    first = (run / "evaluation" / "tuning.json").read_bytes()
     assert main([*command, "--temperature", "0.5", "--count", "5"]) == 0
-    assert trials(run) == {("0.5", "0.9"): 0.25}
+    assert trials(run, "tuning-2.json") == {("0.5", "0.9"): 0.25}
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("top_k: 0", "top_k: 3"))
     assert main([*command, "--temperature", "0.8", "--count", "5"]) == 0
-    assert trials(run) == {("0.8", "0.9"): 0.25}
+    assert trials(run, "tuning-3.json") == {("0.8", "0.9"): 0.25}
+    (run / "config.yaml").write_text(config)
+    assert main([*command, "--temperature", "0.8", "--count", "5"]) == 0
+    assert trials(run, "tuning-2.json") == {("0.5", "0.9"): 0.25, ("0.8", "0.9"): 0.25}
+    assert (run / "evaluation" / "tuning.json").read_bytes() == first
+    assert main([*command, "--temperature", "0.5", "0.7"]) == 0
+    assert len(measured) == 4, "the first combinations are not measured again"
 
 
 def test_invalid_options_and_damaged_files_give_one_line_errors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -90,48 +90,65 @@ def split_config_path(arguments: Sequence[str], prog: str) -> tuple[Path | None,
     return None, arguments
 
 
-def option_names(config: Config | type[Config], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def option_names(config: Config | type[Config]) -> Iterator[tuple[str, Any]]:
     """Yield the dotted name of every option with its default value, or its type if there is no default."""
+    for name, value, _ in _typed_options(config):
+        yield name, value
+
+
+def _typed_options(config: Config | type[Config], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield what `option_names` yields, with the annotation of each option."""
     for name, field in (config if isinstance(config, type) else type(config)).model_fields.items():
         value = field.get_default(call_default_factory=True) if isinstance(config, type) else getattr(config, name)
         if isinstance(config, type) and field.is_required():
             value = field.annotation
-        yield from _names_below(f"{prefix}{name}", value)
+        yield from _options_below(f"{prefix}{name}", value, field.annotation)
 
 
-def _names_below(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _options_below(name: str, value: Any, annotation: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(value, Config) or (isinstance(value, type) and issubclass(value, Config)):
-        yield from option_names(value, f"{name}.")
+        yield from _typed_options(value, f"{name}.")
     elif isinstance(value, dict) and any(isinstance(child, BaseModel) for child in value.values()):
         for key, child in value.items():
-            yield from _names_below(f"{name}.{key}", child)
+            yield from _options_below(f"{name}.{key}", child, annotation)
     elif isinstance(value, tuple) and any(isinstance(child, BaseModel) for child in value):
         for index, child in enumerate(value):
-            yield from _names_below(f"{name}.{index}", child)
+            yield from _options_below(f"{name}.{index}", child, annotation)
     else:
-        yield name, value
+        yield name, value, annotation
 
 
 def _expand_booleans(config: Config | type[Config], arguments: Sequence[str]) -> Iterator[str]:
-    """Rewrite `--flag true` as `--flag` and `--flag false` as `--no-flag`, the forms that tyro accepts."""
-    booleans = {name for name, value in option_names(config) if isinstance(value, bool) or value is bool}
-    rest = iter(_split_equals(arguments, booleans))
+    """Rewrite Booleans in the forms that tyro accepts.
+
+    `--flag true` becomes `--flag`, and `--flag false` becomes `--no-flag`. If an option also accepts other types, tyro
+    accepts `--option True` and `--option False` only.
+    """
+    annotations = {name: annotation for name, _, annotation in _typed_options(config) if _accepts_bool(annotation)}
+    rest = iter(_split_equals(arguments, annotations))
     for argument in rest:
-        if not argument.startswith("--") or _dotted(argument) not in booleans:
+        option = _dotted(argument)
+        if not argument.startswith("--") or option not in annotations:
             yield argument
             continue
         following = next(rest, None)
-        parent, _, name = argument.removeprefix("--").rpartition(".")
-        prefix = f"--{parent}." if parent else "--"
-        if following is not None and following.lower() == "false":
-            yield f"{prefix}no-{name}"
+        value = following.lower() if following else ""
+        if annotations[option] is not bool:
+            yield from (argument, value.capitalize()) if value in ("true", "false") else (argument,)
+        elif value == "false":
+            parent, _, name = argument.removeprefix("--").rpartition(".")
+            yield f"--{parent}.no-{name}" if parent else f"--no-{name}"
         else:
             yield argument
-            if following is not None and following.lower() != "true":
-                yield from _expand_booleans(config, [following, *rest])
+        if following is not None and value not in ("true", "false"):
+            yield from _expand_booleans(config, [following, *rest])
 
 
-def _split_equals(arguments: Sequence[str], booleans: set[str]) -> Iterator[str]:
+def _accepts_bool(annotation: Any) -> bool:
+    return annotation is bool or bool in typing.get_args(annotation)
+
+
+def _split_equals(arguments: Sequence[str], booleans: Container[str]) -> Iterator[str]:
     """Split `--flag=true` into two arguments; leave other arguments alone."""
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -193,7 +210,7 @@ def _describe_unknown(tokens: Sequence[str], config: Config | type[Config]) -> s
 def _describe_validation(error: ValidationError, arguments: Sequence[str]) -> str:
     """Return one line for an invalid value, with the full path of the option that was given, if any."""
     text = explain(error, None)
-    field = text.partition(":")[0]
+    field = re.sub(r"(\.[0-9]+)+$", "", text.partition(":")[0])  # an option is given as a whole, with all its elements
     given = [_dotted(argument) for argument in arguments if argument.startswith("--")]
     if re.fullmatch(r"[\w.]+", field):
         paths = [name for name in given if name == field or name.endswith(f".{field}")]

@@ -1,6 +1,6 @@
 """Settings of a training loop and of the losses of the autoencoder and the priors."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -8,6 +8,7 @@ from vqvae2.config import Config
 from vqvae2.models.discriminator import DiscriminatorConfig
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "none"]
+Beta = Annotated[float, Field(ge=0, lt=1)]  # decay rate of a moment estimate of Adam
 
 
 class TrainingConfig(Config):
@@ -22,7 +23,7 @@ class TrainingConfig(Config):
     schedule: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warmup")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warmup")
     weight_decay: float = Field(default=0.0, ge=0, description="weight decay of AdamW")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="betas of AdamW")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="betas of AdamW")
     max_grad_norm: float | None = Field(default=None, gt=0, description="clip the gradient norm to this value")
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="keep an exponential moving average of the weights, and save it"
@@ -157,7 +158,7 @@ class AdversarialLossConfig(Config):
     weight: float = Field(default=0.0, ge=0, description="weight of the term; 0 disables it")
     start: int = Field(default=0, ge=0, description="first step that uses the term and trains the discriminator")
     learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate of the discriminator")
-    betas: tuple[float, float] = Field(default=(0.5, 0.9), description="betas of the discriminator's AdamW")
+    betas: tuple[Beta, Beta] = Field(default=(0.5, 0.9), description="betas of the discriminator's AdamW")
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 

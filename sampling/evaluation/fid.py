@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from sampling.evaluation.features import is_statistics_file, summarize_features
 from sampling.evaluation.image_sets import ImageSet, open_image_set
+from sampling.output_folder import check_new_file
 from vqvae2 import distributed
 from vqvae2.command_line import Options
 from vqvae2.errors import UserError, printable
@@ -87,9 +88,9 @@ def _check_without_inception(options: FidOptions) -> None:
 
 
 def _save_statistics(source: Path, target: Path, options: FidOptions) -> None:
-    target = target if target.suffix == ".npz" else target.with_name(f"{target.name}.npz")
-    if target.exists():
-        raise UserError(f"{target}: file already exists. Choose another name or delete it.")
+    if target.suffix != ".npz":
+        target = target.resolve().with_name(f"{target.resolve().name}.npz")
+    check_new_file(target)
     images = _open(source)
     extractor = _extractor(options)
     if distributed.get_rank() == 0:

@@ -17,6 +17,7 @@ from tyro.conf import Positional
 from sampling.evaluation.comparison import measure_held_out
 from sampling.evaluation.features import summarize_features
 from sampling.evaluation.image_sets import ImageBatch
+from sampling.output_folder import next_free
 from sampling.params import ClassLabels, FloatPerLevel, SamplingConfig, SamplingParams
 from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
@@ -41,7 +42,8 @@ class TuneSamplingOptions(Options):
     """Sample with each combination of temperature and top-p, and write the best to the run's config.
 
     The best has the lowest Fréchet distance from the held-out images. Results are kept in RUN/evaluation/tuning.json;
-    the same command resumes, and measures further combinations.
+    the same command resumes, and measures further combinations. Results with another network, number of images or other
+    settings are kept in tuning-2.json, tuning-3.json, ….
     """
 
     run: Positional[Path] = Field(description="run folder")
@@ -66,7 +68,7 @@ class Trial(Config):
 
 
 class Tuning(Config):
-    """Contents of tuning.json."""
+    """Contents of tuning.json: trials with the same networks, images and settings."""
 
     autoencoder: str  # digest
     priors: tuple[str, ...]  # digests, finest level first
@@ -78,6 +80,10 @@ class Tuning(Config):
     other_params: SamplingParams  # with the default temperature and top-p
     held_out: int  # number of held-out images
     trials: tuple[Trial, ...] = ()
+
+    def extends(self, other: "Tuning") -> bool:
+        """Return whether all fields but the trials are equal."""
+        return self.model_copy(update={"trials": other.trials}) == other
 
     def best(self) -> Trial:
         """Return the trial with the lowest distance."""
@@ -107,20 +113,19 @@ def tune_sampling(run: Path, options: TuneSamplingOptions) -> Tuning:
         options.features or config.evaluation.features[0], config.evaluation.inception_path, device
     )
     _, held_out = open_run_datasets(config.data, folder)
-    tuning = _previous(
-        folder.tuning,
-        Tuning(
-            autoencoder=str(pipeline.autoencoder.digest),
-            priors=tuple(str(prior.digest) for prior in pipeline.priors),
-            network=extractor.name,
-            weights=extractor.weights_digest,
-            count=options.count,
-            seed=config.sampling.seed,
-            classes=config.sampling.classes,
-            other_params=config.sampling.params.model_copy(update=_DEFAULTS),
-            held_out=len(held_out),
-        ),
+    new = Tuning(
+        autoencoder=str(pipeline.autoencoder.digest),
+        priors=tuple(str(prior.digest) for prior in pipeline.priors),
+        network=extractor.name,
+        weights=extractor.weights_digest,
+        count=options.count,
+        seed=config.sampling.seed,
+        classes=config.sampling.classes,
+        other_params=config.sampling.params.model_copy(update=_DEFAULTS),
+        held_out=len(held_out),
     )
+    path = next_free(folder.tuning, lambda path: _read(path, new).extends(new), folder.tuning.suffix)
+    tuning = _read(path, new)
     measured = {(str(trial.temperature), str(trial.top_p)) for trial in tuning.trials}
     remaining = [each for each in combinations if (str(each.temperature), str(each.top_p)) not in measured]
     if not remaining:
@@ -131,16 +136,13 @@ def tune_sampling(run: Path, options: TuneSamplingOptions) -> Tuning:
         trial = Trial(temperature=each.temperature, top_p=each.top_p, distance=distance)
         tuning = tuning.model_copy(update={"trials": (*tuning.trials, trial)})
         if processes().is_main_process:
-            files.write_json(folder.tuning, tuning.to_dict())
+            files.write_json(path, tuning.to_dict())
     return tuning
 
 
-def _previous(path: Path, new: Tuning) -> Tuning:
-    """Return the tuning in a file if it is of the same networks and images, otherwise `new`."""
-    if not path.is_file():
-        return new
-    found = Tuning.from_json(path, _FIX)
-    return found if found.model_copy(update={"trials": ()}) == new else new
+def _read(path: Path, new: Tuning) -> Tuning:
+    """Return the tuning in a file, or `new` if there is no file."""
+    return Tuning.from_json(path, _FIX) if path.is_file() else new
 
 
 def _distance(

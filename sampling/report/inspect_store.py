@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tyro.conf import Positional
 
+from sampling.output_folder import check_new_file, next_new
 from vqvae2.command_line import Options
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import DataConfig, ImageDataset
@@ -70,7 +71,7 @@ def inspect_prepared_images(path: Path, out: Path) -> list[str]:
         _unreadable_line(list(header.unreadable)),
         _classes_line(header.classes, label_counts),
     ]
-    config = DataConfig(path=str(path), size=header.size, channels=header.channels)
+    config = DataConfig.from_dict({"path": str(path), "size": header.size, "channels": header.channels}, str(path))
     images = ImageDataset(config, source, np.arange(min(_MAX_IMAGES, len(source.index))))
     save_grid(out, torch.stack([images[index].image for index in range(len(images))]), columns=8)
     return lines
@@ -126,15 +127,19 @@ class InspectOptions(Options):
     """Summarize a code store or a folder of prepared images, in text and in a picture."""
 
     store: Positional[Path] = Field(description="code store (RUN/codes/train) or folder of prepared images")
-    out: Path | None = Field(default=None, description="PNG to write; STORE.png beside the store if not given")
+    out: Path | None = Field(
+        default=None,
+        description="new PNG to write; STORE.png beside the store if not given, or STORE-2.png, … if it exists",
+    )
 
 
 def main(options: InspectOptions) -> None:
     """Run the command `vqvae2 inspect`."""
-    store = options.store
-    out = options.out or store.with_name(f"{store.resolve().name}.png")
+    store, resolved = options.store, options.store.resolve()
     if not (store / "data.mdb").is_file():
         raise UserError(f"{store}: neither a code store nor prepared images. Pass a folder that contains data.mdb.")
+    out = options.out or next_new(resolved.with_name(f"{resolved.name}.png"), ".png")
+    check_new_file(out)
     lines = (
         inspect_prepared_images(store, out)
         if (store / "index.safetensors").is_file()

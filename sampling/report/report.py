@@ -21,6 +21,7 @@ from sampling.report.templates import make_environment
 from vqvae2 import files
 from vqvae2.code_maps import MapSpec
 from vqvae2.command_line import Options
+from vqvae2.errors import UserError
 from vqvae2.run_folder import RunFolder, StageFolder
 
 _MISSING = "–"
@@ -67,9 +68,12 @@ def write_report(run: Path, samples: Path | None = None) -> Path:
         samples: A folder written by `vqvae2 sample`; RUN/samples by default.
 
     Raises:
-        UserError: If `run` is not a run folder, or a file in it is damaged.
+        UserError: If `run` is not a run folder, a file in it is damaged, or there are no samples in `samples`.
     """
-    status = read_run(RunFolder.existing(run), samples)
+    folder = RunFolder.existing(run)
+    if samples is not None and not manifest_path(samples).is_file():
+        raise UserError(f"--samples {samples}: no manifest.json. Give a folder that `vqvae2 sample` wrote.")
+    status = read_run(folder, samples)
     environment = make_environment()
     environment.filters |= {"sentence": format_sentence, "value": format_value}
     text = environment.get_template("page.html").render(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from vqvae2 import files
+from vqvae2.code_maps import PositiveInt
 from vqvae2.command_line import Options
 from vqvae2.data.image_io import MAX_PIXELS, UnreadableImageError
 from vqvae2.data.images import DataConfig, ImageDataset
@@ -31,7 +32,9 @@ class PrepareOptions(Options):
 
     source: Positional[str] = Field(description="anything that data.path accepts")
     out: Positional[Path] = Field(description="folder to write, for data.path")
-    size: int | tuple[int, int] = Field(description="side of a square, or height and width, in pixels")
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        description="side of a square, or height and width, in pixels"
+    )
     channels: Literal[1, 3, 4] = Field(default=3, description="1 gray, 3 RGB, 4 RGBA")
     format: Literal["jpeg", "webp", "png", "raw"] = Field(default="jpeg", description="png and raw are lossless")
     quality: int = Field(default=95, ge=1, le=100, description="quality of jpeg and webp")
@@ -118,13 +121,16 @@ def _write(encoded: Encoded, order: SequentialBatchSampler, writer: PreparedWrit
 
 def main(options: PrepareOptions) -> None:
     """Run the command `vqvae2 prepare`."""
-    config = DataConfig(
-        path=options.source,
-        size=options.size,
-        channels=options.channels,
-        num_workers=options.num_workers,
-        max_unreadable_fraction=options.max_unreadable_fraction,
-        max_pixels=options.max_pixels,
+    config = DataConfig.from_dict(
+        {
+            "path": options.source,
+            "size": options.size,
+            "channels": options.channels,
+            "num_workers": options.num_workers,
+            "max_unreadable_fraction": options.max_unreadable_fraction,
+            "max_pixels": options.max_pixels,
+        },
+        "vqvae2 prepare",
     )
     header = prepare(config, options.out, options.format, options.quality)
     skipped = f", {len(header.unreadable):,} unreadable images skipped" if header.unreadable else ""

@@ -1,17 +1,18 @@
 """Finite scalar quantization (Mentzer et al. 2023, arXiv 2309.15505): a fixed grid instead of a learned codebook."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from vqvae2.config import Config
 from vqvae2.quantizers.base import Quantizer, QuantizerOutput
 from vqvae2.quantizers.gradient_estimators import straight_through
 
+_MAX_CODES = 2**24  # as for other codebooks
 _EPSILON = 1e-3  # keeps the outermost grid values away from the asymptotes of tanh
 
 
@@ -23,8 +24,17 @@ class FSQConfig(Config):
     """
 
     kind: Literal["fsq"] = "fsq"
-    grid: tuple[int, ...] = Field(default=(8, 8, 8), min_length=1, description="values per dimension, 2 or more")
+    grid: tuple[Annotated[int, Field(ge=2, le=_MAX_CODES)], ...] = Field(
+        default=(8, 8, 8), min_length=1, description="values per dimension, 2 or more"
+    )
     code_dim: int = Field(default=64, ge=1, le=2**14, description="channels of the features to quantize")
+
+    @field_validator("grid")
+    @classmethod
+    def _check_grid(cls, grid: tuple[int, ...]) -> tuple[int, ...]:
+        if math.prod(grid) > _MAX_CODES:
+            raise ValueError(f"must have at most {_MAX_CODES:,} codes, the product of its values")
+        return grid
 
     @property
     def codebook_size(self) -> int:
@@ -52,8 +62,6 @@ class FSQuantizer(Quantizer):
 
     def __init__(self, config: FSQConfig) -> None:
         super().__init__()
-        if min(config.grid) < 2:
-            raise ValueError(f"grid must have at least 2 values in each dimension, not {min(config.grid)}")
         self.config = config
         self.codebook_size, self.code_dim = config.codebook_size, config.code_dim
         self.project_in = nn.Linear(config.code_dim, len(config.grid))
