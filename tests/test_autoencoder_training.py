@@ -23,8 +23,10 @@ from train.run import Run
 from train.stages.autoencoder import AutoencoderStage
 from vqvae2.__main__ import main
 from vqvae2.command_line import parse
+from vqvae2.data.images import to_float
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import Stopped
-from vqvae2.models import AutoencoderConfig
+from vqvae2.models import Autoencoder, AutoencoderConfig
 from vqvae2.run_folder import RunFolder
 from vqvae2.training_config import AutoencoderTrainingConfig
 
@@ -144,6 +146,25 @@ def test_two_processes_match_one(config: Path, uninterrupted: tuple[Path, dict[s
     found, expected = ({k: v for k, v in json.loads(line).items() if "usage" in k} for line in logged)
     assert len(found) == 2
     assert found == pytest.approx(expected), "usage counts the codes of both processes"
+    found, expected = (last_validation(run) for run in (tmp_path / "run", uninterrupted[0]))
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def last_validation(run: Path) -> dict[str, float]:
+    (*_, last) = [json.loads(line) for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
+    return {name: value for name, value in last.items() if name.startswith("validation/")}
+
+
+def test_codes_in_common_with_the_first_image_are_counted(
+    config: Path, uninterrupted: tuple[Path, dict[str, Tensor]]
+) -> None:
+    run = uninterrupted[0]
+    _, held_out = open_datasets(RunConfig.from_yaml(config).data)
+    images = to_float(torch.stack([held_out[index].image for index in range(len(held_out))]))
+    codes = Autoencoder.from_pretrained(run / "autoencoder").encode(images)
+    logged = last_validation(run)
+    for name, level in zip(("bottom", "top"), codes, strict=True):
+        assert logged[f"validation/same_codes_{name}"] == pytest.approx(float((level[1:] == level[0]).float().mean()))
 
 
 DECODER_STEPS = ["--autoencoder.training.decoder-steps", "2"]

@@ -44,7 +44,10 @@ def test_codebook_warnings_report_collapsed_levels() -> None:
     validation = {"perplexity_bottom": 60.0, "perplexity_top": 1.99, "psnr": 20.0}
     (warning,) = codebook_warnings(validation, ("bottom", "top"))
     assert warning.startswith("level top: codebook has collapsed (perplexity 1.99")
-    assert codebook_warnings({"perplexity_top": 2.0}, ("bottom", "top")) == codebook_warnings({}, ("top",)) == []
+    (warning,) = codebook_warnings({"perplexity_top": 16.0, "same_codes_top": 1.0}, ("bottom", "top"))
+    assert "level top: codebook has collapsed (held-out images have 100.0% of their codes in common)" in warning
+    validation = {"perplexity_top": 2.0, "same_codes_top": 0.5}
+    assert codebook_warnings(validation, ("bottom", "top")) == codebook_warnings({}, ("top",)) == []
 
 
 def test_prior_warnings_report_overfitting_and_deterministic_codes() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 MIN_PERPLEXITY = 2.0  # below it, a level carries less than one bit per code
+MAX_SAME_CODES = 0.95  # share of codes that all images have in common, above which a level says nothing about an image
 MIN_NLL = 0.05  # nats per code; below it, the codes are almost deterministic
 OVERFIT_TOLERANCE = 0.02  # relative increase of the last validation NLL over the best one
 
@@ -10,16 +11,21 @@ OVERFIT_TOLERANCE = 0.02  # relative increase of the last validation NLL over th
 def codebook_warnings(validation: Mapping[str, float], levels: Iterable[str]) -> list[str]:
     """Return one warning per level whose codebook has collapsed.
 
-    `validation` holds the autoencoder's last validation metrics, with the perplexities as `perplexity_LEVEL`.
+    `validation` holds the autoencoder's last validation metrics, among them `perplexity_LEVEL` and `same_codes_LEVEL`.
     """
     warnings = []
     for level in levels:
         perplexity = validation.get(f"perplexity_{level}")
+        same_codes = validation.get(f"same_codes_{level}")
+        reason = ""
         if perplexity is not None and perplexity < MIN_PERPLEXITY:
+            reason = f"perplexity {perplexity:.2f} on held-out images"
+        elif same_codes is not None and same_codes > MAX_SAME_CODES:
+            reason = f"held-out images have {same_codes:.1%} of their codes in common"
+        if reason:
             warnings.append(
-                f"level {level}: codebook has collapsed (perplexity {perplexity:.2f} on held-out images), so this "
-                "level carries almost no information; train the autoencoder with dead-code restarts, or remove the "
-                "level"
+                f"level {level}: codebook has collapsed ({reason}), so this level carries almost no information; train "
+                "the autoencoder with more unquantized_steps and with dead-code restarts, or remove the level"
             )
     return warnings
 

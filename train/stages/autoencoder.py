@@ -26,6 +26,7 @@ from train.quantized_stage import QuantizedObjective, QuantizedStage
 from train.run import Run, RunOptions, open_run, print_main
 from vqvae2 import files
 from vqvae2.data.images import ImageDataset, ImageSample, to_float, to_uint8
+from vqvae2.distributed import all_reduce_sum
 from vqvae2.metrics.codebook_usage import CodebookUsage
 from vqvae2.metrics.reconstruction import ReconstructionStatistics
 from vqvae2.models import Autoencoder
@@ -182,11 +183,15 @@ def validate_autoencoder(
     """Return reconstruction errors and codebook usage over all of `images`, which the processes share.
 
     With level dropout, `psnr_LEVEL` is the PSNR of reconstructions from this level and the coarser ones only.
+    `same_codes_LEVEL` is the share of codes that are those of the first image at the same position, except its own.
     """
     *coarse_levels, _ = network.config.progressive_levels
     errors = ReconstructionStatistics(accelerator.device)
     coarse_errors = {levels: ReconstructionStatistics(accelerator.device) for levels in coarse_levels}
     usages = [CodebookUsage(level.codebook_size, accelerator.device) for level in network.map_specs]
+    with accelerator.autocast():
+        first = network.encode(to_float(images[0].image[None].to(accelerator.device)))
+    same_codes = torch.zeros(len(usages), dtype=torch.int64, device=accelerator.device)
     for batch in shared_batches(images, batch_size, accelerator):
         originals = to_float(batch.image)
         with accelerator.autocast():
@@ -194,6 +199,8 @@ def validate_autoencoder(
         errors.update(originals, output.images.float().clamp(-1, 1))
         for usage, level in zip(usages, output.levels, strict=True):
             usage.update(level.codes)
+        matches = [(level.codes == codes).sum() for level, codes in zip(output.levels, first, strict=True)]
+        same_codes += torch.stack(matches)
         for levels, coarse_error in coarse_errors.items():
             with accelerator.autocast():
                 decoded = network.decode(tuple(level.codes for level in output.levels), levels)
@@ -205,9 +212,13 @@ def validate_autoencoder(
         coarse_error.all_reduce()
         values[f"psnr_{levels[0]}"] = coarse_error.compute().psnr
     values["reconstruction"] = 4 * error.mse  # comparable to the training term: images in [-1, 1] instead of [0, 1]
-    for name, usage in zip(level_names(len(usages)), usages, strict=True):
+    counts = all_reduce_sum(same_codes).tolist()
+    for name, usage, same in zip(level_names(len(usages)), usages, counts, strict=True):
         usage.all_reduce()
         values |= {f"usage_{name}": usage.usage, f"perplexity_{name}": usage.perplexity}
+        if len(images) > 1:
+            own = usage.total // len(images)
+            values[f"same_codes_{name}"] = (same - own) / (usage.total - own)
     return values
 
 
