@@ -2,17 +2,20 @@
 
 import re
 import shutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import yaml
 
 from sampling.evaluation.format_metrics import format_metrics
+from sampling.evaluation.metrics import read_metrics
+from sampling.output_folder import SampleManifest, read_manifest
 from sampling.params import SamplingParams, format_per_level
 from sampling.run_config import RunConfig
 from sampling.summary import read_summary
 from vqvae2 import files
 from vqvae2.data.images import DataConfig
-from vqvae2.run_folder import RunFolder, StageFolder, level_names
+from vqvae2.run_folder import RunFolder, StageFolder
 
 if TYPE_CHECKING:
     from sampling.pipeline import VQVAE2Pipeline
@@ -23,9 +26,9 @@ _GRID = "samples.png"
 def write_model_card(folder: RunFolder, pipeline: "VQVAE2Pipeline", params: SamplingParams) -> None:
     """Write README.md to the folder of a saved pipeline, with what is known about its training.
 
-    Pipelines of a run have its data set, its metrics and a grid of its samples. A pipeline that was loaded from a saved
-    one keeps that one's card, with the sections on sampling parameters and files updated. A README.md in a run folder
-    is the user's own, and is not published.
+    Pipelines of a run have its data set, and its metrics and a grid of its samples if they are of these networks. A
+    pipeline that was loaded from a saved one keeps that one's card, with the sections on sampling parameters and files
+    updated. A README.md in a run folder is the user's own, and is not published.
 
     Args:
         params: Default sampling parameters of the saved pipeline.
@@ -43,8 +46,10 @@ def write_model_card(folder: RunFolder, pipeline: "VQVAE2Pipeline", params: Samp
     title = f"# {folder.path.resolve().name}\n"
     parts = [_front_matter(pipeline, data), title, _usage(), _architecture(pipeline), sampling]
     if source and data:
-        parts.append(_training(source, data, len(pipeline.levels)))
-        if (source.samples / "grid.png").is_file():
+        parts.append(_training(source, data, pipeline))
+        manifest = read_manifest(source.samples, SampleManifest)
+        has_samples = manifest is not None and _made_with(pipeline, manifest.autoencoder, manifest.priors)
+        if has_samples and (source.samples / "grid.png").is_file():
             shutil.copyfile(source.samples / "grid.png", folder.path / _GRID)
             parts.append(f"## Samples\n\n![Samples]({_GRID})\n")
     files.write_text(folder.card, "\n".join([*parts, digests]))
@@ -112,15 +117,21 @@ def _sampling(params: SamplingParams) -> str:
     return "## Default sampling parameters\n\n| parameter | value |\n|---|---|\n" + "\n".join(rows) + "\n"
 
 
-def _training(source: RunFolder, data: DataConfig, num_levels: int) -> str:
+def _made_with(pipeline: "VQVAE2Pipeline", autoencoder: str | None, priors: Sequence[str]) -> bool:
+    """Return whether these are the digests of a pipeline's networks. A network may have been trained further since."""
+    return autoencoder == pipeline.autoencoder.digest and list(priors) == [prior.digest for prior in pipeline.priors]
+
+
+def _training(source: RunFolder, data: DataConfig, pipeline: "VQVAE2Pipeline") -> str:
     """Return the data set and the measurements of a run."""
     name, labels = files.without_folders(data.path), files.without_folders(data.labels)
     held_out = files.without_folders(data.val_path) if data.val_path else f"{data.val_fraction:g} of it held out"
     text = f"## Training\n\nData set `{name}` ({held_out}), labels: {labels}.\n"
-    if source.metrics.is_file():
-        metrics = format_metrics(files.read_json(source.metrics, "Run `vqvae2 evaluate` again."))
-        return f"{text}\nMeasured by `vqvae2 evaluate`:\n\n```\n{metrics}\n```\n"
-    stages = [source.autoencoder, *(source.prior(level) for level in level_names(num_levels))]
+    metrics = read_metrics(source.metrics) or {}
+    samples = metrics.get("protocol", {}).get("samples", {})
+    if _made_with(pipeline, samples.get("autoencoder"), samples.get("priors", ())):
+        return f"{text}\nMeasured by `vqvae2 evaluate`:\n\n```\n{format_metrics(metrics)}\n```\n"
+    stages = [source.autoencoder, *(source.prior(level) for level in pipeline.levels)]
     rows = [row for stage in stages for row in _validation(stage)]
     return f"{text}\nOn held-out images, at the end of training:\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n"
 

@@ -110,6 +110,23 @@ def test_default_sampling_parameters_are_kept_and_used(
         assert len(digests) == 3
 
 
+def test_card_leaves_out_samples_and_metrics_of_other_networks(finished_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    pipeline = VQVAE2Pipeline.from_pretrained(run)
+    assert main(["evaluate", str(run), "--features", "efficientnet-lite0"]) == 0
+    pipeline.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "Measured by `vqvae2 evaluate`" in card
+    assert (tmp_path / "saved" / "samples.png").is_file()
+    pipeline.priors[1].digest = "0" * 64  # as if it had been trained further
+    pipeline.save_pretrained(tmp_path / "other")
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert "On held-out images, at the end of training" in card
+    assert "Measured by" not in card
+    assert "samples.png" not in card
+    assert not (tmp_path / "other" / "samples.png").exists()
+
+
 def test_saved_models_do_not_contain_folders_of_this_computer(finished_run: Path, tmp_path: Path) -> None:
     """Runs of older versions have absolute paths in their weights."""
     pipeline = VQVAE2Pipeline.from_pretrained(finished_run)

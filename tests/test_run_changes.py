@@ -138,6 +138,19 @@ def test_stage_without_checkpoints_cannot_continue(run: Path, capsys: pytest.Cap
     fails(capsys, train_top(run, *CHANGES, "--resume-with-changes"), "prior-top has no checkpoint to continue from")
 
 
+def test_run_of_another_kind_is_refused_before_anything_is_written(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    config = str(run / "config.yaml")
+    fails(capsys, ["video", "train", config], "config.yaml: `context_frames` is missing", "run of another kind")
+    fails(capsys, ["video", "predict", str(run)], "config.yaml: `context_frames` is missing")
+    assert contents(run) == before
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(f"context_frames: 3\n{text}")
+    fails(capsys, ["sample", str(run)], "`context_frames` is unknown, so this is a run of another kind")
+
+
 def test_prior_of_another_autoencoder_is_not_taken_as_complete(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Train the autoencoder further after its codes were deleted, then extract them again."""
     shutil.rmtree(run / "codes")

@@ -64,9 +64,17 @@ class Config(BaseModel):
         """Return the settings in a YAML file that `to_yaml` wrote.
 
         Raises:
-            UserError: If the file is missing, truncated or invalid.
+            UserError: If the file is missing, truncated or invalid, or does not have the keys of this class.
         """
-        return cls.from_dict(_read_resolved(path), str(path))
+        data = _read_resolved(path)
+        for key in (*data, *cls.model_fields):
+            if (key in data) != (key in cls.model_fields):
+                problem = "unknown" if key in data else "missing"
+                raise UserError(
+                    f"{path}: `{key}` is {problem}, so this is a run of another kind, or the file was edited. Use a "
+                    "command for this kind of run, or restore the file."
+                )
+        return cls.from_dict(data, str(path))
 
     @classmethod
     def from_dict(cls, data: Any, source: str, section: str | None = None, fix: str = "") -> Self:
