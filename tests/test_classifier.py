@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from sampling.evaluation.classifier import (
     Classifier,
@@ -125,6 +126,8 @@ def test_labeled_samples_read_labels_from_manifest(finished_run: Path, tmp_path:
     samples = LabeledSamples(folder)
     assert [samples[number].label for number in range(5)] == list(samples.labels) == [0, 1, 2, 3, 4]
     assert samples[2].image.shape == (3, 32, 32)
+    Image.new("RGBA", (32, 32), (200, 0, 0, 0)).save(folder / "images" / "000004.png")
+    assert samples[4].image[:, 0, 0].tolist() == [200, 0, 0], "alpha is ignored, as in held-out images"
     (folder / "images" / "000003.png").unlink()
     with pytest.raises(UserError, match=r"1 of 5 images are missing, the first is 000003\.png"):
         LabeledSamples(folder)

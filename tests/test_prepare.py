@@ -81,6 +81,17 @@ def test_random_crops_reach_the_edges_of_prepared_images(tmp_path: Path) -> None
     assert len({images[0, draw].image.numpy().tobytes() for draw in range(60)}) == 12  # 27 − 16 + 1 positions
 
 
+def test_prepared_images_are_neither_enlarged_nor_given_channels(tmp_path: Path) -> None:
+    prepare([str(fill(tmp_path / "images")), str(tmp_path / "out"), "--size", "8", "--num-workers", "0"])
+    assert len(open_datasets(DataConfig(path=str(tmp_path / "out"), size=(8, 4), channels=1))[0]) > 0
+    for settings, message in (
+        ({"size": (8, 16)}, r"data\.size: .*out was prepared for 8 × 8 pixels, less than 8 × 16"),
+        ({"size": 8, "channels": 4}, r"data\.channels: .*out was prepared with 3, not 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_datasets(DataConfig.from_dict({"path": str(tmp_path / "out"), **settings}, "test"))
+
+
 def test_killed_prepare_resumes_to_the_same_records(tmp_path: Path) -> None:
     folder = fill(tmp_path / "images", 200)
     (folder / "dog" / "0071.png").write_text("not an image")

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from sampling.evaluation.image_sets import open_image_set
 from tests.conftest import TINY
 from tests.test_commands import fails
 from tests.test_commands import images as image_files
@@ -30,7 +32,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def open_splits(path: object, val_path: object, **settings: object) -> tuple[ImageDataset, ImageDataset]:
-    config = {"path": str(path), "val_path": str(val_path), "size": 8, **settings}
+    config = {"path": str(path), "val_path": val_path and str(val_path), "size": 8, **settings}
     return open_datasets(DataConfig.from_dict(config, "test"))
 
 
@@ -93,12 +95,42 @@ def test_validation_images_must_be_others_with_known_classes(folders: tuple[Path
     (tmp_path / "val.txt").write_text("train/b/1.png\nval/b/1.png\n")
     with pytest.raises(UserError, match=r"1 images of .*val.txt are also training images, for example .*train/b/1.png"):
         open_splits(train, tmp_path / "val.txt")
+    (tmp_path / "link").symlink_to(train)
+    for again in (tmp_path / "link", train / ".." / "train"):
+        with pytest.raises(UserError, match=r"data\.val_path: 9 images of .* are also training images"):
+            open_splits(train, again)
     image_files(val / "zebra", 1)
     with pytest.raises(UserError, match=r"has the classes zebra, but the training images do not"):
         open_splits(train, val, labels="folder")
     assert len(open_splits(train, val)[1]) == 5
     with pytest.raises(UserError, match=r"data\.val_path: no such folder"):
         open_splits(train, tmp_path / "gone")
+
+
+def test_shards_and_mazes_in_both_splits_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    train, _ = folders
+    for number, name in enumerate("abc"):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            archive.add(train / name, name)
+    for other in ("{1..2}.tar", "1.tar"):
+        with pytest.raises(UserError, match=r"3 images of .*tar are also training images, for example .*b/0.png"):
+            open_splits(tmp_path / "{0..1}.tar", tmp_path / other, labels="none")
+    assert len(open_splits(tmp_path / "{0..1}.tar", tmp_path / "2.tar", labels="none")[1]) == 3
+    with pytest.raises(UserError, match=r"6 images of mazes:2:3 are also training images"):
+        open_splits("mazes:4:3", "mazes:2:3")
+
+
+def test_shards_of_the_same_name_have_different_image_names(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        (tmp_path / f"part{number}").mkdir()
+        with tarfile.open(tmp_path / f"part{number}" / "train.tar", "w") as archive:
+            archive.add(folders[0] / name, "x")
+    shards = tmp_path / "part{0..1}" / "train.tar"
+    names = set().union(*(part.names for part in open_splits(shards, None, labels="none")))
+    assert names == {f"part{part}/train/x/{number}.png" for part in range(2) for number in range(3)}
+    reference = open_image_set(shards)
+    assert reference.digest() != open_image_set(tmp_path / "part0" / "train.tar").digest()
+    assert len(reference) == 6
 
 
 def test_a_run_with_a_folder_for_validation(

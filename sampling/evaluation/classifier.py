@@ -171,8 +171,8 @@ class LabeledSamples(Dataset[ImageSample]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> ImageSample:
-        pixels = read_image(self.path(index), self.size)
-        return ImageSample(hwc_to_chw(pixels), self.labels[index])
+        pixels = hwc_to_chw(read_image(self.path(index), self.size, channels=4))
+        return ImageSample(pixels[:3], self.labels[index])  # without alpha, as `to_rgb`
 
     def path(self, index: int) -> Path:
         """Return the path of an image."""

@@ -24,6 +24,7 @@ from vqvae2.data.samplers import SequentialBatchSampler, load_batches
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.base import warn_skipped
 from vqvae2.data.sources.folder import walk_folders
+from vqvae2.data.sources.tar import expand
 from vqvae2.errors import UserError
 from vqvae2.metrics.frechet import NPZ_ERRORS, read_array_header
 from vqvae2.pictures import hwc_to_chw
@@ -174,8 +175,10 @@ class ImageArchive(ImageFiles):
         return file
 
     def digest(self) -> str:
-        status = self.path.stat()
-        return hashlib.sha256(f"{self.path.name}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
+        paths = [self.path] if self.path.is_file() else map(Path, expand(str(self.path)))  # one archive, or shards
+        stamps = [(path.name, path.stat()) for path in paths]
+        text = "\n".join(f"{name}\0{status.st_size}\0{status.st_mtime_ns}" for name, status in stamps)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class ImageArray:

@@ -225,10 +225,12 @@ def _hash_all(names: Iterable[str]) -> NDArray[np.uint64]:
 def sorted_classes(names: Collection[str]) -> tuple[str, ...]:
     """Return class names in order: numerically if all are numbers.
 
-    >>> sorted_classes({"10", "9"}), sorted_classes({"10", "a"})
-    (('9', '10'), ('10', 'a'))
+    >>> sorted_classes({"10", "9"}), sorted_classes({"10", "a"}), sorted_classes({"1", "01", "001", "2"})
+    (('9', '10'), ('10', 'a'), ('001', '01', '1', '2'))
     """
-    return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
+    if all(name.isdecimal() for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))  # 1 and 01 are different classes
+    return tuple(sorted(names))
 
 
 def _digest(header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:

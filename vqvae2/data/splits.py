@@ -1,7 +1,6 @@
 """The training and the validation images of a data set: two sources, or one that is split by a hash of the names."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,9 @@ from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.label_file import LabelFile
 from vqvae2.data.sources import FolderSource, open_source
 from vqvae2.data.sources.base import Source
+from vqvae2.data.sources.prepared import PreparedHeader, PreparedSource, read_header
 from vqvae2.distributed import get_rank
-from vqvae2.errors import UserError, printable
+from vqvae2.errors import UserError
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _MAX_LISTED = 20  # classes listed in an error message
@@ -47,6 +47,8 @@ def _all_images(config: DataConfig, source: Source) -> ImageDataset:
 def _open_labeled(config: DataConfig, cache: Path | None) -> Source:
     """Open the source at `config.path`, with labels."""
     source = open_source(config.source, cache)
+    if isinstance(source, PreparedSource):
+        _check_prepared(config, read_header(Path(source.path)))
     check_class_folders(config, source)
     if file := LabelFile.parse(config.labels):
         source.index = file.label_index(source)
@@ -54,6 +56,25 @@ def _open_labeled(config: DataConfig, cache: Path | None) -> Source:
         name = source.describe(int(unlabeled[0]))
         raise UserError(f"data.labels: {name} is not in a class folder. Move it into one, or use `none`.")
     return source
+
+
+def _check_prepared(config: DataConfig, prepared: PreparedHeader) -> None:
+    """Check that prepared images need not be enlarged, and have the channels that are asked for.
+
+    Raises:
+        UserError: If not.
+    """
+    (height, width), (prepared_height, prepared_width) = config.shape, prepared.size
+    if height > prepared_height or width > prepared_width:
+        raise UserError(
+            f"data.size: {config.path} was prepared for {prepared_height} × {prepared_width} pixels, less than "
+            f"{height} × {width}. Lower data.size, or run `vqvae2 prepare --size {height} {width}`."
+        )
+    if config.channels > prepared.channels:
+        raise UserError(
+            f"data.channels: {config.path} was prepared with {prepared.channels}, not {config.channels}. Change "
+            f"data.channels, or run `vqvae2 prepare --channels {config.channels}`."
+        )
 
 
 def _open_val_source(config: DataConfig, training: Source, cache: Path | None) -> Source:
@@ -67,11 +88,12 @@ def _open_val_source(config: DataConfig, training: Source, cache: Path | None) -
         source = _open_labeled(val_config, cache)
     except UserError as error:
         raise UserError(str(error).replace("data.path", "data.val_path", 1)) from None
-    shared = set(_locations(source)).intersection(_locations(training))
+    locations = {training.location(number) for number in range(len(training.index))}
+    shared = [number for number in range(len(source.index)) if source.location(number) in locations]
     if shared:
         raise UserError(
             f"data.val_path: {len(shared):,} images of {config.val_path} are also training images, for example "
-            f"{printable(min(shared))}. Remove them from one of the two."
+            f"{source.describe(shared[0])}. Remove them from one of the two."
         )
     index, classes = source.index, training.index.classes
     names = [index.classes[label] if label >= 0 else None for label in index.labels]
@@ -83,11 +105,6 @@ def _open_val_source(config: DataConfig, training: Source, cache: Path | None) -
         )
     source.index = index.with_labels(names, classes)
     return source
-
-
-def _locations(source: Source) -> Iterator[str]:
-    """Yield where each image of a source is: a file, or a place in an archive or a data set."""
-    return (str(Path(source.describe(number)).absolute()) for number in range(len(source.index)))
 
 
 def check_class_folders(config: DataConfig, source: Source) -> None:

@@ -4,6 +4,7 @@ import collections
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,6 +78,16 @@ class Source(ABC):
     def describe(self, number: int) -> str:
         """Return the location of an image for messages."""
         return printable(f"{self.path}/{self.index.names[number]}")
+
+    def location(self, number: int) -> str:
+        """Return where an image is, the same for all paths that lead to the source. Links to folders are resolved."""
+        return f"{resolve(self.path)}/{self.index.names[number]}"
+
+
+@cache
+def resolve(path: str) -> str:
+    """Return a local path without links, `~` and `..`; a URL as it is."""
+    return path if "://" in path else str(Path(path).expanduser().resolve())
 
 
 def absolute_path(path: str) -> str:

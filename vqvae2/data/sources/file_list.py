@@ -7,7 +7,7 @@ from typing import Any
 from vqvae2 import files
 from vqvae2.data.image_io import UnreadableImageError
 from vqvae2.data.index import ImageIndex
-from vqvae2.data.sources.base import Source, require_images
+from vqvae2.data.sources.base import Source, require_images, resolve
 from vqvae2.errors import UserError, printable
 
 
@@ -26,7 +26,7 @@ class ListSource(Source):
         files.require_file(Path(path), f"data.path: {path}", "Give a text file with one path per line.")
         stamp = _stamp(path)
         text = Path(path).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-        lines = {number: line.strip() for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+        lines = {number: line.strip() for number, line in enumerate(text.split("\n"), 1) if line.strip()}
         names = [os.path.normpath(line).replace(os.sep, "/") for line in lines.values()]
         require_images(names, path)
         seen: set[str] = set()
@@ -57,6 +57,10 @@ class ListSource(Source):
     def file(self, number: int) -> Path:
         """Return the path of an image."""
         return Path(self.path).parent / self.index.names[number]
+
+    def location(self, number: int) -> str:
+        path = self.file(number)
+        return f"{resolve(str(path.parent))}/{path.name}"
 
     def describe(self, number: int) -> str:
         return printable(str(self.file(number)))

@@ -37,6 +37,9 @@ class MazeSource(Source):
         clip, frame = divmod(number, frames)
         return Image.fromarray(render_clip(clip, frames, size)[frame])
 
+    def location(self, number: int) -> str:
+        return f"{_PREFIX}{self.index.names[number]}"  # whatever the number of clips
+
 
 def _parse(path: str) -> tuple[int, int]:
     """Return the number of clips and of the frames of a clip."""

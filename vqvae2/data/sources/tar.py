@@ -4,6 +4,7 @@ Shards can be remote: `s3://bucket/train-{000000..000123}.tar`. They are not str
 offset, so training samples from all images of all shards in an order that depends on seed and step only.
 """
 
+import os
 import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import IO, Any, NamedTuple
 from vqvae2.data.image_io import UnreadableImageError
 from vqvae2.data.index import ImageIndex, class_folders, sorted_classes
 from vqvae2.data.sources.archive import RangeReader, archive_stamp, open_archive
-from vqvae2.data.sources.base import Source, is_hidden, is_image, member_name, require_images, warn_skipped
+from vqvae2.data.sources.base import Source, is_hidden, is_image, member_name, require_images, resolve, warn_skipped
 from vqvae2.errors import UserError
 
 _SCAN_THREADS = 16  # shards scanned concurrently
@@ -32,7 +33,7 @@ class TarSource(Source):
 
     def __init__(self, path: str, index: ImageIndex) -> None:
         super().__init__(path, index)
-        shards = expand(path)
+        self._shards = shards = expand(path)
         self._read = [RangeReader(shard, keep_open=len(shards) <= _MAX_OPEN) for shard in shards]
 
     @classmethod
@@ -46,7 +47,7 @@ class TarSource(Source):
                 f"data.path: {path} is compressed and does not allow random access. Decompress it to a .tar."
             )
         shards = expand(path)
-        stamp = archive_stamp(shards)
+        stamp, shard_names = archive_stamp(shards), _shard_names(shards)
         names: list[str] = []
         prefixes: list[str] = []
         keys: list[str] = []
@@ -55,13 +56,12 @@ class TarSource(Source):
         columns: dict[str, list[int]] = {"shard": [], "offset": [], "length": []}
         with ThreadPoolExecutor(_SCAN_THREADS) as pool:  # scanning is bound by the disk or the network
             for number, found in enumerate(pool.map(_read_members, shards)):
-                prefix = f"{Path(shards[number]).stem}/" if len(shards) > 1 else ""
                 labels |= {f"{shards[number]}/{key}": label for key, label in found.labels.items()}
                 skipped += found.skipped
                 for name, (offset, length) in found.images.items():
                     names.append(name)
                     keys.append(f"{shards[number]}/{_key(name)}")
-                    prefixes.append(prefix)
+                    prefixes.append(shard_names[number])
                     for column, value in zip(columns.values(), (number, offset, length), strict=True):
                         column.append(value)
         require_images(names, path)
@@ -73,6 +73,10 @@ class TarSource(Source):
     @classmethod
     def is_unchanged(cls, path: str, stamp: dict[str, Any]) -> bool:
         return stamp == archive_stamp(expand(path))
+
+    def location(self, number: int) -> str:
+        shard, offset = (int(self.index.columns[name][number]) for name in ("shard", "offset"))
+        return f"{resolve(self._shards[shard])}/{offset}"
 
     def open(self, number: int, size: tuple[int, int]) -> bytes:
         del size
@@ -102,6 +106,15 @@ def expand(path: str) -> list[str]:
         numbers = [str(number).zfill(len(found[1])) for number in range(int(found[1]), int(found[2]) + 1)]
         paths = [_RANGE.sub(number, path, count=1) for path in paths for number in numbers]
     return paths
+
+
+def _shard_names(shards: list[str]) -> list[str]:
+    """Return what is before the names of the images of each shard: nothing if there is only one shard."""
+    names = [Path(shard).stem for shard in shards]
+    if len(set(names)) < len(names):  # the shards differ in their folders
+        common = os.path.commonpath(shards)
+        names = [shard.removeprefix(common).strip("/").removesuffix(".tar") for shard in shards]
+    return [f"{name}/" for name in names] if len(names) > 1 else [""]
 
 
 class _Members(NamedTuple):
