@@ -1,12 +1,13 @@
 """Recognition of contents and speakers: cepstral features, and support vector machines trained on real recordings."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.fft import dct
+from torch import Tensor
 
 from vqvae2.audio.log_mel import LogMel
 from vqvae2.packages import import_package
@@ -51,3 +52,22 @@ class SpeechRecognizer:
 
     def _features(self, waveforms: Iterable[np.ndarray]) -> np.ndarray:
         return np.stack([features(waveform, self.sample_rate) for waveform in waveforms])
+
+
+def recognize(
+    waveforms: Float[Tensor, "n t"],
+    labels: Int[Tensor, " n"],
+    sets: Mapping[str, tuple[Float[Tensor, "m t"], Int[Tensor, " m"]]],
+    sample_rate: int,
+) -> dict[str, float] | None:
+    """Return the fraction of waveforms of each set that are recognized as their label, None if there is one label only.
+
+    Args:
+        waveforms: Real recordings, on which the classifier is trained.
+        labels: Their labels.
+        sets: Waveforms to recognize, and their labels.
+    """
+    if len(labels.unique()) < 2:
+        return None
+    recognizer = SpeechRecognizer(waveforms.numpy(), labels.numpy(), sample_rate)
+    return {name: recognizer.accuracy(each.numpy(), label.numpy()) for name, (each, label) in sets.items()}
