@@ -77,7 +77,9 @@ def test_mutual_information_of_known_distributions() -> None:
     )
 
 
-def test_a_single_label_is_not_recognized() -> None:
+def test_recognition_of_a_single_label_and_of_short_waveforms() -> None:
     waveforms, labels = torch.rand(4, 2048, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1])
     assert recognize(waveforms, labels, {"real": (waveforms, labels)}, 8000) == {"real": 1}
     assert recognize(waveforms, labels * 0, {"real": (waveforms, labels)}, 8000) is None
+    short = waveforms[:, :32]  # less than one window
+    assert recognize(short, labels, {"real": (short, labels)}, 8000) == {"real": 1}

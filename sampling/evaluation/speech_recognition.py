@@ -19,7 +19,8 @@ _SILENT = 1.0  # below the loudest frame, in units of the spectrogram
 def cepstra(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.ndarray, "frames coefficients"]:
     """Return mel-frequency cepstral coefficients of 32 ms windows every 8 ms, without silence at both ends."""
     hop = round(0.008 * sample_rate)
-    samples = torch.from_numpy(waveform[: len(waveform) // hop * hop])
+    padded = np.pad(waveform, (0, max(0, hop - len(waveform))))  # to one window at least
+    samples = torch.from_numpy(padded[: len(padded) // hop * hop])
     mel = LogMel(sample_rate, hop)(samples[None])[0].numpy()
     loudness = mel.mean(0)
     loud = np.flatnonzero(loudness > loudness.max() - _SILENT)
