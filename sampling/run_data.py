@@ -1,12 +1,14 @@
 """The images, the autoencoder and the codes of a run: opened, and compared with what the run was made from."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 
 from sampling.run_config import RunConfig
 from vqvae2 import files
 from vqvae2.config import Config
+from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import DataConfig, ImageDataset
 from vqvae2.data.splits import open_datasets
@@ -83,6 +85,18 @@ def open_run_codes(folder: RunFolder, split: str, command: str = "vqvae2 extract
     store = CodeStore.open(folder.code_store(split))
     store.header.check_autoencoder(files.digest(folder.autoencoder_weights), store.path, command)
     return store
+
+
+def check_run_codes(folder: RunFolder, digests: Mapping[str, str], command: str = "vqvae2 extract-codes") -> None:
+    """Check that the code stores of a run, if they exist, are of the data of each split with these digests.
+
+    Raises:
+        UserError: If one is of other data.
+    """
+    for split, digest in digests.items():
+        path = folder.code_store(split)
+        if lmdb_environment.exists(path):
+            CodeStore.read_header(path).check_data(digest, path, command)
 
 
 def _describe_images(network: Autoencoder) -> str:

@@ -65,6 +65,15 @@ def decode_speech(
     return waveforms * (torch.arange(waveforms.shape[1], device=lengths.device) < lengths[:, None])
 
 
+def sample_labels(num_speakers: int, classes_per_speaker: int, count: int) -> list[int]:
+    """Return classes for utterances: the speaker changes with every utterance, the content after all speakers.
+
+    >>> sample_labels(num_speakers=2, classes_per_speaker=10, count=5)
+    [0, 10, 1, 11, 2]
+    """
+    return [k % num_speakers * classes_per_speaker + k // num_speakers % classes_per_speaker for k in range(count)]
+
+
 def sample_utterances(
     network: SpeechAutoencoder,
     prior: Prior,

@@ -8,9 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sampling.report.audio_page import write_audio
 from vqvae2.audio.audio_io import read_waveform, save_wav
 from vqvae2.audio.log_mel import LogMel, mel_filters
 from vqvae2.audio.mu_law import compand, expand
+from vqvae2.audio.spectrogram_plot import save_spectrograms
+from vqvae2.pictures import load_image
 
 
 def test_mu_law_is_the_formula() -> None:
@@ -71,3 +74,20 @@ def test_saved_waveform_is_read_back(tmp_path: Path) -> None:
     waveform = torch.rand(1000) * 2 - 1
     save_wav(tmp_path / "x.wav", waveform, 8000)
     np.testing.assert_allclose(read_waveform(tmp_path / "x.wav", sample_rate=8000), waveform.numpy(), atol=2**-15)
+
+
+def test_spectrograms_of_short_waveforms_and_equal_captions(tmp_path: Path) -> None:
+    row = ("anna", [("original", torch.linspace(-1, 1, 64))])  # shorter than the window
+    heights = []
+    for rows in ([row], [row, row]):
+        save_spectrograms(tmp_path / "rows.png", rows, 16_000)
+        heights.append(load_image(tmp_path / "rows.png").shape[1])
+    assert heights[1] > 1.5 * heights[0]
+
+
+def test_writing_audio_again_deletes_only_its_own_files(tmp_path: Path) -> None:
+    cells = [("original", torch.zeros(64)), ("as ben", torch.zeros(64))]
+    write_audio(tmp_path, [("anna", cells), ("anna", cells)], 8000, seed=0, temperature=1, networks=[])
+    (tmp_path / "mine.wav").write_bytes(b"mine")
+    write_audio(tmp_path, [("anna", cells[:1])], 8000, seed=0, temperature=1, networks=[])
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["000-00.wav", "mine.wav"]

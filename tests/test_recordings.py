@@ -47,15 +47,30 @@ def test_unusable_data_gives_one_line_errors(tmp_path: Path) -> None:
     assert "a.wav: not in the folder of a speaker" in error()
     assert "a.wav: does not match data.pattern" in error(pattern="(?P<speaker>b)")
     assert "single recording" in error(pattern="(?P<speaker>.)")
+    for name in ("high_ben_0", "ben_1"):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(10), 8000)
+    (tmp_path / "a.wav").rename(tmp_path / "low_ben_0.wav")
+    message = error(pattern=r"^(?:(?P<content>high|low)_)?(?P<speaker>ben)_\d")
+    assert "/ben_1.wav: data.pattern finds no content in this name" in message
+    for path in tmp_path.glob("*.wav"):
+        path.unlink()
     for name, content in {"anna/1.wav": b"", "anna/2.wav": b"RIFF" + b"\0" * 60, "anna/3.wav": b"hello"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "a.wav").unlink()
     assert "2.wav: not a readable recording" in error()
     soundfile.write(tmp_path / "anna/2.wav", np.zeros(0), 8000)
     assert "2.wav: has no samples" in error()
     with pytest.raises(UserError, match="no such directory"):
         open_recordings(RecordingsConfig(path=str(tmp_path / "missing")))
+
+
+def test_hidden_folders_and_folders_with_an_extension_are_no_recordings(tmp_path: Path) -> None:
+    for name in ("anna/0.wav", "anna/1.wav", ".trash/0.wav", ".trash/1.wav", "anna/.old/2.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / name, np.zeros(10), 8000)
+    (tmp_path / "anna" / "x.wav").mkdir()
+    train, val = open_recordings(RecordingsConfig(path=str(tmp_path)))
+    assert (train.names, val.names, train.speakers) == (("anna/1.wav",), ("anna/0.wav",), ("anna",))
 
 
 def test_recordings_are_padded_with_silence(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.speech.evaluate import mutual_information
 from experiments.speech.stages import SpeechObjective
+from sampling.evaluation.speech_recognition import recognize
 from vqvae2.audio.log_mel import LogMel
 from vqvae2.audio.mu_law import expand
 from vqvae2.data.recordings import Clip
+from vqvae2.metrics.mutual_information import mutual_information
 from vqvae2.models.speech_autoencoder import SpeechAutoencoder, SpeechModelConfig
 from vqvae2.models.wavenet import WaveNetConfig
 from vqvae2.quantizers import EMAConfig
@@ -74,3 +75,11 @@ def test_mutual_information_of_known_distributions() -> None:
     assert mutual_information(first, np.array([0, 0, 0, 1] * 100)) == pytest.approx(
         0.5 * np.log2(4 / 3) + 0.25 * np.log2(2 / 3) + 0.25
     )
+
+
+def test_recognition_of_a_single_label_and_of_short_waveforms() -> None:
+    waveforms, labels = torch.rand(4, 2048, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0, 1])
+    assert recognize(waveforms, labels, {"real": (waveforms, labels)}, 8000) == {"real": 1}
+    assert recognize(waveforms, labels * 0, {"real": (waveforms, labels)}, 8000) is None
+    short = waveforms[:, :32]  # less than one window
+    assert recognize(short, labels, {"real": (short, labels)}, 8000) == {"real": 1}

@@ -147,6 +147,19 @@ def test_networks_work_without_the_recordings_they_were_trained_on(
     fails(capsys, ["speech", "convert", str(run)], "trained on another `data`")
 
 
+def test_codes_of_other_held_out_recordings_are_refused(
+    trained: Path, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(tones, tmp_path / "other")
+    (other / "high_anna_0.wav").rename(other / "high_anna_00.wav")  # held out
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(tones), str(other)))
+    for command in (["evaluate", str(run)], ["train", str(run / "config.yaml")]):
+        fails(capsys, ["speech", *command], "codes/val: codes of other data than `data.path` has. Delete this folder")
+    shutil.rmtree(run / "codes" / "val")
+    assert main(["speech", "train", str(run / "config.yaml")]) == 0
+    assert CodeStore.open(run / "codes" / "val").image_name(0) == "high_anna_00.wav"
+
+
 def test_evaluate_recognizes_real_recordings(trained: Path) -> None:
     assert main(["speech", "evaluate", str(trained), "--samples", "6"]) == 0
     metrics = json.loads((trained / "evaluation" / "metrics.json").read_text())

@@ -10,9 +10,12 @@ from sampling.next_frames import sample_next_frames
 from sampling.params import LevelSamplingParams
 from sampling.sample_level import Noise, sample_level
 from tests.decoders import incremental_logits
+from tests.test_videos import write_frames
 from vqvae2.code_maps import MapSpec
-from vqvae2.data.clips import FrameHistories, find_clips
+from vqvae2.data.clips import FrameHistories, check_clips, find_clips
 from vqvae2.data.code_store import CodeHeader, CodeStore, CodeWriter
+from vqvae2.data.images import DataConfig
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
 from vqvae2.priors import PixelCNNConfig, PixelSNAILConfig, Prior, PriorConfig, PriorSpec, TransformerConfig
 from vqvae2.quantizers import EMAConfig
@@ -43,6 +46,28 @@ def write_store(folder: Path, names: list[str], classes: tuple[str, ...] = ("a",
 def test_clips_are_the_frames_of_one_folder(tmp_path: Path) -> None:
     store = write_store(tmp_path, ["a/0", "a/1", "a/2", "b/x/0", "b/x/1", "c/0"])
     assert find_clips(store) == [range(3), range(3, 5), range(5, 6)]
+
+
+def test_clips_with_missing_or_other_frames_between_are_refused(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "codes", ["a/000", "a/001", "a/extra/0", "a/x02"])
+    with pytest.raises(UserError, match="the folder a/extra is between the frames of the clip a"):
+        find_clips(store)
+    store.header = store.header.model_copy(update={"unreadable": (1,)})
+    with pytest.raises(UserError, match=r"codes: unreadable frames: 1\..*delete this folder and run"):
+        find_clips(store)
+
+
+def test_labels_that_never_change_within_a_clip_are_refused(tmp_path: Path) -> None:
+    root = write_frames(tmp_path / "frames", clips=8, frames=3)
+    config = DataConfig(path=str(root), size=16, labels="folder", split_by="folder", num_workers=0)
+    with pytest.raises(UserError, match="the label never changes within a clip"):
+        check_clips(open_datasets(config))
+    check_clips(open_datasets(config.model_copy(update={"labels": "none"})))
+    table = tmp_path / "actions.csv"
+    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.png"))]
+    rows = [f"{name},{'left' if number % 2 else 'right'}" for number, name in enumerate(names)]
+    table.write_text("\n".join(["file_name,label", *rows]))
+    check_clips(open_datasets(config.model_copy(update={"labels": str(table)})))
 
 
 def test_histories_hold_what_a_prior_sees(tmp_path: Path) -> None:

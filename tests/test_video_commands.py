@@ -10,12 +10,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from experiments.video.stages import FramePriorStage
-from experiments.video.video_run import VideoConfig
+from experiments.video.video_run import VideoConfig, VideoRun
 from tests.test_commands import fails
 from tests.test_configs import CONFIGS
 from tests.test_two_processes import run_on_two_processes
 from tests.test_videos import write_frames
 from vqvae2.__main__ import main
+from vqvae2.data.code_store import CodeStore
 from vqvae2.pictures import load_image
 
 TINY = """
@@ -128,6 +129,40 @@ def test_three_codes_are_trained_once_and_measured(trained: Path, capsys: pytest
     assert 0 < metrics["usage"] <= 1
     assert main(["video", "three-codes", str(trained), "--count", "8", "--codes.dtype", "bf16"]) == 0
     assert "three-codes: already complete" in capsys.readouterr().out
+
+
+def test_three_codes_of_unreadable_frames_are_refused(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, held_out = VideoRun.existing(trained).stores
+    damaged = CodeStore(held_out.path, held_out.header.model_copy(update={"unreadable": (0,)}))
+    monkeypatch.setattr(VideoRun, "stores", (training, damaged))
+    fails(capsys, ["video", "three-codes", str(trained), "--count", "8"], "unreadable frames: 1. Replace their images")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--extract-codes.flip"], "--extract-codes.flip: mirror images are not frames of a clip"),
+        (["--data.split-by", "image"], "--data.split-by: `image` would take single frames out of clips"),
+    ],
+)
+def test_wrong_settings_give_one_line_errors(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    fails(capsys, ["video", "train", str(CONFIGS / "video-mazes.yaml"), "--run", str(run), *arguments], message)
+    assert not run.exists()
+
+
+def test_names_of_clips_as_actions_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = write_frames(tmp_path / "frames", clips=8, frames=6)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    arguments = ["--data.path", str(frames), "--run", str(tmp_path / "run")]
+    fails(capsys, ["video", "train", str(tmp_path / "tiny.yaml"), *arguments], "data.labels: the label never changes")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "three-codes"])

@@ -12,12 +12,11 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.speech.sample import sample_labels
 from experiments.speech.speech_run import SpeechRun
 from experiments.speech.stages import bits_per_sample
-from sampling.evaluation.speech_recognition import SpeechRecognizer
+from sampling.evaluation.speech_recognition import recognize
 from sampling.processes import processes
-from sampling.sample_waveforms import decode_speech, sample_utterances
+from sampling.sample_waveforms import decode_speech, sample_labels, sample_utterances
 from train.accelerator import make_accelerator
 from vqvae2 import checkpoint, files
 from vqvae2.audio.mu_law import NUM_VALUES, expand
@@ -26,8 +25,8 @@ from vqvae2.config import Config, Measured
 from vqvae2.data.recordings import collate
 from vqvae2.data.samplers import SequentialBatchSampler
 from vqvae2.metrics.codebook_usage import CodebookUsage
+from vqvae2.metrics.mutual_information import mutual_information
 from vqvae2.models.speech_autoencoder import UnconditionalWaveNet
-from vqvae2.packages import import_package
 
 _BATCH = 128  # clips decoded at once
 
@@ -47,8 +46,8 @@ class SpeechMetrics(Config):
     temperature: float
     seed: int
     bits: dict[str, Measured]
-    content_recognized: dict[str, Measured] | None  # None without contents
-    speaker_recognized: dict[str, Measured]
+    content_recognized: dict[str, Measured] | None  # None with fewer than two contents
+    speaker_recognized: dict[str, Measured] | None  # None with a single speaker
     codes: dict[str, Measured]  # in bits per code
 
     def lines(self) -> list[str]:
@@ -75,23 +74,17 @@ def evaluate(run: SpeechRun, options: EvaluateSpeechOptions, bits: dict[str, flo
     sets = _held_out_utterances(run, options)
     if options.samples:
         sets["samples"] = _sampled_utterances(run, options)
-    real = collate(training, range(len(training)))
-    originals = expand(real.values).numpy()
-    speaker = SpeechRecognizer(originals, real.speaker.numpy(), data.config.sample_rate)
-    speakers = {name: speaker.accuracy(each.waveforms.numpy(), each.speaker.numpy()) for name, each in sets.items()}
-    speakers["conversions_as_source"] = speaker.accuracy(
-        sets["conversions"].waveforms.numpy(), sets["real"].speaker.numpy()
-    )
-    contents = None
-    if data.contents:
-        content = SpeechRecognizer(originals, real.content.numpy(), data.config.sample_rate)
-        contents = {name: content.accuracy(each.waveforms.numpy(), each.content.numpy()) for name, each in sets.items()}
+    real, sample_rate = collate(training, range(len(training))), data.config.sample_rate
+    originals = expand(real.values)
+    contents = {name: (each.waveforms, each.content) for name, each in sets.items()}
+    speakers = {name: (each.waveforms, each.speaker) for name, each in sets.items()}
+    speakers["conversions_as_source"] = sets["conversions"].waveforms, sets["real"].speaker
     return SpeechMetrics(
         temperature=options.temperature,
         seed=options.seed,
         bits=bits,
-        content_recognized=contents,
-        speaker_recognized=speakers,
+        content_recognized=recognize(originals, real.content, contents, sample_rate),
+        speaker_recognized=recognize(originals, real.speaker, speakers, sample_rate),
         codes=_code_information(run),
     )
 
@@ -168,11 +161,6 @@ def _code_information(run: SpeechRun) -> dict[str, float]:
     joined, (speaker, content) = np.concatenate(codes), np.concatenate(labels).T
     found = {"entropy": mutual_information(joined, joined), "speaker": mutual_information(joined, speaker)}
     return found | ({"content": mutual_information(joined, content)} if data.contents else {})
-
-
-def mutual_information(first: Int[np.ndarray, " n"], second: Int[np.ndarray, " n"]) -> float:
-    """Return the mutual information of paired labels in bits, estimated from their joint frequencies."""
-    return import_package("sklearn.metrics", "speech").mutual_info_score(first, second) / math.log(2)
 
 
 def main(options: EvaluateSpeechOptions) -> None:

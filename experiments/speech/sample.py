@@ -9,7 +9,7 @@ from experiments.speech.speech_run import SpeechRun
 from sampling.guidance import check_guidance
 from sampling.params import LevelSamplingParams
 from sampling.processes import on_main_process
-from sampling.sample_waveforms import sample_utterances
+from sampling.sample_waveforms import sample_labels, sample_utterances
 from vqvae2.command_line import Options
 
 
@@ -21,15 +21,6 @@ class SampleSpeechOptions(Options):
     temperature: float = Field(default=0.9, gt=0, description="divides the logits of the waveform")
     codes: LevelSamplingParams = Field(default=LevelSamplingParams(), description="sampling of the codes")
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="utterance k depends on the seed and k only")
-
-
-def sample_labels(num_speakers: int, classes_per_speaker: int, count: int) -> list[int]:
-    """Return classes for utterances: the speaker changes with every utterance, the content after all speakers.
-
-    >>> sample_labels(num_speakers=2, classes_per_speaker=10, count=5)
-    [0, 10, 1, 11, 2]
-    """
-    return [k % num_speakers * classes_per_speaker + k // num_speakers % classes_per_speaker for k in range(count)]
 
 
 def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:

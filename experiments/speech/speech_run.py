@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sampling.report.audio_page import write_audio, write_audio_page
 from sampling.run_config import BaseRunConfig, PriorStageConfig
-from sampling.run_data import open_run_codes
+from sampling.run_data import check_run_codes, open_run_codes
 from train.checkpoints import check_made_from
 from train.run import BaseRun, ConfigOptions, load_run_prior
 from vqvae2 import checkpoint
@@ -89,6 +89,8 @@ class SpeechRun(BaseRun):
         if weights.is_file():
             made_from = checkpoint.read_metadata(weights).get("made_from", {})
             check_made_from(made_from, {"data": recordings[0].digest()}, weights)
+        digests = {"train": recordings[0].digest(), "val": recordings[1].digest()}
+        check_run_codes(self.folder, digests, self.command)
         return recordings
 
     @cached_property

@@ -103,9 +103,9 @@ class SpeechStage(WaveformStage[SpeechAutoencoder]):
         with torch.inference_mode():
             codes = self.network.encode(batch.values.long())
         decoded = decode_speech(self.network, codes, batch.speaker, lengths=batch.length)
-        rows = {"original": expand(batch.values).cpu(), "reconstruction": decoded.cpu()}
+        rows = [("original", expand(batch.values).cpu()), ("reconstruction", decoded.cpu())]
         titles = [data.caption(index) for index in chosen]
-        titled = {name: list(zip(titles, waveforms, strict=True)) for name, waveforms in rows.items()}
+        titled = [(name, list(zip(titles, waveforms, strict=True))) for name, waveforms in rows]
         save_spectrograms(path, titled, data.config.sample_rate)
 
     def save(self, path: Path) -> None:
@@ -182,7 +182,7 @@ class SpeechPriorStage(PriorStage):
         labels = evenly_spaced(len(classes), _PREVIEW_CLIPS)
         sampled = sample_utterances(self.run.autoencoder, self.network, labels, self.run.classes_per_speaker)
         titled = list(zip([classes[label] for label in labels], sampled, strict=True))
-        save_spectrograms(path, {"sampled": titled}, self.run.config.data.sample_rate)
+        save_spectrograms(path, [("sampled", titled)], self.run.config.data.sample_rate)
 
 
 def train_speech(run: SpeechRun) -> None:

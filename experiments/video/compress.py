@@ -21,6 +21,7 @@ from train.quantized_stage import QuantizedObjective, QuantizedStage
 from train.run import is_finished
 from vqvae2 import checkpoint, files
 from vqvae2.command_line import Options
+from vqvae2.data.clips import find_clips
 from vqvae2.data.code_store import CodeBatch, CodeStore
 from vqvae2.data.images import to_float, to_uint8
 from vqvae2.data.samplers import evenly_spaced
@@ -143,6 +144,7 @@ def write_reconstructions(run: VideoRun, options: ThreeCodesOptions) -> dict[str
 def main(options: ThreeCodesOptions) -> None:
     """Run the command `vqvae2 video three-codes`."""
     run = VideoRun.existing(options.run)
+    find_clips(run.stores[1])  # raises if frames are unreadable, whose images could not be matched with codes
     stage, folder = ThreeCodesStage(run), run.three_codes
     if not is_finished(folder.weights, stage.made_from):
         train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)

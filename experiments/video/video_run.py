@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Int, UInt8
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from experiments.video.three_codes import ThreeCodesConfig
@@ -17,9 +17,10 @@ from sampling.run_config import RunConfig
 from sampling.run_data import load_run_autoencoder, open_run_codes, open_run_datasets
 from train.run import Run, RunOptions, load_run_prior
 from vqvae2.config import Config
-from vqvae2.data.clips import find_clips
+from vqvae2.data.clips import check_clips, find_clips
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import ImageDataset
+from vqvae2.data.splits import open_datasets
 from vqvae2.errors import UserError
 from vqvae2.models import Autoencoder
 from vqvae2.run_folder import StageFolder
@@ -31,6 +32,14 @@ class VideoConfig(RunConfig):
     context_frames: int = Field(default=6, ge=1, le=64, description="preceding frames that the prior of a frame sees")
     baseline_without_actions: bool = Field(default=False, description="also train priors that do not see the actions")
     three_codes: ThreeCodesConfig = ThreeCodesConfig()
+
+    @model_validator(mode="after")
+    def _check_clips(self) -> Self:
+        if self.extract_codes.flip:
+            raise ValueError("extract_codes.flip: mirror images are not frames of a clip. Use data.flip.")
+        if self.data.split_by == "image" and self.data.val_path is None:
+            raise ValueError("data.split_by: `image` would take single frames out of clips. Use `folder`.")
+        return self
 
 
 class VideoOptions(RunOptions, VideoConfig):
@@ -47,6 +56,11 @@ class VideoRun(Run):
 
     config_class: ClassVar[type[Config]] = VideoConfig
     command: ClassVar[str] = "vqvae2 video train"
+
+    def check(self, previous: RunConfig | None) -> None:
+        super().check(previous)
+        if previous is None:
+            check_clips(open_datasets(self.config.data))
 
     @cached_property
     def autoencoder(self) -> Autoencoder:

@@ -1,12 +1,13 @@
 """Recognition of contents and speakers: cepstral features, and support vector machines trained on real recordings."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.fft import dct
+from torch import Tensor
 
 from vqvae2.audio.log_mel import LogMel
 from vqvae2.packages import import_package
@@ -18,7 +19,8 @@ _SILENT = 1.0  # below the loudest frame, in units of the spectrogram
 def cepstra(waveform: Float[np.ndarray, " t"], sample_rate: int) -> Float[np.ndarray, "frames coefficients"]:
     """Return mel-frequency cepstral coefficients of 32 ms windows every 8 ms, without silence at both ends."""
     hop = round(0.008 * sample_rate)
-    samples = torch.from_numpy(waveform[: len(waveform) // hop * hop])
+    padded = np.pad(waveform, (0, max(0, hop - len(waveform))))  # to one window at least
+    samples = torch.from_numpy(padded[: len(padded) // hop * hop])
     mel = LogMel(sample_rate, hop)(samples[None])[0].numpy()
     loudness = mel.mean(0)
     loud = np.flatnonzero(loudness > loudness.max() - _SILENT)
@@ -51,3 +53,22 @@ class SpeechRecognizer:
 
     def _features(self, waveforms: Iterable[np.ndarray]) -> np.ndarray:
         return np.stack([features(waveform, self.sample_rate) for waveform in waveforms])
+
+
+def recognize(
+    waveforms: Float[Tensor, "n t"],
+    labels: Int[Tensor, " n"],
+    sets: Mapping[str, tuple[Float[Tensor, "m t"], Int[Tensor, " m"]]],
+    sample_rate: int,
+) -> dict[str, float] | None:
+    """Return the fraction of waveforms of each set that are recognized as their label, None if there is one label only.
+
+    Args:
+        waveforms: Real recordings, on which the classifier is trained.
+        labels: Their labels.
+        sets: Waveforms to recognize, and their labels.
+    """
+    if len(labels.unique()) < 2:
+        return None
+    recognizer = SpeechRecognizer(waveforms.numpy(), labels.numpy(), sample_rate)
+    return {name: recognizer.accuracy(each.numpy(), label.numpy()) for name, (each, label) in sets.items()}

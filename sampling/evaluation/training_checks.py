@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 MIN_PERPLEXITY = 2.0  # below it, a level carries less than one bit per code
-MAX_SAME_CODES = 0.95  # share of codes that all images have in common, above which a level says nothing about an image
+MAX_SAME_CODES = 0.95  # share of codes that all images have in common, above which a level carries no information
 MIN_NLL = 0.05  # nats per code; below it, the codes are almost deterministic
 OVERFIT_TOLERANCE = 0.02  # relative increase of the last validation NLL over the best one
 

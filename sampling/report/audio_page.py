@@ -20,7 +20,7 @@ class Cell(Config):
     """One audio file."""
 
     caption: str
-    file: str
+    file: str = Field(pattern=r"^\d+-\d+\.wav$")
 
 
 class Row(Config):
@@ -42,6 +42,11 @@ class AudioManifest(Config):
     def path(cls, folder: Path) -> Path:
         return folder / "manifest.json"
 
+    @property
+    def file_names(self) -> set[str]:
+        """Names of the audio files."""
+        return {cell.file for row in self.rows for cell in row.cells}
+
 
 def write_audio(
     folder: Path,
@@ -51,14 +56,14 @@ def write_audio(
     temperature: float,
     networks: Sequence[str | None],
 ) -> None:
-    """Write WAV files, their spectrograms and their manifest. Audio files in the folder are replaced.
+    """Write WAV files, their spectrograms and their manifest. Then delete the audio files of the previous manifest.
 
     Args:
         rows: Caption and titled waveforms of each row.
         networks: Digests of the networks that the waveforms were sampled from.
     """
-    for old in folder.glob("*.wav"):
-        old.unlink()
+    path = AudioManifest.path(folder)
+    previous = AudioManifest.from_json(path, _FIX).file_names if path.is_file() else set()
     described = []
     for number, (caption, waveforms) in enumerate(rows):
         cells = [
@@ -67,10 +72,12 @@ def write_audio(
         for cell, (_, waveform) in zip(cells, waveforms, strict=True):
             save_wav(folder / cell.file, waveform, sample_rate)
         described.append(Row(caption=caption, cells=tuple(cells)))
-    save_spectrograms(folder / "spectrograms.png", dict(rows), sample_rate)
+    save_spectrograms(folder / "spectrograms.png", rows, sample_rate)
     digests = tuple(str(digest) for digest in networks)
     manifest = AudioManifest(seed=seed, temperature=temperature, networks=digests, rows=tuple(described))
-    files.write_json(AudioManifest.path(folder), manifest.to_dict())
+    files.write_json(path, manifest.to_dict())
+    for name in previous - manifest.file_names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_audio_page(path: Path, title: str, sections: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Pictures of spectrograms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +14,18 @@ _WINDOW, _OVERLAP, _FLOOR = 0.024, 0.75, 60.0  # seconds; fraction of the window
 
 
 def save_spectrograms(
-    path: Path, rows: Mapping[str, Sequence[tuple[str, Float[Tensor, " t"]]]], sample_rate: int
+    path: Path, rows: Sequence[tuple[str, Sequence[tuple[str, Float[Tensor, " t"]]]]], sample_rate: int
 ) -> None:
-    """Write a PNG of spectrograms in decibels: one row per caption, with titled waveforms."""
-    columns = max(map(len, rows.values()))
+    """Write a PNG of spectrograms in decibels: rows of a caption and titled waveforms."""
+    columns = max(len(waveforms) for _, waveforms in rows)
     figure = make_figure(1)
     figure.set_size_inches(1.9 * columns + 0.6, 1.5 * len(rows) + 0.3)
-    window = round(_WINDOW * sample_rate)
-    for axes, (caption, waveforms) in zip(
-        figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True
-    ):
+    for axes, (caption, waveforms) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
         axes[0].set_ylabel(f"{caption}\nkHz", fontsize=8)
         for axis in axes[len(waveforms) :]:
             axis.set_axis_off()
         for axis, (title, waveform) in zip(axes, waveforms, strict=False):
+            window = min(round(_WINDOW * sample_rate), len(waveform))
             frequencies, times, power = spectrogram(
                 waveform.numpy(), sample_rate, nperseg=window, noverlap=int(_OVERLAP * window), nfft=4 * window
             )

@@ -1,4 +1,4 @@
-"""Clips in a code store of frames, and the codes that the prior of a frame sees."""
+"""Clips of frames, and the codes that the prior of a frame sees."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,21 +9,56 @@ import torch
 
 from vqvae2.code_maps import MapSpec
 from vqvae2.data.code_store import CodeBatch, CodeStore
+from vqvae2.data.images import ImageDataset
 from vqvae2.errors import UserError
 
 
 def find_clips(frames: CodeStore) -> list[range]:
-    """Return the records of each clip. The frames of a clip are the images of one folder, in the order of their names.
+    """Return the records of each clip. See `split_clips`.
 
     Raises:
         UserError: If frames are missing, because their images could not be read.
     """
     if frames.header.unreadable:
-        name = frames.path
-        raise UserError(f"{name}: {len(frames.header.unreadable)} frames are unreadable. Replace them, or their clips.")
-    folders = [frames.image_name(index).rpartition("/")[0] for index in range(len(frames))]
+        raise UserError(
+            f"{frames.path}: unreadable frames: {len(frames.header.unreadable)}. Replace their images, delete this "
+            "folder and run `vqvae2 video train`."
+        )
+    return split_clips([frames.image_name(index) for index in range(len(frames))])
+
+
+def split_clips(names: Sequence[str]) -> list[range]:
+    """Return the indices of the frames of each clip: the images of one folder, in the order of their names.
+
+    Raises:
+        UserError: If the images of another folder are between the frames of a clip.
+
+    >>> split_clips(["a/0", "a/1", "b/0"])
+    [range(0, 2), range(2, 3)]
+    """
+    folders = [name.rpartition("/")[0] for name in names]
     starts = [index for index in range(len(folders)) if index == 0 or folders[index] != folders[index - 1]]
+    found: set[str] = set()
+    for start in starts:
+        if folders[start] in found:
+            between, clip = folders[start - 1], folders[start] or "in the top folder"
+            raise UserError(f"data.path: the folder {between} is between the frames of the clip {clip}. Move it.")
+        found.add(folders[start])
     return [range(start, stop) for start, stop in pairwise([*starts, len(folders)])]
+
+
+def check_clips(splits: Sequence[ImageDataset]) -> None:
+    """Check that the frames of each clip follow each other, and that labels change within clips, as actions do.
+
+    Raises:
+        UserError: If they do not. Labels that are the same for all frames of all clips are permitted.
+    """
+    labels = [{frames.label(index) for index in clip} for frames in splits for clip in split_clips(frames.names)]
+    if all(len(each) == 1 for each in labels) and len(set.union(*labels)) > 1:
+        raise UserError(
+            "data.labels: the label never changes within a clip, so labels are not actions. Use `none`, or a table "
+            "with the action that leads to each frame."
+        )
 
 
 class FrameHistories(CodeStore):

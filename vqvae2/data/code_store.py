@@ -99,6 +99,17 @@ class CodeHeader(Config):
                 f"{str(digest)[:12]}…. Delete this folder and run `{command}`."
             )
 
+    def check_data(self, digest: str, path: Path, command: str = "vqvae2 extract-codes") -> None:
+        """Check that the store at `path`, which `command` writes, is of the images or recordings with this digest.
+
+        Raises:
+            UserError: If it is of other ones.
+        """
+        if digest != self.data:
+            raise UserError(
+                f"{path}: codes of other data than `data.path` has. Delete this folder and run `{command}`."
+            )
+
 
 class CodeBatch(NamedTuple):
     """Codes and labels of one image or a batch."""

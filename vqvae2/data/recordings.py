@@ -134,7 +134,8 @@ def open_recordings(config: RecordingsConfig) -> tuple[Recordings, Recordings]:
     """Return the recordings for training and for validation: every `holdout_interval`-th of each speaker by name.
 
     Raises:
-        UserError: If there are too few recordings, or a file name does not match `data.pattern`.
+        UserError: If there are too few recordings, a file name does not match `data.pattern`, or only some names have
+            a content.
     """
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
@@ -142,11 +143,12 @@ def open_recordings(config: RecordingsConfig) -> tuple[Recordings, Recordings]:
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in _EXTENSIONS and not path.name.startswith(".")
+        if path.suffix.lower() in _EXTENSIONS and path.is_file() and not _is_hidden(path.relative_to(folder))
     )
     if not names:
         raise UserError(f"data.path: no WAV or FLAC files in {config.path}. Check the path.")
     recordings = Recordings(config, names, [_parse_name(name, config) for name in names])
+    _check_contents(recordings)
     counts = dict.fromkeys(range(len(recordings.speakers)), 0)
     held_out = []
     for index in range(len(names)):
@@ -160,6 +162,21 @@ def open_recordings(config: RecordingsConfig) -> tuple[Recordings, Recordings]:
             raise UserError(f"data.path: the speaker {name} has a single recording in {config.path}. Add another one.")
     training = sorted(set(range(len(names))) - set(held_out))
     return recordings.select(training), recordings.select(held_out)
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether a file or one of its folders is hidden."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _check_contents(recordings: Recordings) -> None:
+    """Check that all recordings have contents or none have."""
+    without = [index for index in range(len(recordings)) if recordings.labels(index)[1] < 0]
+    if recordings.contents and without:
+        raise UserError(
+            f"{recordings.config.path}/{recordings.names[without[0]]}: data.pattern finds no content in this name, but "
+            "in others. Correct the pattern or move the file."
+        )
 
 
 def _parse_name(name: str, config: RecordingsConfig) -> tuple[str, str]:
