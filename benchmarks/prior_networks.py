@@ -17,6 +17,7 @@ import torch
 from train.accelerator import make_accelerator
 from train.ema import ExponentialMovingAverage
 from train.stages.prior import PriorObjective, mean_nll
+from vqvae2.__main__ import keep_freed_memory
 from vqvae2.data.code_store import CodeStore
 from vqvae2.priors import PixelCNNConfig, PixelSNAILConfig, PriorConfig, PriorSpec, TransformerConfig
 from vqvae2.run_folder import RunFolder
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     folder = RunFolder.existing(options.run)
     stores = [CodeStore.open(folder.code_store(split)) for split in ("train", "val")]
     print("| network | steps | NLL |\n|---|---|---|")

@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 for a user error, or 128 + the signal that stopped it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _prepare_streams()
-    _keep_freed_memory()
+    keep_freed_memory()
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         _dispatch(arguments)
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Make glibc reuse large freed blocks. Its default returns them to the system, and every step clears them again.
 
     That takes a tenth of a training step; see docs/results.md. Other C libraries are left alone.
