@@ -143,8 +143,8 @@ def test_three_codes_of_unreadable_frames_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--extract-codes.flip"], "--extract-codes.flip: mirror images are not frames of a clip"),
-        (["--data.split-by", "image"], "--data.split-by: `image` would take single frames out of clips"),
+        (["--extract-codes.flip"], "extract_codes.flip: mirror images are not frames of a clip"),
+        (["--data.split-by", "image"], "data.split_by: `image` would take single frames out of clips"),
     ],
 )
 def test_wrong_settings_give_one_line_errors(

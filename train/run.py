@@ -74,8 +74,11 @@ class ConfigOptions(Options):
     @classmethod
     def from_config(cls, path: Path, overrides: Sequence[str], prog: str) -> Self:
         """Return the settings in a YAML file with overrides applied, and with absolute paths and the run folder."""
+        is_run = is_resolved(path)  # the config of a run, which may have been moved
+        if is_run:
+            cls.config_class.from_resolved_yaml(path)  # raises if it is a run of another kind
         default = cls.from_yaml(path)
-        if is_resolved(path):  # the config of a run, which may have been moved
+        if is_run:
             default = default.model_copy(update={"run": str(path.parent)})
         options: Any = parse(cls, overrides, prog, default)
         run = options.run or str(Path("runs") / path.stem)

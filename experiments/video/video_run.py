@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int, UInt8
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from experiments.video.three_codes import ThreeCodesConfig
@@ -33,14 +33,6 @@ class VideoConfig(RunConfig):
     baseline_without_actions: bool = Field(default=False, description="also train priors that do not see the actions")
     three_codes: ThreeCodesConfig = ThreeCodesConfig()
 
-    @model_validator(mode="after")
-    def _check_clips(self) -> Self:
-        if self.extract_codes.flip:
-            raise ValueError("extract_codes.flip: mirror images are not frames of a clip. Use data.flip.")
-        if self.data.split_by == "image" and self.data.val_path is None:
-            raise ValueError("data.split_by: `image` would take single frames out of clips. Use `folder`.")
-        return self
-
 
 class VideoOptions(RunOptions, VideoConfig):
     """Train the autoencoder of single frames, cache their codes, and train the priors of the next frame, or resume."""
@@ -58,9 +50,14 @@ class VideoRun(Run):
     command: ClassVar[str] = "vqvae2 video train"
 
     def check(self, previous: RunConfig | None) -> None:
+        if self.config.extract_codes.flip:
+            raise UserError("extract_codes.flip: mirror images are not frames of a clip. Use data.flip.")
+        data = self.config.data
+        if data.split_by == "image" and data.val_path is None:
+            raise UserError("data.split_by: `image` would take single frames out of clips. Use `folder`.")
         super().check(previous)
         if previous is None:
-            check_clips(open_datasets(self.config.data))
+            check_clips(open_datasets(data))
 
     @cached_property
     def autoencoder(self) -> Autoencoder:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vqvae2.config import Config
@@ -29,12 +29,11 @@ class FSQConfig(Config):
     )
     code_dim: int = Field(default=64, ge=1, le=2**14, description="channels of the features to quantize")
 
-    @field_validator("grid")
-    @classmethod
-    def _check_grid(cls, grid: tuple[int, ...]) -> tuple[int, ...]:
-        if math.prod(grid) > _MAX_CODES:
-            raise ValueError(f"must have at most {_MAX_CODES:,} codes, the product of its values")
-        return grid
+    @model_validator(mode="after")
+    def _check_grid(self) -> "FSQConfig":
+        if self.codebook_size > _MAX_CODES:
+            raise ValueError(f"grid: must have at most {_MAX_CODES:,} codes, the product of its values")
+        return self
 
     @property
     def codebook_size(self) -> int:
