@@ -1,10 +1,10 @@
 """Likelihood of different prior networks of one level, each trained for the same processor time on the codes of a run.
 
-    python -m benchmarks.prior_networks RUN --level 0 --minutes 6
+    python -m benchmarks.prior_networks RUN --level top --minutes 6
 
 The learning rate rises for the first hundredth of the time, and then decays to 0 as a cosine. The loss is that of
-`vqvae2 train-prior`, in nats per code of held-out images, with averaged weights. Networks have about the same time per
-step, and only the peak learning rate differs. Results are printed as rows of a Markdown table.
+`vqvae2 train-prior`, in nats per code of held-out images, with averaged weights. Each network has its own peak learning
+rate. Results are printed as rows of a Markdown table.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from train.stages.prior import PriorObjective, mean_nll
 from vqvae2.__main__ import keep_freed_memory
 from vqvae2.data.code_store import CodeStore
 from vqvae2.priors import PixelCNNConfig, PixelSNAILConfig, PriorConfig, PriorSpec, TransformerConfig
-from vqvae2.run_folder import RunFolder
+from vqvae2.run_folder import RunFolder, level_names
 
 BATCH_SIZE = 16
 TRANSFORMER = {"channels": 192, "layers": 6, "heads": 6, "dropout": 0.1}
@@ -65,7 +65,7 @@ def main() -> None:
     """Print one row for each network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--level", type=int, default=0, help="0 for the bottom level, 1 for the one above, …")
+    parser.add_argument("--level", default="top")
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     options = parser.parse_args()
@@ -73,9 +73,10 @@ def main() -> None:
     keep_freed_memory()
     folder = RunFolder.existing(options.run)
     stores = [CodeStore.open(folder.code_store(split)) for split in ("train", "val")]
+    level = level_names(len(stores[0].header.levels)).index(options.level)
     print("| network | steps | NLL |\n|---|---|---|")
     for name in options.networks:
-        steps, nll = train(*NETWORKS[name], options.level, stores, 60 * options.minutes)
+        steps, nll = train(*NETWORKS[name], level, stores, 60 * options.minutes)
         print(f"| {name} | {steps:,} | {nll:.3f} |", flush=True)
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from vqvae2.audio.audio_io import read_waveform
 from vqvae2.audio.mu_law import SILENCE, compand
 from vqvae2.config import Config
+from vqvae2.data.sources.base import is_hidden
 from vqvae2.errors import UserError
 
 _EXTENSIONS = (".flac", ".wav")
@@ -143,7 +144,7 @@ def open_recordings(config: RecordingsConfig) -> tuple[Recordings, Recordings]:
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.suffix.lower() in _EXTENSIONS and path.is_file() and not _is_hidden(path.relative_to(folder))
+        if path.suffix.lower() in _EXTENSIONS and path.is_file() and not is_hidden(path.relative_to(folder).as_posix())
     )
     if not names:
         raise UserError(f"data.path: no WAV or FLAC files in {config.path}. Check the path.")
@@ -162,11 +163,6 @@ def open_recordings(config: RecordingsConfig) -> tuple[Recordings, Recordings]:
             raise UserError(f"data.path: the speaker {name} has a single recording in {config.path}. Add another one.")
     training = sorted(set(range(len(names))) - set(held_out))
     return recordings.select(training), recordings.select(held_out)
-
-
-def _is_hidden(path: Path) -> bool:
-    """Return whether a file or one of its folders is hidden."""
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _check_contents(recordings: Recordings) -> None:

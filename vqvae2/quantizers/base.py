@@ -1,4 +1,4 @@
-"""The interface of quantizers, and gradient estimators for the non-differentiable quantization step."""
+"""The interface of quantizers."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+MAX_CODES = 2**24  # of one codebook
 
 
 class QuantizerOutput(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vqvae2.config import Config
 from vqvae2.distributed import all_reduce_sum, get_rank, get_world_size, is_distributed
-from vqvae2.quantizers.base import Quantizer, QuantizerOutput
+from vqvae2.quantizers.base import MAX_CODES, Quantizer, QuantizerOutput
 from vqvae2.quantizers.gradient_estimators import rotation_trick, straight_through
 from vqvae2.quantizers.nearest import cluster_sums, kmeans, nearest_codes
 
@@ -24,7 +24,7 @@ _KMEANS_MAX_SAMPLES = 2**17  # the time of k-means is proportional to samples ×
 class CodebookConfig(Config):
     """Settings of a codebook. The VQ-VAE-2 paper uses 512 codes of 64 dimensions."""
 
-    codebook_size: int = Field(default=512, ge=1, le=2**24, description="number of codes")
+    codebook_size: int = Field(default=512, ge=1, le=MAX_CODES, description="number of codes")
     code_dim: int = Field(default=64, ge=1, le=2**14, description="channels of the features to quantize")
     commitment_weight: float = Field(default=0.25, ge=0, description="β, the weight of the commitment loss")
     ema_decay: float = Field(

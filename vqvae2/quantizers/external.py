@@ -10,10 +10,9 @@ from torch import Tensor
 
 from vqvae2.config import Config
 from vqvae2.errors import UserError
-from vqvae2.quantizers.base import Quantizer, QuantizerOutput
+from vqvae2.quantizers.base import MAX_CODES, Quantizer, QuantizerOutput
 
 _LOOKUPS = ("get_output_from_indices", "indices_to_codes")  # methods of the package's classes
-_MAX_CODES = 2**24
 _TOLERANCE = 1e-4
 _ERRORS = (StopIteration, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -69,9 +68,9 @@ class ExternalQuantizer(Quantizer):
         self.module = _build(config)
         self._base: int = getattr(self.module, "codebook_size", None) or config.arguments.get("codebook_size", 0)
         self._digits: int = getattr(self.module, "num_quantizers", 1)
-        if self._base < 1 or math.log(self._base) * self._digits > math.log(_MAX_CODES):
+        if self._base < 1 or math.log(self._base) * self._digits > math.log(MAX_CODES):
             raise UserError(
-                f"quantizer.arguments: {config.name}: the codes must be 1 to {_MAX_CODES:,}. Change its size."
+                f"quantizer.arguments: {config.name}: the codes must be 1 to {MAX_CODES:,}. Change its size."
             )
         self.codebook_size = self._base**self._digits
         self._check()

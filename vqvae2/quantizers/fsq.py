@@ -9,10 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vqvae2.config import Config
-from vqvae2.quantizers.base import Quantizer, QuantizerOutput
+from vqvae2.quantizers.base import MAX_CODES, Quantizer, QuantizerOutput
 from vqvae2.quantizers.gradient_estimators import straight_through
 
-_MAX_CODES = 2**24  # as for other codebooks
 _EPSILON = 1e-3  # keeps the outermost grid values away from the asymptotes of tanh
 
 
@@ -24,15 +23,15 @@ class FSQConfig(Config):
     """
 
     kind: Literal["fsq"] = "fsq"
-    grid: tuple[Annotated[int, Field(ge=2, le=_MAX_CODES)], ...] = Field(
+    grid: tuple[Annotated[int, Field(ge=2, le=MAX_CODES)], ...] = Field(
         default=(8, 8, 8), min_length=1, description="values per dimension, 2 or more"
     )
     code_dim: int = Field(default=64, ge=1, le=2**14, description="channels of the features to quantize")
 
     @model_validator(mode="after")
     def _check_grid(self) -> "FSQConfig":
-        if self.codebook_size > _MAX_CODES:
-            raise ValueError(f"grid: must have at most {_MAX_CODES:,} codes, the product of its values")
+        if self.codebook_size > MAX_CODES:
+            raise ValueError(f"grid: must have at most {MAX_CODES:,} codes, the product of its values")
         return self
 
     @property

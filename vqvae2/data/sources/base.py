@@ -122,5 +122,5 @@ def member_name(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a path is in a hidden folder."""
+    """Return whether a relative path is hidden, or in a hidden folder."""
     return name.startswith(".") or "/." in name
