@@ -1,13 +1,16 @@
 """The processes that `accelerate launch` or `torchrun` started; a single one without a launcher."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import ParamSpec
 
 import torch
 from accelerate import PartialState
 
+from vqvae2.distributed import is_distributed
 from vqvae2.errors import UserError
 
 P = ParamSpec("P")
@@ -20,7 +23,16 @@ def processes() -> PartialState:
         UserError: If Accelerate does not accept its environment variables.
     """
     with accelerate_errors():
-        return PartialState(cpu=not torch.accelerator.is_available())
+        state = PartialState(cpu=not torch.accelerator.is_available())
+    if is_distributed():
+        _leave_at_exit()
+    return state
+
+
+@cache
+def _leave_at_exit() -> None:
+    """Leave the process group when Python exits. Without this, gloo's threads can abort a process that ends first."""
+    atexit.register(lambda: torch.distributed.destroy_process_group() if is_distributed() else None)
 
 
 def on_main_process(function: Callable[P, object], *arguments: P.args, **named: P.kwargs) -> None:
