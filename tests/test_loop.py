@@ -247,6 +247,39 @@ def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
         config(warmup_steps=12)
 
 
+class EmbeddingStage(LineStage):
+    """A stage whose objective has an embedding between its other parameters, with a learning rate of its own."""
+
+    def __init__(self, embedding_learning_rate: float | None) -> None:
+        super().__init__()
+        self.embedding_learning_rate = embedding_learning_rate
+        self.objective.embedding = nn.Embedding(2, 1)
+        self.objective.last = nn.Linear(1, 1)
+        self.objective.register_forward_hook(self._use_embedding)
+
+    def _use_embedding(self, objective: nn.Module, inputs: object, output: Any) -> Any:
+        loss, terms = output
+        return loss + objective.last(objective.embedding.weight).square().sum(), terms
+
+
+def test_embeddings_can_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
+    stage = EmbeddingStage(embedding_learning_rate=0.08)
+    before = {name: value.clone() for name, value in stage.objective.state_dict().items()}
+    train(stage, config(steps=1, ema_decay=None), tmp_path, num_workers=0)
+    change = {name: (value - before[name]).abs() for name, value in stage.objective.state_dict().items()}
+    # The first update of Adam is the learning rate, whatever the gradient.
+    assert change["embedding.weight"].flatten().tolist() == pytest.approx([0.08] * 2, rel=1e-3)
+    assert change["layer.weight"].flatten().tolist() == pytest.approx([0.01] * 3, rel=1e-3)
+    assert change["last.weight"].item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_embedding_learning_rate_can_change_when_training_resumes(tmp_path: Path) -> None:
+    train(EmbeddingStage(None), config(steps=4), tmp_path, num_workers=0)
+    moments = newest_state(tmp_path)
+    train(EmbeddingStage(0.08), config(steps=5), tmp_path, num_workers=0)  # refuses moments of another shape
+    assert newest_state(tmp_path).keys() == moments.keys()
+
+
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
     train(LineStage(), config(checkpoint_every=2, keep_checkpoints=2), tmp_path, num_workers=0)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00000005", "00000010", "00000012"]

@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -72,6 +73,7 @@ class TrainingStage(ABC, Generic[NetworkT, ObjectiveT]):
     network: NetworkT  # its weights are averaged and saved
     objective: ObjectiveT  # wraps the network: batch on the device → (loss, other terms by name)
     auxiliary: AuxiliaryNetwork | None = None
+    embedding_learning_rate: float | None = None  # at the peak; that of the config if None
     made_from: Mapping[str, Any] = MappingProxyType({})  # digests of the artifacts that training reads
     find_unused_parameters = False  # of DDP: whether some steps train only a part of the network
 
@@ -119,7 +121,6 @@ class TrainableUnit:
     loss: str  # name of the loss in the log
     objective: nn.Module
     optimizer: AcceleratedOptimizer
-    relative_learning_rate: float  # relative to that of the main network
     start: int
 
 
@@ -239,7 +240,7 @@ def _make_units(stage: TrainingStage, config: TrainingConfig, accelerator: Accel
     main = AuxiliaryNetwork("loss", stage.objective, config.learning_rate, config.betas)
     for index, each in enumerate([main, stage.auxiliary] if stage.auxiliary else [main]):
         optimizer = torch.optim.AdamW(
-            each.objective.parameters(),
+            _parameter_groups(each.objective, each.learning_rate, None if index else stage.embedding_learning_rate),
             lr=each.learning_rate,
             betas=each.betas,
             weight_decay=0 if index else config.weight_decay,
@@ -247,9 +248,18 @@ def _make_units(stage: TrainingStage, config: TrainingConfig, accelerator: Accel
         )
         module = torch.compile(each.objective) if config.compile else each.objective
         wrapped, optimizer = accelerator.prepare(module, optimizer)
-        relative = each.learning_rate / config.learning_rate
-        units.append(TrainableUnit(each.name, wrapped, optimizer, relative, each.start))
+        units.append(TrainableUnit(each.name, wrapped, optimizer, each.start))
     return units
+
+
+def _parameter_groups(
+    objective: nn.Module, learning_rate: float, embedding_learning_rate: float | None
+) -> list[dict[str, Any]]:
+    """Return the parameters for an optimizer, in the order of the objective, with the peak of their learning rate."""
+    modules = [module for module in objective.modules() if isinstance(module, nn.Embedding)]
+    peaks = {parameter: embedding_learning_rate for module in modules for parameter in module.parameters()}
+    groups = groupby(objective.parameters(), lambda parameter: peaks.get(parameter) or learning_rate)
+    return [{"params": list(parameters), "peak_learning_rate": peak} for peak, parameters in groups]
 
 
 def _optimized(stage: TrainingStage, units: Sequence[TrainableUnit]) -> dict[str, Optimized]:
@@ -302,7 +312,7 @@ def _update(
             names.append(f"{_GRADIENT_NORM}_{unit.loss}" if index else _GRADIENT_NORM)
             values.append(norm[None])
         for group in unit.optimizer.param_groups:
-            group["lr"] = unit.relative_learning_rate * learning_rate(config, step)
+            group["lr"] = group["peak_learning_rate"] / config.learning_rate * learning_rate(config, step)
         unit.optimizer.step()
         unit.optimizer.zero_grad()
     stage.after_update(units[0].optimizer.optimizer)

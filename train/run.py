@@ -45,6 +45,7 @@ _CHANGEABLE_IN_TRAINING = (
     "steps",
     "batch_size",
     "learning_rate",
+    "embedding_learning_rate",
     "schedule",
     "warmup_steps",
     "weight_decay",

@@ -126,6 +126,11 @@ class AutoencoderTrainingConfig(QuantizedTrainingConfig):
 class PriorTrainingConfig(TrainingConfig):
     """How a prior is trained."""
 
+    embedding_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="peak learning rate of the embeddings of codes and labels; `learning_rate` if not given",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass, to save memory"
     )

@@ -89,6 +89,7 @@ class PriorStage(TrainingStage[Prior, PriorObjective]):
         torch.manual_seed(config.training.seed)
         self.network = config.model.build(spec)
         self.network.gradient_checkpointing = config.training.gradient_checkpointing
+        self.embedding_learning_rate = config.training.embedding_learning_rate
         self.objective = PriorObjective(self.network, self.level, config.loss.label_dropout)
         self.made_from = {**made_from, "codes": header.digest}
         self.unigram_entropy = self._unigram_entropy()
