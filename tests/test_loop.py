@@ -14,11 +14,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.inception_fixture import two_processes
 from train import loop
 from train.checkpoints import TrainingState
 from train.loop import TrainingStage, train
 from train.lr_schedule import learning_rate
+from train.metric_log import MetricLog, StepValues
 from vqvae2 import checkpoint
+from vqvae2.distributed import get_rank
 from vqvae2.errors import Stopped, UserError
 from vqvae2.pictures import save_image
 from vqvae2.training_config import TrainingConfig
@@ -200,6 +203,19 @@ def test_nan_loss_error_names_step_term_and_last_checkpoint(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"step 10: the loss term `loss` is nan; .*checkpoints/00000008"):
         train(stage, config(), tmp_path, num_workers=0)
     assert all(tensor.isfinite().all() for tensor in newest_state(tmp_path).values())
+
+
+def read_log_of_this_rank(path: Path) -> list[tuple[int, dict[str, float]]]:
+    log, rank = MetricLog(path, writes=False), get_rank()
+    log.add(StepValues(1, ("loss", "error"), torch.tensor([1.0 + rank, 2.0])))
+    log.add(StepValues(2, ("loss",), torch.tensor([math.nan if rank else 0.0])))
+    return log.read()
+
+
+def test_logged_values_are_means_over_all_processes(tmp_path: Path) -> None:
+    for first, second in two_processes(read_log_of_this_rank, tmp_path / "metrics.jsonl"):
+        assert first == (1, {"loss": 1.5, "error": 2.0})
+        assert math.isnan(second[1]["loss"]), "also on the rank without it"
 
 
 def test_no_checkpoint_is_written_from_weights_that_are_not_finite(tmp_path: Path) -> None:
