@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.inception_fixture import two_processes
 from train import loop
-from train.checkpoints import TrainingState
+from train.checkpoints import Checkpoints, TrainingState
 from train.loop import TrainingStage, train
 from train.lr_schedule import learning_rate
 from train.metric_log import MetricLog, StepValues
@@ -170,6 +170,26 @@ def test_corrupted_newest_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -
         train(LineStage(), config(), uninterrupted, num_workers=0)
     for name, tensor in expected.items():
         assert torch.equal(tensor, newest_state(uninterrupted)[name]), name
+
+
+def test_checkpoint_after_a_damaged_one_replaces_it(tmp_path: Path) -> None:
+    folder, settings = tmp_path / "checkpoints", {"checkpoint_every": 4, "keep_checkpoints": 1, "validate_every": 100}
+    train(LineStage(), config(**settings, steps=4), tmp_path, num_workers=0)
+    (folder / "00000007").mkdir()
+    with (
+        pytest.warns(UserWarning, match="00000007: damaged checkpoint"),
+        pytest.raises(Stopped),
+    ):
+        train(LineStage(stop_at=2), config(**settings), tmp_path, num_workers=0)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000004", "00000006"]  # the best and the newest
+
+
+def test_checkpoints_are_in_order_of_their_steps(tmp_path: Path) -> None:
+    steps = [99_999_999, 100_000_000, 1_000_000_000]
+    for step in steps:
+        (tmp_path / f"{step:08d}").mkdir()
+    (tmp_path / "1 copy").mkdir()
+    assert [int(folder.name) for folder in Checkpoints(tmp_path, keep=1).all()] == steps
 
 
 def test_gradient_accumulation_matches_full_batch(tmp_path: Path) -> None:
