@@ -264,6 +264,19 @@ def test_kmeans_initializes_the_codebook_from_the_first_batch(
     assert torch.equal(vectors, quantizer.state_dict()["embedding"]), "only the first batch initializes the codebook"
 
 
+def test_kmeans_uses_each_of_few_latents_once() -> None:
+    x = features(2, 4, 8)
+    quantizer = EMAConfig(codebook_size=20_000, code_dim=4).build()  # Lloyd's iterations would take minutes
+    output = quantizer(x)
+    torch.testing.assert_close(output.quantized, x)
+    assert len(output.codes.unique()) == 16
+    latents = x.movedim(1, -1).flatten(0, 1)
+    few = EMAConfig(codebook_size=3, code_dim=4, dead_code_threshold=0).build()
+    few(x)
+    torch.testing.assert_close(few.ema_embedding_sum.sum(0), latents.sum(0))  # no latent is drawn twice
+    assert few.ema_cluster_size.sum() == 16
+
+
 @pytest.mark.parametrize("grid", [(2,), (3,), (8, 8, 8), (5, 4, 3, 2)])
 def test_fsq_uses_every_code(grid: tuple[int, ...]) -> None:
     quantizer = FSQConfig(grid=grid, code_dim=len(grid)).build().eval()

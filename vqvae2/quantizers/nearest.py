@@ -80,8 +80,12 @@ def kmeans(
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, " k"]]:
     """Cluster vectors with Lloyd's algorithm. Return the centers, and the number of vectors assigned to each.
 
-    Centers start at random vectors. A center without vectors restarts at a random one.
+    Centers start at random vectors. A center without vectors restarts at a random one. If there are at least as many
+    centers as vectors, every vector is a center, and the other centers repeat them.
     """
+    if num_clusters >= len(vectors):
+        numbers = torch.arange(num_clusters, device=vectors.device)
+        return vectors[numbers % len(vectors)], (numbers < len(vectors)).to(vectors.dtype)
     centers = vectors[_random_indices(len(vectors), num_clusters, generator)]
     counts = torch.zeros(num_clusters, device=vectors.device)
     for _ in range(iterations):
