@@ -220,8 +220,14 @@ def test_num_workers_does_not_change_the_result(tmp_path: Path) -> None:
 def test_nan_loss_error_names_step_term_and_last_checkpoint(tmp_path: Path) -> None:
     stage = LineStage()
     stage.objective.nan_at = 10
-    with pytest.raises(UserError, match=r"step 10: the loss term `loss` is nan; .*checkpoints/00000008"):
+    with pytest.raises(
+        UserError, match=r"^line: step 10: the loss term `loss` is nan; .*checkpoints/00000008"
+    ) as raised:
         train(stage, config(), tmp_path, num_workers=0)
+    assert str(raised.value).endswith("00000008. Lower the learning rate or set max_grad_norm.")
+    stage.objective.nan_at, stage.objective.calls = 1, 0
+    with pytest.raises(UserError, match=r"no checkpoint yet. Lower the learning rate\.$"):
+        train(stage, config(max_grad_norm=1), tmp_path / "other", num_workers=0)
     assert all(tensor.isfinite().all() for tensor in newest_state(tmp_path).values())
 
 
