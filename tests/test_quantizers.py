@@ -182,6 +182,14 @@ def test_rotation_trick_keeps_values_and_rotates_gradients() -> None:
     torch.testing.assert_close(gradient.norm(dim=1), scale * upstream.norm(dim=1), atol=1e-4, rtol=1e-4)
 
 
+def test_rotation_trick_without_a_rotation_is_straight_through() -> None:
+    x = torch.tensor([[0.0, 0.0], [2.0, -1.0], [2.0, -1.0]], requires_grad=True)
+    q = torch.tensor([[3.0, 4.0], [-4.0, 2.0], [-4.0, 2.0 + 1e-6]])
+    found, upstream = rotation_trick(x, q), features(3, 2)
+    torch.testing.assert_close(found, q)
+    torch.testing.assert_close(torch.autograd.grad(found, x, upstream)[0], upstream)
+
+
 def test_autocast_does_not_change_the_quantizer() -> None:
     quantizer = CONFIGS["ema"].build().eval()
     x = features(3, 4, 50)
@@ -288,6 +296,14 @@ def test_fsq_uses_every_code(grid: tuple[int, ...]) -> None:
     assert sorted(codes.unique().tolist()) == list(range(quantizer.codebook_size))
     all_codes = torch.arange(quantizer.codebook_size)[None]
     assert len(quantizer.lookup(all_codes)[0].T.unique(dim=0)) == quantizer.codebook_size
+
+
+def test_fsq_codes_of_a_long_grid_are_in_the_codebook() -> None:
+    for values in (1001, 1002, 5000):
+        quantizer = FSQConfig(grid=(values,), code_dim=1).build().eval()
+        torch.nn.init.ones_(quantizer.project_in.weight)
+        codes = quantizer(torch.tensor([[-1e6], [1e6]])).codes
+        assert codes.tolist() == [0, values - 1]
 
 
 def test_fsq_gradient_is_that_of_the_bounded_value() -> None:
