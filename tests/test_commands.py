@@ -195,9 +195,10 @@ def test_module_and_console_command_are_equivalent() -> None:
         (["--data.pth", "x"], ["--data.pth", "--data.path"]),
         (["--data.path", "/does/not/exist"], ["/does/not/exist", "no such folder"]),
         (["--data.size", "36"], ["data.size", "36", "32 or 40"]),
+        (["--data.size", "32", "8"], ["data.size", "at least 11", "not 8"]),
         (["--autoencoder.training.batch-size", "0"], ["batch-size", "greater than or equal to 1"]),
     ],
-    ids=["misspelled", "missing folder", "size", "value"],
+    ids=["misspelled", "missing folder", "size", "small size", "value"],
 )
 def test_invalid_settings_give_one_line_errors(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: list[str], words: list[str]
