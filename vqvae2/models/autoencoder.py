@@ -207,7 +207,8 @@ class Autoencoder(nn.Module):
         image then shows what the selected levels encode.
 
         Raises:
-            ValueError: If codes are not integers, map sizes are wrong, a code is outside of the codebook, or there is no level of a name.
+            ValueError: If codes are not integers, map sizes are wrong, a code is outside of the codebook, or there is
+                no level of a name.
         """
         names = level_names(len(self.config.levels))
         if levels is not None and not set(levels) <= set(names):
