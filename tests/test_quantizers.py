@@ -43,6 +43,11 @@ def test_nearest_codes_match_numpy_for_any_block_size(n: int, k: int, d: int, bl
     np.testing.assert_allclose(distances[np.arange(n), found], distances.min(1, initial=np.inf), atol=1e-5)
 
 
+def test_nearest_codes_of_features_with_a_large_common_offset() -> None:
+    rows, vectors = features(2000, 64) + 100, features(64, 64, seed=1) + 100
+    assert torch.equal(nearest_codes(rows, vectors), torch.cdist(rows.double(), vectors.double()).argmin(1))
+
+
 def test_cluster_sums_match_masked_sums() -> None:
     rows, codes = features(50, 3), torch.randint(5, (50,))
     counts, sums = cluster_sums(rows, codes, 5)
