@@ -38,7 +38,10 @@ class EditOptions(Options, SamplingParams):
     images: Positional[tuple[Path, ...]] = Field(min_length=1, description="image files")
     variants: int = Field(default=4, ge=1, le=2**16, description="new images per image")
     seed: int = Field(
-        default=0, ge=0, le=2**63 - 1, description="variant v of image k depends on the seed, k and v only"
+        default=0,
+        ge=0,
+        le=2**63 - 1,
+        description="variant v of image k depends on the seed, k and v, and by rounding on the batch size",
     )
     classes: ClassLabels = Field(
         default=(), description="names or numbers of the classes of the images, to cycle through"

@@ -9,7 +9,7 @@ from torch import Tensor
 from sampling.labels import require_labels
 from sampling.masks import keep_coarsest, keep_masked
 from sampling.params import SamplingParams
-from sampling.pipeline import VQVAE2Pipeline
+from sampling.pipeline import VQVAE2Pipeline, scale_progress
 from sampling.sample_level import PartialCodes
 from vqvae2.code_maps import CodeMaps
 from vqvae2.errors import UserError
@@ -30,7 +30,8 @@ def inpaint(
 
     On each level, a code is kept if all of its pixels are. The others are sampled in raster order: a code depends
     on the kept codes before it and, through the coarser levels, on those after it. Kept codes near the border of
-    the mask were computed from pixels on both sides. Variant v of image k depends on the image, the seed, k and v.
+    the mask were computed from pixels on both sides. Variant v of image k depends on the image, the seed, k and v, and
+    by rounding on the batch size.
 
     Args:
         images: Images in [-1, 1].
@@ -84,11 +85,13 @@ def sample_variants(
     labels = pipeline.labels_of(range(count), class_labels)
     pairs = [(image, variant) for image in range(count) for variant in range(variants)]
     batches: list[CodeMaps] = []
-    size = pipeline.batch_that_fits(min(pipeline.batch_size, len(pairs)), params)
-    for start in range(0, len(pairs), size):
+    total, size = len(pairs), pipeline.batch_that_fits(min(pipeline.batch_size, len(pairs)), params)
+    pairs += pairs[-1:] * (-total % size)  # rounding depends on the size of a batch
+    for start in range(0, total, size):
         batch = pairs[start : start + size]
         rows = torch.tensor([image for image, _ in batch], device=pipeline.device)
         batch_labels = None if labels is None else labels[rows]
         kept = [PartialCodes(codes[rows], keep[rows]) for codes, keep in partial]
-        batches.append(pipeline.sample_codes(batch, batch_labels, seed, params, kept, progress))
-    return tuple(torch.cat(level) for level in zip(*batches, strict=True))
+        shown = scale_progress(progress, min(size, total - start), size)
+        batches.append(pipeline.sample_codes(batch, batch_labels, seed, params, kept, shown))
+    return tuple(torch.cat(level)[:total] for level in zip(*batches, strict=True))

@@ -31,11 +31,11 @@ def sample_codes(
 
 
 def keep_top_k(logits: Float[Tensor, "b k"], count: int) -> Float[Tensor, "b k"]:
-    """Set all but the `count` largest logits of each row to −∞; 0 keeps all."""
+    """Set all but the `count` largest logits of each row to −∞, also if others are equal to them; 0 keeps all."""
     if count == 0 or count >= logits.shape[1]:
         return logits
-    bound = logits.topk(count, dim=1).values[:, -1:]
-    return logits.masked_fill(logits < bound, -torch.inf)
+    largest, codes = logits.topk(count, dim=1)
+    return torch.full_like(logits, -torch.inf).scatter(1, codes, largest)
 
 
 def keep_top_p(logits: Float[Tensor, "b k"], probability: float) -> Float[Tensor, "b k"]:

@@ -37,6 +37,10 @@ class Manifest(Config):
     priors: tuple[str, ...]  # digests, finest level first
     torch: str  # version
 
+    def matches(self, other: "Manifest") -> bool:
+        """Return whether another manifest describes the same images. The batch size changes them only by rounding."""
+        return self.model_dump(exclude={"batch_size"}) == other.model_dump(exclude={"batch_size"})
+
     def write(self, folder: Path) -> None:
         """Write manifest.json to a folder."""
         files.write_json(manifest_path(folder), self.model_dump(mode="json", exclude_unset=True))
@@ -50,6 +54,7 @@ class SampleManifest(Manifest):
     class_names: tuple[str, ...]
     image_size: tuple[PositiveInt, PositiveInt]  # (height, width)
     format: ImageFormat = "png"
+    batch_size: int | None = Field(default=None, ge=1, le=2**16)  # of all batches, also after an interruption
     rejection: dict[str, str | float] | None = None  # settings of the classifier-based rejection
 
     @model_validator(mode="after")
@@ -111,8 +116,13 @@ def next_new(first: Path, suffix: str = "") -> Path:
 
 
 def next_free_folder(first: Path, manifest: Manifest) -> Path:
-    """Return the first of NAME, NAME-2, … that has no manifest or an equal one."""
-    return next_free(first, lambda folder: read_manifest(folder, type(manifest)) in (None, manifest))
+    """Return the first of NAME, NAME-2, … that has no manifest or one that matches."""
+
+    def is_free(folder: Path) -> bool:
+        found = read_manifest(folder, type(manifest))
+        return found is None or found.matches(manifest)
+
+    return next_free(first, is_free)
 
 
 def default_output(model: Path, kind: str) -> Path:
@@ -126,7 +136,7 @@ def check_folder(folder: Path, manifest: Manifest) -> None:
     found = read_manifest(folder, type(manifest))
     if found is None:
         check_new(folder)
-    elif found != manifest:
+    elif not found.matches(manifest):
         raise UserError(f"{folder}: holds images made with other settings. Choose another folder with --out.")
 
 

@@ -172,12 +172,20 @@ class SamplingConfig(SamplingParams):
     """What to sample, and how."""
 
     count: int = Field(default=64, ge=1, le=10**7, description="number of images")
-    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="image k depends on the seed and k only")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=2**63 - 1,
+        description="image k depends on the seed and k, and by rounding on the batch size",
+    )
     classes: ClassLabels = Field(
         default=(), description="names or numbers of the classes to cycle through; all classes if not given"
     )
     batch_size: int = Field(
-        default=16, ge=1, le=2**16, description="images sampled at once, per process, if memory allows"
+        default=16,
+        ge=1,
+        le=2**16,
+        description="images sampled at once, per process, if memory allows; a resumed command uses the same",
     )
     format: Literal["png", "webp", "npz"] = Field(
         default="png",

@@ -1,5 +1,6 @@
 """VQVAE2Pipeline: an autoencoder and one prior per level, from random codes to images."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,7 @@ class VQVAE2Pipeline:
         guidance_scale: float | Mapping[str, float] | None = None,
         dtype: Literal["fp32", "bf16"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
-        """Sample images in [-1, 1]. Image k depends on the seed and k only.
+        """Sample images in [-1, 1]. Image k depends on the seed and k, and by rounding on the batch size.
 
         Args:
             class_labels: Names or numbers of the classes to cycle through; all classes if not given.
@@ -186,8 +187,10 @@ class VQVAE2Pipeline:
             raise UserError(f"num_images: must be at least 1, not {num_images}")
         params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
         given = {name: value for name, value in (params | {"dtype": dtype}).items() if value is not None}
-        settings = {"seed": seed, "classes": tuple(class_labels or ()), "batch_size": self.batch_size}
-        config = SamplingConfig.from_dict(dict(self.sampling.params) | given | settings, "sampling")
+        settings = {"count": num_images, "seed": seed, "classes": tuple(class_labels or ())}
+        config = SamplingConfig.from_dict(
+            dict(self.sampling.params) | given | settings | {"batch_size": self.batch_size}, "sampling"
+        )
         return torch.cat(list(self.sample_batches(range(num_images), config)))
 
     def sample_batches(
@@ -195,21 +198,26 @@ class VQVAE2Pipeline:
         numbers: Sequence[int],
         config: SamplingConfig,
         progress: Callable[[int], object] = lambda positions: None,
+        batch_size: int | None = None,
     ) -> Iterator[Float[Tensor, "b c h w"]]:
-        """Yield the images with the given numbers, in [-1, 1], in batches that fit into memory.
+        """Yield the images with the given numbers, in [-1, 1].
+
+        Image k is always sampled in batch ⌊k / size⌋, in the same place. Rounding depends on the size of a batch, and
+        one code that changes by rounding changes all codes after it. Other images of a batch are dropped.
 
         Args:
-            config: Settings of the samples. Its count is ignored.
-            progress: Called with the number of codes completed since the last call.
+            numbers: Numbers of the images in ascending order, a part of a job of `config.count` images.
+            progress: Called with the number of codes completed since the last call, without those of dropped images.
+            batch_size: Size of all batches; that of `job_batch_size` if not given.
 
         Raises:
             UserError: If `config` does not fit the model.
         """
-        size = self.batch_that_fits(min(config.batch_size, len(numbers)), config.params, config.memory)
-        for start in range(0, len(numbers), size):
-            batch = numbers[start : start + size]
-            labels = self.labels_of(batch, config.classes)
-            yield self.decode(self.sample_codes(batch, labels, config.seed, config.params, progress=progress))
+        size = batch_size or self.job_batch_size(config)
+        for index, group in itertools.groupby(numbers, lambda number: number // size):
+            batch, wanted = range(index * size, (index + 1) * size), [number % size for number in group]
+            labels, shown = self.labels_of(batch, config.classes), scale_progress(progress, len(wanted), size)
+            yield self.decode(self.sample_codes(batch, labels, config.seed, config.params, progress=shown))[wanted]
 
     def sample_codes(
         self,
@@ -251,6 +259,10 @@ class VQVAE2Pipeline:
         parts = zip(*(level.split(_DECODE_BATCH) for level in padded), strict=True)
         return torch.cat([self.autoencoder.decode(part) for part in parts])[:count]
 
+    def job_batch_size(self, config: SamplingConfig) -> int:
+        """Return the batch size of a job: at most its count, and what fits into memory."""
+        return self.batch_that_fits(min(config.batch_size, config.count), config.params, config.memory)
+
     def batch_that_fits(self, wanted: int, params: SamplingParams, memory: float | None = None) -> int:
         """Return `wanted`, or the largest batch size that fits into `memory` GiB, at least 1."""
         sizes = [
@@ -268,6 +280,11 @@ class VQVAE2Pipeline:
     def labels_of(self, images: Sequence[int], class_labels: Sequence[int | str] | None) -> Int[Tensor, " b"] | None:
         """Return the label of each image number; see `sampling.labels.labels_of`."""
         return labels_of(images, class_labels, self.class_names, self.device)
+
+
+def scale_progress(progress: Callable[[int], object], part: int, whole: int) -> Callable[[int], object]:
+    """Return `progress` for batches of `whole` images of which `part` are counted."""
+    return lambda positions: progress(positions * part // whole)
 
 
 def _check_prior(folder: RunFolder, name: str, index: int, prior: Prior, autoencoder: Autoencoder) -> None:

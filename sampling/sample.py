@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
+from accelerate.utils import gather_object
 from jaxtyping import UInt8
 from pydantic import Field
 from torch import Tensor
@@ -22,6 +23,7 @@ from sampling.output_folder import (
     is_complete_image,
     manifest_path,
     next_free_folder,
+    read_manifest,
     write_grids,
     write_npz,
 )
@@ -75,17 +77,28 @@ class SampledImage(NamedTuple):
 
 
 def sample_images(
-    pipeline: VQVAE2Pipeline, config: SamplingConfig, numbers: Sequence[int], show_progress: bool
+    pipeline: VQVAE2Pipeline, config: SamplingConfig, batch_size: int, numbers: Sequence[int], show_progress: bool
 ) -> Iterator[SampledImage]:
-    """Yield the images with the given numbers, sampled in batches."""
+    """Yield this process's share of the images with the given numbers, in ascending order.
+
+    A share consists of whole batches; see `VQVAE2Pipeline.sample_batches`.
+    """
+    process, batches = processes(), sorted({number // batch_size for number in numbers})
+    share = set(batches[process.process_index :: process.num_processes])
+    numbers = [number for number in numbers if number // batch_size in share]
     total, started = pipeline.num_codes * len(numbers), time.monotonic()
     hidden = not (show_progress and numbers)
     with tqdm(desc="samples", total=total, unit="code", unit_scale=True, disable=hidden) as bar:
         done = 0
-        for batch in pipeline.sample_batches(numbers, config, bar.update):
+        for batch in pipeline.sample_batches(numbers, config, bar.update, batch_size):
             yield from map(SampledImage, numbers[done : done + len(batch)], to_uint8(batch).cpu())
             done += len(batch)
             bar.set_postfix_str(f"{done / (time.monotonic() - started):.3g} images/s")
+
+
+def common_batch_size(pipeline: VQVAE2Pipeline, config: SamplingConfig) -> int:
+    """Return the batch size of a job, the same on every process although their free memory differs."""
+    return min(gather_object([pipeline.job_batch_size(config)]))
 
 
 def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Path:
@@ -101,17 +114,18 @@ def sample_run(run: Path, config: SamplingConfig, out: Path | None = None) -> Pa
     manifest = _manifest(pipeline, config)
     folder = out or next_free_folder(default_output(run, "samples"), manifest)
     check_folder(folder, manifest)
+    begun = read_manifest(folder, SampleManifest)
+    batch_size = (begun and begun.batch_size) or common_batch_size(pipeline, config)
     if process.is_main_process:
         files.lock_folder(folder)
         if not manifest_path(folder).is_file():
-            manifest.write(folder)
+            manifest.model_copy(update={"batch_size": batch_size}).write(folder)
     size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
     paths = [image_path(folder, number, manifest.format) for number in range(config.count)]
     missing = [number for number, path in enumerate(paths) if not is_complete_image(path, size, channels)]
     process.wait_for_everyone()  # so that every process finds the same images missing
     started = time.monotonic()
-    share = missing[process.process_index :: process.num_processes]
-    for sample in sample_images(pipeline, config, share, process.is_main_process):
+    for sample in sample_images(pipeline, config, batch_size, missing, process.is_main_process):
         save_image(paths[sample.number], sample.image)
     process.wait_for_everyone()
     if process.is_main_process:

@@ -102,6 +102,13 @@ def test_indivisible_sizes_raise_and_suggest_valid_sizes() -> None:
         small(4, 2, size=(4, 32))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_narrow_codes_are_decoded_as_code_stores_deliver_them(dtype: torch.dtype) -> None:
+    model = small(4, 2)
+    codes = model.encode(torch.zeros(1, 3, 32, 32))
+    assert torch.equal(model.decode(tuple(level.to(dtype) for level in codes)), model.decode(codes))
+
+
 def test_invalid_images_and_codes_raise() -> None:
     model = small(4, 2)
     with pytest.raises(ValueError, match=r"expected images \(batch, 3, 32, 32\), got \(1, 1, 32, 32\)"):

@@ -146,6 +146,8 @@ def test_two_processes_match_one(config: Path, uninterrupted: tuple[Path, dict[s
     found, expected = ({k: v for k, v in json.loads(line).items() if "usage" in k} for line in logged)
     assert len(found) == 2
     assert found == pytest.approx(expected), "usage counts the codes of both processes"
+    found, expected = ({k: v for k, v in json.loads(line).items() if "train/" in k} for line in logged)
+    assert found == pytest.approx(expected, rel=1e-2), "losses are means over both processes"
     found, expected = (last_validation(run) for run in (tmp_path / "run", uninterrupted[0]))
     assert found == pytest.approx(expected, abs=1e-3)
 

@@ -13,6 +13,7 @@ from train.quantized_stage import reset_moments
 from train.run import RunOptions, open_run
 from train.stages.autoencoder import AutoencoderObjective, AutoencoderStage
 from vqvae2.data.images import ImageSample
+from vqvae2.distributed import get_rank, get_world_size
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig, GradientConfig, QuantizerOutput
 
@@ -76,6 +77,20 @@ def test_optimizer_moments_of_restarted_codes_are_reset() -> None:
         if rows.any():
             break
     assert rows.tolist() == [False, False, False, True]
+
+
+def codebook_after_kmeans() -> torch.Tensor:
+    features = torch.randn(4, 2, 16, generator=torch.Generator().manual_seed(0))
+    mine = features.chunk(get_world_size())[get_rank()]
+    quantizer = EMAConfig(codebook_size=8, code_dim=2).build()
+    quantizer(mine)
+    return quantizer.codebook
+
+
+def test_kmeans_on_few_features_is_the_same_on_two_processes() -> None:
+    expected = codebook_after_kmeans()
+    for codebook in two_processes(codebook_after_kmeans):
+        torch.testing.assert_close(codebook, expected)
 
 
 def test_restarts_are_off_if_the_threshold_is_zero() -> None:

@@ -6,11 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sampling.params import SamplingConfig
+from sampling.pipeline import VQVAE2Pipeline
+from sampling.sample import sample_images
 from vqvae2.__main__ import main
 
 
@@ -129,6 +134,36 @@ def test_sample_fills_in_missing_images_and_keeps_other_samples(finished_run: Pa
     assert contents(run / "samples" / "images") == before
 
 
+def test_every_image_is_sampled_in_the_same_batch(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[tuple[int, ...]] = []
+    sample_codes = VQVAE2Pipeline.sample_codes
+
+    def recording(self: VQVAE2Pipeline, images: Any, *rest: Any, **options: Any) -> Any:
+        batches.append(tuple(images))
+        return sample_codes(self, images, *rest, **options)
+
+    monkeypatch.setattr(VQVAE2Pipeline, "sample_codes", recording)
+    command = ["sample", str(finished_run), "--count", "5", "--out", str(tmp_path / "out")]
+    assert main([*command, "--batch-size", "2"]) == 0
+    assert batches == [(0, 1), (2, 3), (4, 5)]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["batch_size"] == 2
+    before = contents(tmp_path / "out" / "images")
+    for number in (3, 4):
+        (tmp_path / "out" / "images" / f"00000{number}.png").unlink()
+    assert main([*command, "--batch-size", "4"]) == 0  # the job keeps its batch size
+    assert batches[3:] == [(2, 3), (4, 5)]
+    assert contents(tmp_path / "out" / "images") == before
+    pipeline, config, progress = VQVAE2Pipeline.from_pretrained(finished_run), SamplingConfig(count=5), []
+    for rank, share in ((0, [0, 1, 4]), (1, [2, 3])):
+        monkeypatch.setattr("sampling.sample.processes", lambda: SimpleNamespace(process_index=rank, num_processes=2))  # noqa: B023
+        found = sample_images(pipeline, config, 2, range(5), show_progress=False)
+        assert [sample.number for sample in found] == share
+    list(pipeline.sample_batches(range(5), config, progress.append, batch_size=2))
+    assert sum(progress) == 5 * pipeline.num_codes
+
+
 def test_samples_are_independent_of_batch_size_and_count(finished_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["sample", str(finished_run), "--count", "3", "--batch-size", "1", "--classes", "0,1,2,3,4"]
@@ -160,9 +195,10 @@ def test_module_and_console_command_are_equivalent() -> None:
         (["--data.pth", "x"], ["--data.pth", "--data.path"]),
         (["--data.path", "/does/not/exist"], ["/does/not/exist", "no such folder"]),
         (["--data.size", "36"], ["data.size", "36", "32 or 40"]),
+        (["--data.size", "32", "8"], ["data.size", "at least 11", "not 8"]),
         (["--autoencoder.training.batch-size", "0"], ["batch-size", "greater than or equal to 1"]),
     ],
-    ids=["misspelled", "missing folder", "size", "value"],
+    ids=["misspelled", "missing folder", "size", "small size", "value"],
 )
 def test_invalid_settings_give_one_line_errors(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: list[str], words: list[str]

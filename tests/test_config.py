@@ -126,6 +126,7 @@ def test_differences_have_full_key_paths() -> None:
         ),
         ("kind: ema, codebook_size: 16", "kind: fsq, grid: [1, 8]", ["quantizer.grid.0", "or equal to 2, not 1"]),
         ("kind: ema, codebook_size: 16", f"kind: fsq, grid: {[64] * 5}", ["grid: must have at most 16,777,216"]),
+        ("kind: ema,", "kind: ema, epsilon: 0,", ["quantizer.epsilon", "greater than 0, not 0"]),
         ("val_fraction: 0.1", "val_fraction: .nan", ["data.val_fraction", "finite"]),
     ],
 )

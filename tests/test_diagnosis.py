@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tests.test_priors import build
 from tests.test_report import Page
 from vqvae2.__main__ import main
 from vqvae2.code_maps import MapSpec
-from vqvae2.data.code_store import CodeStore
+from vqvae2.data.code_store import CodeBatch, CodeStore
 from vqvae2.data.images import to_uint8
 from vqvae2.models import AutoencoderConfig, LevelConfig
 from vqvae2.quantizers import EMAConfig
@@ -48,6 +49,26 @@ def test_codebook_warnings_report_collapsed_levels() -> None:
     assert "level top: codebook has collapsed (held-out images have 100.0% of their codes in common)" in warning
     validation = {"perplexity_top": 2.0, "same_codes_top": 0.5}
     assert codebook_warnings(validation, ("bottom", "top")) == codebook_warnings({}, ("top",)) == []
+
+
+def test_prior_of_constant_codes_starts_with_a_warning(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / "prior-top" / "model.safetensors").unlink()
+    monkeypatch.setattr("train.stages.prior.train", lambda *_: None)
+    command, read = ["train-prior", str(run / "config.yaml"), "--level", "top"], CodeStore.read
+    assert main(command) == 0
+    assert "warning" not in capsys.readouterr().out
+
+    def constant(self: CodeStore, indices: Sequence[int]) -> CodeBatch:
+        batch = read(self, indices)
+        return batch._replace(codes=tuple(level.fill_(3) for level in batch.codes))
+
+    monkeypatch.setattr(CodeStore, "read", constant)
+    assert main(command) == 0
+    warning = "warning: level top: codebook has collapsed (all training codes are equal)"
+    assert warning in capsys.readouterr().out
 
 
 def test_prior_warnings_report_overfitting_and_deterministic_codes() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +103,23 @@ def test_variants_keep_codes_on_every_level_and_differ_elsewhere(pipeline: VQVAE
         assert torch.equal(level, maps[:2])
     other = sample_variants(pipeline, partial, [3, 7], 4, 6, SamplingParams())
     assert not torch.equal(other[0], found[0])
+
+
+def test_batches_of_variants_have_one_size(pipeline: VQVAE2Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    sample_codes = VQVAE2Pipeline.sample_codes
+
+    def recording(self: VQVAE2Pipeline, images: Any, *rest: Any) -> Any:
+        sizes.append(len(images))
+        return sample_codes(self, images, *rest)
+
+    monkeypatch.setattr(VQVAE2Pipeline, "sample_codes", recording)
+    partial, progress = keep_coarsest(pipeline.autoencoder.encode(random_images(1)), 1), []
+    for variants, expected in ((2, [2]), (4, [3, 3])):
+        found = sample_variants(pipeline, partial, [3], variants, 5, SamplingParams(), progress.append)
+        assert (len(found[0]), sizes) == (variants, expected)
+        assert sum(progress) == variants * pipeline.num_codes
+        sizes.clear(), progress.clear()
 
 
 def test_inpaint_and_variations(pipeline: VQVAE2Pipeline) -> None:

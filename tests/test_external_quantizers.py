@@ -91,6 +91,11 @@ def test_autoencoders_with_external_quantizers_round_trip(name: str, tmp_path: P
         ("rotate_to", {}, "has no class 'rotate_to'"),
         ("LFQ", {"codebok_size": 8}, r"quantizer.arguments: LFQ does not accept them \(.*codebok_size"),
         ("ResidualVQ", {"num_quantizers": 8, "codebook_size": 16}, "the codes must be 1 to 16,777,216"),
+        (
+            "ResidualVQ",
+            {"num_quantizers": 2, "codebook_size": 16, "quantize_dropout": True},
+            "quantize_dropout: .*Remove",
+        ),
         ("RandomProjectionQuantizer", {"codebook_size": 8, "codebook_dim": 4}, "does not give one code per position"),
         ("LFQ", {"codebook_size": 8, "num_codebooks": 2}, "does not give one code per position"),
     ],

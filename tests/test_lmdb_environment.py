@@ -75,6 +75,21 @@ def test_readers_of_the_parent_process_do_not_prevent_opening(
     lmdb_environment.open_reader(store)
 
 
+def test_store_that_another_process_made_again_is_opened_again(store: Path, tmp_path: Path) -> None:
+    other = HEADER.model_copy(update={"autoencoder": "b" * 64})
+    assert CodeStore.open(store).header.autoencoder == HEADER.autoencoder
+    write(tmp_path / "other", other)
+    lmdb_environment.close_reader(tmp_path / "other")
+    shutil.rmtree(store)
+    (tmp_path / "other").rename(store)
+    assert CodeStore.open(store).header.autoencoder == "b" * 64
+    os.link(store / "data.mdb", tmp_path / "kept")  # a new file with the inode of the removed one
+    shutil.rmtree(store)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "kept").rename(tmp_path / "new" / "data.mdb")
+    lmdb_environment.open_reader(tmp_path / "new")
+
+
 def test_copy_is_verified_only_once(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(store, copy)

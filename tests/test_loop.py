@@ -14,11 +14,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.inception_fixture import two_processes
 from train import loop
-from train.checkpoints import TrainingState
+from train.checkpoints import Checkpoints, TrainingState
 from train.loop import TrainingStage, train
 from train.lr_schedule import learning_rate
+from train.metric_log import MetricLog, StepValues
 from vqvae2 import checkpoint
+from vqvae2.distributed import get_rank
 from vqvae2.errors import Stopped, UserError
 from vqvae2.pictures import save_image
 from vqvae2.training_config import TrainingConfig
@@ -169,6 +172,26 @@ def test_corrupted_newest_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -
         assert torch.equal(tensor, newest_state(uninterrupted)[name]), name
 
 
+def test_checkpoint_after_a_damaged_one_replaces_it(tmp_path: Path) -> None:
+    folder, settings = tmp_path / "checkpoints", {"checkpoint_every": 4, "keep_checkpoints": 1, "validate_every": 100}
+    train(LineStage(), config(**settings, steps=4), tmp_path, num_workers=0)
+    (folder / "00000007").mkdir()
+    with (
+        pytest.warns(UserWarning, match="00000007: damaged checkpoint"),
+        pytest.raises(Stopped),
+    ):
+        train(LineStage(stop_at=2), config(**settings), tmp_path, num_workers=0)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000004", "00000006"]  # the best and the newest
+
+
+def test_checkpoints_are_in_order_of_their_steps(tmp_path: Path) -> None:
+    steps = [99_999_999, 100_000_000, 1_000_000_000]
+    for step in steps:
+        (tmp_path / f"{step:08d}").mkdir()
+    (tmp_path / "1 copy").mkdir()
+    assert [int(folder.name) for folder in Checkpoints(tmp_path, keep=1).all()] == steps
+
+
 def test_gradient_accumulation_matches_full_batch(tmp_path: Path) -> None:
     results = []
     for accumulate in (1, 4):
@@ -197,9 +220,28 @@ def test_num_workers_does_not_change_the_result(tmp_path: Path) -> None:
 def test_nan_loss_error_names_step_term_and_last_checkpoint(tmp_path: Path) -> None:
     stage = LineStage()
     stage.objective.nan_at = 10
-    with pytest.raises(UserError, match=r"step 10: the loss term `loss` is nan; .*checkpoints/00000008"):
+    with pytest.raises(
+        UserError, match=r"^line: step 10: the loss term `loss` is nan; .*checkpoints/00000008"
+    ) as raised:
         train(stage, config(), tmp_path, num_workers=0)
+    assert str(raised.value).endswith("00000008. Lower the learning rate or set max_grad_norm.")
+    stage.objective.nan_at, stage.objective.calls = 1, 0
+    with pytest.raises(UserError, match=r"no checkpoint yet. Lower the learning rate\.$"):
+        train(stage, config(max_grad_norm=1), tmp_path / "other", num_workers=0)
     assert all(tensor.isfinite().all() for tensor in newest_state(tmp_path).values())
+
+
+def read_log_of_this_rank(path: Path) -> list[tuple[int, dict[str, float]]]:
+    log, rank = MetricLog(path, writes=False), get_rank()
+    log.add(StepValues(1, ("loss", "error"), torch.tensor([1.0 + rank, 2.0])))
+    log.add(StepValues(2, ("loss",), torch.tensor([math.nan if rank else 0.0])))
+    return log.read()
+
+
+def test_logged_values_are_means_over_all_processes(tmp_path: Path) -> None:
+    for first, second in two_processes(read_log_of_this_rank, tmp_path / "metrics.jsonl"):
+        assert first == (1, {"loss": 1.5, "error": 2.0})
+        assert math.isnan(second[1]["loss"]), "also on the rank without it"
 
 
 def test_no_checkpoint_is_written_from_weights_that_are_not_finite(tmp_path: Path) -> None:

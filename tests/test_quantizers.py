@@ -43,6 +43,11 @@ def test_nearest_codes_match_numpy_for_any_block_size(n: int, k: int, d: int, bl
     np.testing.assert_allclose(distances[np.arange(n), found], distances.min(1, initial=np.inf), atol=1e-5)
 
 
+def test_nearest_codes_of_features_with_a_large_common_offset() -> None:
+    rows, vectors = features(2000, 64) + 100, features(64, 64, seed=1) + 100
+    assert torch.equal(nearest_codes(rows, vectors), torch.cdist(rows.double(), vectors.double()).argmin(1))
+
+
 def test_cluster_sums_match_masked_sums() -> None:
     rows, codes = features(50, 3), torch.randint(5, (50,))
     counts, sums = cluster_sums(rows, codes, 5)
@@ -182,6 +187,14 @@ def test_rotation_trick_keeps_values_and_rotates_gradients() -> None:
     torch.testing.assert_close(gradient.norm(dim=1), scale * upstream.norm(dim=1), atol=1e-4, rtol=1e-4)
 
 
+def test_rotation_trick_without_a_rotation_is_straight_through() -> None:
+    x = torch.tensor([[0.0, 0.0], [2.0, -1.0], [2.0, -1.0]], requires_grad=True)
+    q = torch.tensor([[3.0, 4.0], [-4.0, 2.0], [-4.0, 2.0 + 1e-6]])
+    found, upstream = rotation_trick(x, q), features(3, 2)
+    torch.testing.assert_close(found, q)
+    torch.testing.assert_close(torch.autograd.grad(found, x, upstream)[0], upstream)
+
+
 def test_autocast_does_not_change_the_quantizer() -> None:
     quantizer = CONFIGS["ema"].build().eval()
     x = features(3, 4, 50)
@@ -264,6 +277,19 @@ def test_kmeans_initializes_the_codebook_from_the_first_batch(
     assert torch.equal(vectors, quantizer.state_dict()["embedding"]), "only the first batch initializes the codebook"
 
 
+def test_kmeans_uses_each_of_few_latents_once() -> None:
+    x = features(2, 4, 8)
+    quantizer = EMAConfig(codebook_size=20_000, code_dim=4).build()  # Lloyd's iterations would take minutes
+    output = quantizer(x)
+    torch.testing.assert_close(output.quantized, x)
+    assert len(output.codes.unique()) == 16
+    latents = x.movedim(1, -1).flatten(0, 1)
+    few = EMAConfig(codebook_size=3, code_dim=4, dead_code_threshold=0).build()
+    few(x)
+    torch.testing.assert_close(few.ema_embedding_sum.sum(0), latents.sum(0))  # no latent is drawn twice
+    assert few.ema_cluster_size.sum() == 16
+
+
 @pytest.mark.parametrize("grid", [(2,), (3,), (8, 8, 8), (5, 4, 3, 2)])
 def test_fsq_uses_every_code(grid: tuple[int, ...]) -> None:
     quantizer = FSQConfig(grid=grid, code_dim=len(grid)).build().eval()
@@ -275,6 +301,14 @@ def test_fsq_uses_every_code(grid: tuple[int, ...]) -> None:
     assert sorted(codes.unique().tolist()) == list(range(quantizer.codebook_size))
     all_codes = torch.arange(quantizer.codebook_size)[None]
     assert len(quantizer.lookup(all_codes)[0].T.unique(dim=0)) == quantizer.codebook_size
+
+
+def test_fsq_codes_of_a_long_grid_are_in_the_codebook() -> None:
+    for values in (1001, 1002, 5000):
+        quantizer = FSQConfig(grid=(values,), code_dim=1).build().eval()
+        torch.nn.init.ones_(quantizer.project_in.weight)
+        codes = quantizer(torch.tensor([[-1e6], [1e6]])).codes
+        assert codes.tolist() == [0, values - 1]
 
 
 def test_fsq_gradient_is_that_of_the_bounded_value() -> None:

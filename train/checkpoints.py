@@ -163,22 +163,28 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def save(self, state: TrainingState) -> None:
-        """Write a checkpoint atomically, then remove the oldest ones, but not the best."""
+        """Write a checkpoint atomically, then remove the oldest ones, but not the best.
+
+        Later ones are removed, too: they are damaged, and training resumed from an earlier one.
+        """
         with files.atomic_write(self._path(state.step)) as partial:
             partial.mkdir()
             checkpoint.save(partial / _STATE, state.tensors(), state.metadata())
-        for old in self.all()[: -self.keep]:
-            if old != self._path(state.early_stopping.best_step):
-                shutil.rmtree(old)
+        folders, best = self.all(), self._path(state.early_stopping.best_step)
+        kept = [folder for folder in folders if int(folder.name) <= state.step][-self.keep :]
+        for folder in folders:
+            if folder not in (*kept, best):
+                shutil.rmtree(folder)
 
     def restore(self, state: TrainingState) -> bool:
         """Restore the most recent undamaged checkpoint, and return whether there was one."""
-        for folder in reversed(self.all()):
+        folders = self.all()
+        for folder in reversed(folders):
             try:
                 loaded = checkpoint.load(folder / _STATE)
             except UserError:
-                earlier = [other for other in self.all() if other < folder]
-                fallback = "using the previous one" if earlier else "there is no earlier one; training starts over"
+                is_first = folder == folders[0]
+                fallback = "there is no earlier one; training starts over" if is_first else "using the previous one"
                 warnings.warn(f"{folder}: damaged checkpoint; {fallback}", stacklevel=2)
                 continue
             state.restore(folder / _STATE, *loaded)
@@ -197,7 +203,8 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Return the folders of the checkpoints, oldest first."""
-        return sorted(folder for folder in self.folder.glob("[0-9]*") if folder.is_dir())
+        folders = [folder for folder in self.folder.glob("[0-9]*") if folder.is_dir() and folder.name.isdecimal()]
+        return sorted(folders, key=lambda folder: int(folder.name))  # names of 100,000,000 steps are longer
 
     def newest(self) -> Path | None:
         """Return the folder of the most recent checkpoint, or None."""

@@ -162,7 +162,7 @@ def train(
             bar.update()
             done, last = state.step, state.step == config.steps
             if last or any(done % interval == 0 for interval in config.intervals):
-                _check_terms(log, checkpoints)
+                _check_terms(log, stage.name, config, checkpoints)
             if done % config.log_every == 0 or last:
                 extra = {"learning_rate": learning_rate(config, step)} | stage.logged_values()
                 shown = log.write_means(done, "train", extra)
@@ -182,9 +182,9 @@ def train(
                 log.plot(folder.curves, stage.curves, stage.name)
             stop = signals.received()
             if done % config.checkpoint_every == 0 or improved or finished or stop:
-                _check_terms(log, checkpoints)
+                _check_terms(log, stage.name, config, checkpoints)
                 state.unlogged = {"terms": log.pending, "stage": stage.pending_values()}
-                _save(state, checkpoints, accelerator)
+                _save(state, stage.name, config, checkpoints, accelerator)
             if stop:
                 message = f"{stage.name}: stopped by {stop.name} at step {done:,}; a checkpoint is saved; "
                 raise Stopped(message + "run the same command again to resume", stop.value)
@@ -319,7 +319,7 @@ def _update(
     return StepValues(step + 1, tuple(names), torch.cat(values))
 
 
-def _check_terms(log: MetricLog, checkpoints: Checkpoints) -> None:
+def _check_terms(log: MetricLog, stage: str, config: TrainingConfig, checkpoints: Checkpoints) -> None:
     """Read the loss terms of the steps since the last call from the device.
 
     Raises:
@@ -329,29 +329,33 @@ def _check_terms(log: MetricLog, checkpoints: Checkpoints) -> None:
         for name, value in values.items():
             # Mixed precision with fp16 skips the steps with infinite gradients.
             if not math.isfinite(value) and not name.startswith(_GRADIENT_NORM):
-                raise _diverged(step, f"the loss term `{name}` is {value}", checkpoints)
+                raise _diverged(stage, config, step, f"the loss term `{name}` is {value}", checkpoints)
 
 
-def _save(state: TrainingState, checkpoints: Checkpoints, accelerator: Accelerator) -> None:
+def _save(
+    state: TrainingState, stage: str, config: TrainingConfig, checkpoints: Checkpoints, accelerator: Accelerator
+) -> None:
     """Write a checkpoint from the main process.
 
     Raises:
         UserError: If a tensor is not finite.
     """
     if name := state.non_finite():  # on every process, so that all of them stop
-        raise _diverged(state.step, f"`{name}` is not finite after the update", checkpoints)
+        raise _diverged(stage, config, state.step, f"`{name}` is not finite after the update", checkpoints)
     if accelerator.is_main_process:
         checkpoints.save(state)
     accelerator.wait_for_everyone()
 
 
-def _diverged(step: int, problem: str, checkpoints: Checkpoints) -> UserError:
+def _diverged(stage: str, config: TrainingConfig, step: int, problem: str, checkpoints: Checkpoints) -> UserError:
     newest = checkpoints.newest()
     where = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
-    return UserError(
-        f"step {step}: {problem}; {where}. "
-        "Lower the learning rate, set max_grad_norm, or use mixed_precision bf16 instead of fp16."
-    )
+    advice = ["Lower the learning rate"]
+    if not config.max_grad_norm:
+        advice.append("set max_grad_norm")
+    if config.mixed_precision == "fp16":
+        advice.append("use mixed_precision bf16 instead of fp16")
+    return UserError(f"{stage}: step {step}: {problem}; {where}. {' or '.join(advice)}.")
 
 
 def _progress_bar(name: str, start: int, stop: int, accelerator: Accelerator) -> tqdm:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vqvae2 import files
+from vqvae2.distributed import all_reduce_sum, get_world_size
 from vqvae2.pictures import save_curves
 
 
@@ -52,9 +53,14 @@ class MetricLog:
         self._unread.append(values)
 
     def read(self) -> list[tuple[int, dict[str, float]]]:
-        """Copy the values of all steps since the last call to `pending`, and return them with their steps."""
+        """Copy the values of all steps since the last call to `pending`, and return them with their steps.
+
+        Values are means over all ranks, so that every rank sees a NaN. Every rank must call this after the same steps.
+        """
         steps, self._unread = self._unread, []
-        numbers = torch.cat([each.values for each in steps]).tolist() if steps else []
+        if not steps:
+            return []
+        numbers = (all_reduce_sum(torch.cat([each.values for each in steps])) / get_world_size()).tolist()
         found = []
         for step, names, _ in steps:
             values, numbers = dict(zip(names, numbers, strict=False)), numbers[len(names) :]

@@ -18,6 +18,7 @@ from vqvae2 import checkpoint, files
 from vqvae2.command_line import Options, parse, split_config_path
 from vqvae2.config import Config, differences, is_resolved
 from vqvae2.errors import UserError
+from vqvae2.metrics.reconstruction import SSIM_WINDOW
 from vqvae2.models import Autoencoder
 from vqvae2.priors import Prior, load_prior
 from vqvae2.run_folder import RunFolder, StageFolder
@@ -189,6 +190,8 @@ class Run(BaseRun):
 
     def check(self, previous: RunConfig | None) -> None:
         data = self.config.data
+        if min(data.shape) < SSIM_WINDOW:
+            raise UserError(f"data.size: must be at least {SSIM_WINDOW}, the window of SSIM, not {min(data.shape)}")
         with torch.device("meta"):  # raises if sizes do not divide
             self.config.autoencoder.model.build(data.shape, data.channels)
         if previous and (previous.data.path, previous.data.val_path) != (data.path, data.val_path):

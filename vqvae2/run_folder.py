@@ -58,7 +58,7 @@ class StageFolder:
         return self.previews / f"{step:08d}.png"
 
     def newest_preview(self) -> Path | None:
-        return max(self.previews.glob("*.png"), default=None)
+        return max(self.previews.glob("*.png"), key=lambda path: (len(path.name), path.name), default=None)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class SampleSpeechOptions(Options):
     count: int = Field(default=18, ge=1, le=10_000, description="number of utterances")
     temperature: float = Field(default=0.9, gt=0, description="divides the logits of the waveform")
     codes: LevelSamplingParams = Field(default=LevelSamplingParams(), description="sampling of the codes")
-    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="utterance k depends on the seed and k only")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="the noise of utterance k depends on the seed and k")
 
 
 def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:

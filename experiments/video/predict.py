@@ -29,9 +29,7 @@ class PredictOptions(Options):
     clip: int = Field(default=0, ge=0, description="clip that the other futures start from")
     futures: int = Field(default=4, ge=1, le=1000, description="futures of one start and its own actions")
     codes: CodeSamplingParams = Field(default=PREDICTION, description="sampling of the codes")
-    seed: int = Field(
-        default=0, ge=0, le=2**63 - 1, description="the future of a clip depends on the seed and the clip"
-    )
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="the noise of a clip depends on the seed and the clip")
 
 
 def write_predictions(run: VideoRun, options: PredictOptions) -> None:

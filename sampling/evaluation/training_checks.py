@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 MIN_PERPLEXITY = 2.0  # below it, a level carries less than one bit per code
 MAX_SAME_CODES = 0.95  # share of codes that all images have in common, above which a level carries no information
 MIN_NLL = 0.05  # nats per code; below it, the codes are almost deterministic
+_FIX_COLLAPSE = "train the autoencoder with more unquantized_steps and with dead-code restarts, or remove the level"
 OVERFIT_TOLERANCE = 0.02  # relative increase of the last validation NLL over the best one
 
 
@@ -24,10 +25,18 @@ def codebook_warnings(validation: Mapping[str, float], levels: Iterable[str]) ->
             reason = f"held-out images have {same_codes:.1%} of their codes in common"
         if reason:
             warnings.append(
-                f"level {level}: codebook has collapsed ({reason}), so this level carries almost no information; train "
-                "the autoencoder with more unquantized_steps and with dead-code restarts, or remove the level"
+                f"level {level}: codebook has collapsed ({reason}), so this level carries almost no information; "
+                + _FIX_COLLAPSE
             )
     return warnings
+
+
+def constant_codes_warning(level: str) -> str:
+    """Return the warning about a level whose training codes are all equal."""
+    return (
+        f"level {level}: codebook has collapsed (all training codes are equal), so its prior has nothing to learn and "
+        f"may become NaN; {_FIX_COLLAPSE}"
+    )
 
 
 def prior_warnings(level: str, entries: Sequence[Mapping[str, float]], keeps_best: bool = False) -> list[str]:

@@ -23,7 +23,7 @@ from sampling.pipeline import VQVAE2Pipeline
 from sampling.processes import processes
 from sampling.run_config import RunConfig
 from sampling.run_data import open_run_datasets
-from sampling.sample import sample_images
+from sampling.sample import common_batch_size, sample_images
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.config import Config, Measured
@@ -149,11 +149,10 @@ def _distance(
     pipeline: VQVAE2Pipeline, config: SamplingConfig, extractor: FeatureExtractor, reference: GaussianStatistics
 ) -> float:
     """Return the Fréchet distance between samples and the statistics of held-out images."""
-    process = processes()
-    numbers = range(config.count)[process.process_index :: process.num_processes]
+    batch_size = common_batch_size(pipeline, config)
 
     def batches() -> Iterator[ImageBatch]:
-        samples = sample_images(pipeline, config, numbers, show_progress=False)
+        samples = sample_images(pipeline, config, batch_size, range(config.count), show_progress=False)
         while batch := list(itertools.islice(samples, _BATCH_SIZE)):
             images = to_rgb(torch.stack([sample.image for sample in batch]))
             yield ImageBatch(torch.tensor([sample.number for sample in batch]), images)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from sampling.evaluation.training_checks import prior_warnings
+from sampling.evaluation.training_checks import constant_codes_warning, prior_warnings
 from sampling.params import LevelSamplingParams
 from sampling.processes import processes
 from sampling.run_config import PriorStageConfig
@@ -18,7 +18,7 @@ from sampling.run_data import load_run_autoencoder, open_run_codes
 from sampling.sample_level import Noise, sample_level
 from train.accelerator import shared_batches, to_device
 from train.loop import TrainingStage, train
-from train.run import Run, RunOptions, is_finished, open_run
+from train.run import Run, RunOptions, is_finished, open_run, print_main
 from vqvae2 import files
 from vqvae2.data import lmdb_environment
 from vqvae2.data.code_store import CodeBatch, CodeStore, to_int64
@@ -166,6 +166,14 @@ def mean_nll(network: Prior, level: int, store: CodeStore, batch_size: int, acce
     return nats / codes
 
 
+def has_constant_codes(store: CodeStore, level: int) -> bool:
+    """Return whether all codes of a level are equal. Reading stops at the first other code."""
+    first = store.read([0]).codes[level].flatten()[0]
+    return all(
+        bool((store.read(batch).codes[level] == first).all()) for batch in SequentialBatchSampler(len(store), 256)
+    )
+
+
 def train_prior(run: Run, level: str) -> None:
     """Train the prior of one level, or resume its training. Do nothing if it is complete."""
     if level not in run.config.levels:
@@ -181,6 +189,8 @@ def train_prior(run: Run, level: str) -> None:
         if is_finished(folder.weights, made_from):
             return
     stage = ImagePriorStage(run, level)
+    if has_constant_codes(open_run_codes(run.folder, "train"), stage.level):
+        print_main(f"warning: {constant_codes_warning(level)}")
     train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
 
 

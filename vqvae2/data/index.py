@@ -126,9 +126,9 @@ class ImageIndex:
     def split(self, val_fraction: float, by_folder: bool = False) -> tuple[IntArray, IntArray]:
         """Return the indices of training and validation images, `val_fraction` of them for validation.
 
-        The split depends only on the hash of the name, so adding images does not move others. Each split has at least
-        one image. With `by_folder`, the hash is that of the name's folder, so that the images of a folder stay
-        together; training images are empty if there is only one folder.
+        The split depends only on the hash of the name, so adding images does not move others, unless a split would
+        otherwise be empty: each has at least one image. With `by_folder`, the hash is that of the name's folder, so
+        that the images of a folder stay together; training images are empty if there is only one folder.
         """
         hashes = _hash_all(name.rpartition("/")[0] for name in self.names) if by_folder else self.hashes
         quantiles = hashes.astype(np.float64) / 2**64

@@ -53,8 +53,13 @@ class ValueCache(dict[int, "memoryview | None"]):
 
 class _Reader(NamedTuple):
     pid: int
+    file: tuple[int, ...] | None  # see `_file_identity`
     environment: lmdb.Environment
     values: ValueCache
+
+    def is_current(self, path: Path) -> bool:
+        """Return whether this process opened the file that is now at `path`."""
+        return self.pid == os.getpid() and self.file == _file_identity(path)
 
 
 # LMDB requires that a process opens a file only once, and that a forked process opens it again.
@@ -82,12 +87,13 @@ def open_reader(
     """
     path = path.resolve()  # LMDB refuses to open a database twice, also through a link
     reader = _readers.get(path)
-    if reader is None or reader.pid != os.getpid():
-        # All readers that a forked process inherited: lmdb also refuses a file with the inode of a deleted one.
-        for opened in [each for each, other in _readers.items() if other.pid != os.getpid()]:
+    if reader is None or not reader.is_current(path):
+        # Also readers of other files that are gone or inherited by a fork: lmdb refuses a new file with their inode.
+        for opened in [each for each, other in _readers.items() if not other.is_current(each)]:
             close_reader(opened)
         try:
             _verify_seal(path)
+            file = _file_identity(path)
             environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, max_readers=_MAX_READERS)
             try:
                 _check_length(path, environment)
@@ -98,7 +104,7 @@ def open_reader(
             raise
         except (lmdb.Error, ValueError) as error:
             raise UserError(f"{path}: corrupted {kind} ({error}). {fix}") from None
-        reader = _readers[path] = _Reader(os.getpid(), environment, ValueCache(environment))
+        reader = _readers[path] = _Reader(os.getpid(), file, environment, ValueCache(environment))
     return reader.environment
 
 
@@ -220,6 +226,15 @@ def _write_errors(path: Path) -> Iterator[None]:
             f"{path}: cannot write ({error}). Free disk space or fix permissions, then run the same command again; "
             "completed work is kept."
         ) from None
+
+
+def _file_identity(path: Path) -> tuple[int, ...] | None:
+    """Return values that differ after another process has made the database again; None if it has no file."""
+    try:
+        status = _data_file(path).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _data_file(path: Path) -> Path:

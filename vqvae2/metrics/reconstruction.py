@@ -19,7 +19,7 @@ DATA_RANGE = 255.0
 # Lower bound of the MSE in squared levels, the variance of rounding to 8 bits. Without it, a single perfectly
 # reconstructed image would make the mean PSNR infinite. It bounds PSNR to 58.9 dB.
 _MIN_MSE = 1 / 12
-_WINDOW, _SIGMA = 11, 1.5
+SSIM_WINDOW, _SIGMA = 11, 1.5  # pixels
 
 
 def to_8bit_levels(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
@@ -53,12 +53,12 @@ def ssim(
     """
     _check_shapes(a, b)
     n, _, height, width = a.shape
-    if min(height, width) < _WINDOW:
-        raise UserError(f"SSIM: images must be at least {_WINDOW}×{_WINDOW} pixels, got {height}×{width}")
+    if min(height, width) < SSIM_WINDOW:
+        raise UserError(f"SSIM: images must be at least {SSIM_WINDOW}×{SSIM_WINDOW} pixels, got {height}×{width}")
     if n == 0:
         return a.new_zeros(0)
     dtype = torch.float64 if a.device.type != "mps" else torch.float32
-    offsets = torch.arange(_WINDOW, device=a.device, dtype=dtype) - _WINDOW // 2
+    offsets = torch.arange(SSIM_WINDOW, device=a.device, dtype=dtype) - SSIM_WINDOW // 2
     window = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     window = (window / window.sum()).to(a.dtype)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -197,19 +197,25 @@ class Autoencoder(nn.Module):
         return self.decoder(context)
 
     @torch.no_grad()
-    def decode(self, codes: CodeMaps, levels: Sequence[str] | None = None) -> Float[Tensor, "b c h w"]:
-        """Return images in [-1, 1] from integer maps (B, H_l, W_l), finest level first.
+    def decode(
+        self, codes: tuple[Integer[Tensor, "b _ _"], ...], levels: Sequence[str] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Return images in [-1, 1] from integer maps (B, H_l, W_l) of any integer type, finest level first.
 
         `levels` names the levels to decode, such as `["top"]`; the default is all of them. The features of another
         level are replaced by zeros if dropout has trained the decoder for that, otherwise by their spatial mean. The
         image then shows what the selected levels encode.
 
         Raises:
-            ValueError: If map sizes are wrong, a code is outside of the codebook, or there is no level of a name.
+            ValueError: If codes are not integers, map sizes are wrong, a code is outside of the codebook, or there is
+                no level of a name.
         """
         names = level_names(len(self.config.levels))
         if levels is not None and not set(levels) <= set(names):
             raise ValueError(f"levels must be some of {', '.join(names)}, got {', '.join(levels)}")
+        if any(level.is_floating_point() for level in codes):
+            raise ValueError("codes must be integers")
+        codes = tuple(level.long() for level in codes)  # those of a code store have a narrow type
         found = tuple(tuple(level.shape[1:]) for level in codes)
         expected = tuple(level.shape for level in self.map_specs)
         if found != expected:

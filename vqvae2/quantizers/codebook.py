@@ -159,12 +159,16 @@ class CodebookQuantizer(Quantizer):
         """Initialize the codebook with k-means centers of the first batch, identical on all ranks."""
         generator = self._generator()
         samples = min(self.codebook_size * _KMEANS_SAMPLES_PER_CODE, max(_KMEANS_MAX_SAMPLES, self.codebook_size))
-        sample = _sample_latents(latents, samples, generator)
+        ends = _batch_ends(latents)
+        total = int(ends[-1])  # the host waits for the device, once
+        if total <= samples:
+            sample = _latents_at(latents, torch.arange(total, device=latents.device), ends)
+        else:
+            sample = _sample_latents(latents, samples, generator)
         centers, counts = kmeans(sample, self.codebook_size, _KMEANS_ITERATIONS, generator)
         if is_distributed():  # sums on a GPU are not bitwise identical on all ranks
             for tensor in (centers, counts):
                 torch.distributed.broadcast(tensor, src=0)
-        total = all_reduce_sum(torch.tensor(float(len(latents)), device=latents.device))
         cluster_size = (counts * total / counts.sum()).clamp_min(
             2 * self.config.dead_code_threshold * total / self.codebook_size
         )
@@ -190,15 +194,29 @@ def mean_square(difference: Tensor) -> Tensor:
 def _sample_latents(latents: Float[Tensor, "n d"], count: int, generator: torch.Generator) -> Float[Tensor, "count d"]:
     """Sample `count` latents with replacement from the batches of all ranks. The result is the same on every rank.
 
-    All ranks draw the same positions in the concatenated batches. Each rank fills in its own latents, and an all-reduce
-    combines them. Returns zeros if the batches of all ranks are empty.
+    All ranks draw the same positions in the concatenated batches. Returns zeros if the batches of all ranks are empty.
     """
+    ends = _batch_ends(latents)
+    drawn = torch.randint(2**62, (count,), generator=generator, pin_memory=latents.device.type == "cuda")
+    return _latents_at(latents, drawn.to(latents.device, non_blocking=True) % ends[-1].clamp_min(1), ends)
+
+
+def _batch_ends(latents: Float[Tensor, "n d"]) -> Int[Tensor, " ranks"]:
+    """Return where the batch of each rank ends in the concatenated batches, on the device."""
     sizes = torch.zeros(get_world_size(), dtype=torch.int64, device=latents.device)
     sizes[get_rank()] = len(latents)
-    ends = all_reduce_sum(sizes).cumsum(0)  # stay on the device, so that the host need not wait for it
-    drawn = torch.randint(2**62, (count,), generator=generator, pin_memory=latents.device.type == "cuda")
-    drawn = drawn.to(latents.device, non_blocking=True) % ends[-1].clamp_min(1)
-    drawn = drawn - (ends[get_rank()] - len(latents))  # relative to this rank's batch
-    is_local = (drawn >= 0) & (drawn < len(latents))
-    local = latents[drawn.clamp(0, len(latents) - 1)] if len(latents) else latents.new_zeros(count, latents.shape[1])
+    return all_reduce_sum(sizes).cumsum(0)
+
+
+def _latents_at(
+    latents: Float[Tensor, "n d"], positions: Int[Tensor, " m"], ends: Int[Tensor, " ranks"]
+) -> Float[Tensor, "m d"]:
+    """Return the latents at positions in the concatenated batches of all ranks.
+
+    Each rank fills in its own latents, and an all-reduce combines them.
+    """
+    positions = positions - (ends[get_rank()] - len(latents))  # relative to this rank's batch
+    is_local = (positions >= 0) & (positions < len(latents))
+    empty = latents.new_zeros(len(positions), latents.shape[1])
+    local = latents[positions.clamp(0, len(latents) - 1)] if len(latents) else empty
     return all_reduce_sum(torch.where(is_local[:, None], local, 0.0))

@@ -19,7 +19,7 @@ class EMAConfig(CodebookConfig):
     """
 
     kind: Literal["ema"] = "ema"
-    epsilon: float = Field(default=1e-5, ge=0, description="Laplace smoothing of the cluster sizes")
+    epsilon: float = Field(default=1e-5, gt=0, description="Laplace smoothing of the cluster sizes")
 
     def build(self) -> "EMAQuantizer":
         """Build the quantizer with a random codebook."""

@@ -142,6 +142,8 @@ def _build(config: ExternalConfig) -> torch.nn.Module:
     cls = getattr(package, config.name, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         raise UserError(f"quantizer.name: vector-quantize-pytorch has no class {config.name!r}. Use LFQ, for example.")
+    if config.arguments.get("quantize_dropout"):
+        raise UserError("quantizer.arguments: quantize_dropout: dropped quantizers have no codes. Remove the argument.")
     try:
         module = cls(**{"dim": config.code_dim} | config.arguments)
     except _ERRORS as error:

@@ -72,7 +72,8 @@ class FSQuantizer(Quantizer):
         self._check_features(features)
         with torch.autocast(features.device.type, enabled=False):
             bounded = self._bound(self.project_in(features.float().movedim(1, -1)))
-            rounded = bounded.round()
+            # The margin of `_bound` exceeds half a value if `grid` is larger than 1,000.
+            rounded = bounded.round().clamp(-(self.grid // 2), (self.grid - 1) // 2)
             digits = rounded.detach().long() + self.grid // 2
             codes = (digits * self.basis).sum(-1)
             values = straight_through(bounded, rounded) if bounded.requires_grad else rounded

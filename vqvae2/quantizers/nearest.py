@@ -29,14 +29,26 @@ def _nearest_codes(vectors: Tensor, codebook: Tensor, block_bytes: int | None = 
     if block_bytes is None:
         block_bytes = _CPU_BLOCK_BYTES if vectors.device.type == "cpu" else _GPU_BLOCK_BYTES
     block_rows = max(1, block_bytes // (vectors.element_size() * len(codebook)))
-    half_norms = codebook.square().sum(1) / 2  # argmin ‖x − e‖² = argmin ‖e‖² / 2 − x·e
     codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     with _without_tf32(vectors.device):
+        offset = _common_offset(codebook)
+        codebook = codebook - offset
+        # argmin ‖x − e‖² = argmin ‖e − o‖² / 2 − (x − o)·(e − o)
+        half_norms = codebook.square().sum(1) / 2 + codebook @ offset
         for start in range(0, len(vectors), block_rows):
             block = vectors[start : start + block_rows]
             distances = torch.addmm(half_norms, block, codebook.T, alpha=-1)
             torch.argmin(distances, dim=1, out=codes[start : start + block_rows])
     return codes
+
+
+def _common_offset(codebook: Float[Tensor, "k d"]) -> Float[Tensor, " d"]:
+    """Return the mean vector if it is more than 4 times as long as deviations from it, otherwise zeros.
+
+    A longer offset, which does not change distances, would cancel the digits in which they differ.
+    """
+    mean = codebook.mean(0)
+    return torch.where(mean.square().sum() > 16 / 17 * codebook.square().sum(1).mean(), mean, 0.0)
 
 
 # Not `torch.library.custom_op`, which imports the compiler and takes a second.
@@ -80,8 +92,12 @@ def kmeans(
 ) -> tuple[Float[Tensor, "k d"], Float[Tensor, " k"]]:
     """Cluster vectors with Lloyd's algorithm. Return the centers, and the number of vectors assigned to each.
 
-    Centers start at random vectors. A center without vectors restarts at a random one.
+    Centers start at random vectors. A center without vectors restarts at a random one. If there are at least as many
+    centers as vectors, every vector is a center, and the other centers repeat them.
     """
+    if num_clusters >= len(vectors):
+        numbers = torch.arange(num_clusters, device=vectors.device)
+        return vectors[numbers % len(vectors)], (numbers < len(vectors)).to(vectors.dtype)
     centers = vectors[_random_indices(len(vectors), num_clusters, generator)]
     counts = torch.zeros(num_clusters, device=vectors.device)
     for _ in range(iterations):
