@@ -138,6 +138,16 @@ def test_stage_without_checkpoints_cannot_continue(run: Path, capsys: pytest.Cap
     fails(capsys, train_top(run, *CHANGES, "--resume-with-changes"), "prior-top has no checkpoint to continue from")
 
 
+def test_settings_of_a_run_that_failed_before_it_began_are_replaced(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-autoencoder", str(tiny_config), "--run", str(tmp_path / "new"), "--autoencoder.training.steps", "2"]
+    fails(capsys, [*command, "--data.path", str(tmp_path / "missing"), "--data.labels", "none"], "missing")
+    assert (tmp_path / "new" / "config.yaml").is_file()
+    assert main(command) == 0
+    fails(capsys, [*command, "--data.labels", "none"], 'data.labels = "folder", not "none"')
+
+
 def test_run_of_another_kind_is_refused_before_anything_is_written(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,7 +142,8 @@ class BaseRun:
         """Create the run folder with its resolved config, or check that an existing one has the same config.
 
         With `with_changes`, settings of training may differ from those of the existing run. Each change is recorded in
-        the run folder with the step of the most recent checkpoint, at which it takes effect.
+        the run folder with the step of the most recent checkpoint, at which it takes effect. All settings may differ if
+        nothing has been made with the existing ones.
 
         With `shared`, other processes that share it can use the folder at the same time, unless settings change.
 
@@ -155,7 +156,10 @@ class BaseRun:
         with processes().main_process_first():  # the other processes then find what the main process has written
             if folder.config.is_file():
                 previous = cls.config_class.from_resolved_yaml(folder.config)
-                changes = _find_changes(previous, run.config, folder, with_changes)
+                if _has_only_settings(folder):  # an earlier command failed before it opened the data
+                    previous = None
+                else:
+                    changes = _find_changes(previous, run.config, folder, with_changes)
             else:
                 check_unused(folder.path)
             run.check(previous)
@@ -239,6 +243,11 @@ def check_unused(folder: Path) -> None:
     """Raise UserError if a folder that is about to become a run folder holds other files."""
     if folder.is_dir() and not all(files.is_leftover(child.name) for child in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and not a run folder. Choose another folder with --run.")
+
+
+def _has_only_settings(folder: RunFolder) -> bool:
+    names = {child.name for child in folder.path.iterdir() if not files.is_leftover(child.name)}
+    return names <= {folder.config.name, folder.data_index.name}
 
 
 def _stage_of(key: str, folder: RunFolder) -> StageFolder | None:
