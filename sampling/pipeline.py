@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sampling.guidance import check_guidance
-from sampling.labels import labels_of
+from sampling.labels import Labels, as_labels, labels_of
 from sampling.memory import batch_that_fits
 from sampling.model_card import write_model_card
 from sampling.params import SamplingConfig, SamplingParams
@@ -164,7 +164,7 @@ class VQVAE2Pipeline:
         self,
         num_images: int = 1,
         seed: int = 0,
-        class_labels: Sequence[int | str] | None = None,
+        class_labels: Labels | None = None,
         temperature: float | Mapping[str, float] | None = None,
         top_k: int | Mapping[str, int] | None = None,
         top_p: float | Mapping[str, float] | None = None,
@@ -174,9 +174,9 @@ class VQVAE2Pipeline:
         """Sample images in [-1, 1]. Image k depends on the seed and k only.
 
         Args:
-            class_labels: Names or numbers of the classes to cycle through; all classes if not given.
+            class_labels: Names or numbers of the classes to cycle through, or one of them; all classes if not given.
             temperature, top_k, top_p, guidance_scale: One value, or values per level: `{"top": 1.0, "bottom": 0.9}`;
-                those of `sampling` if not given.
+                those of `sampling` if not given, also for a level that is not named.
             dtype: Data type of the priors; that of `sampling` if not given. The autoencoder decodes in float32.
 
         Raises:
@@ -186,8 +186,9 @@ class VQVAE2Pipeline:
             raise UserError(f"num_images: must be at least 1, not {num_images}")
         params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
         given = {name: value for name, value in (params | {"dtype": dtype}).items() if value is not None}
-        settings = {"seed": seed, "classes": tuple(class_labels or ()), "batch_size": self.batch_size}
+        settings = {"seed": seed, "classes": as_labels(class_labels), "batch_size": self.batch_size}
         config = SamplingConfig.from_dict(dict(self.sampling.params) | given | settings, "sampling")
+        config = config.complete(self.sampling, self.levels)
         return torch.cat(list(self.sample_batches(range(num_images), config)))
 
     def sample_batches(
@@ -265,7 +266,7 @@ class VQVAE2Pipeline:
         for name, prior in zip(self.levels, self.priors, strict=True):
             check_guidance(prior, params.for_level(name).guidance_scale, name)
 
-    def labels_of(self, images: Sequence[int], class_labels: Sequence[int | str] | None) -> Int[Tensor, " b"] | None:
+    def labels_of(self, images: Sequence[int], class_labels: Labels | None) -> Int[Tensor, " b"] | None:
         """Return the label of each image number; see `sampling.labels.labels_of`."""
         return labels_of(images, class_labels, self.class_names, self.device)
 

@@ -85,7 +85,7 @@ def test_sample_command_takes_saved_pipelines_and_their_defaults(
 
 
 def test_default_sampling_parameters_are_kept_and_used(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     config = RunConfig.from_resolved_yaml(run / "config.yaml")
@@ -100,6 +100,15 @@ def test_default_sampling_parameters_are_kept_and_used(
     expected = SamplingParams(temperature={"top": 0.5}, top_p=0.9)
     assert pipeline.sampling == saved.sampling == again.sampling == expected
     assert torch.equal(pipeline(2, seed=4), pipeline(2, seed=4, temperature={"top": 0.5}, top_p=0.9))
+    one, both = {"bottom": 0.8}, {"bottom": 0.8, "top": 0.5}
+    assert torch.equal(pipeline(2, seed=4, temperature=one), pipeline(2, seed=4, temperature=both))
+    for model in ("run", "saved"):
+        command = ["sample", str(tmp_path / model), "--count", "1", "--out", str(tmp_path / f"{model}-out")]
+        assert main([*command, "--temperature", "bottom=0.8", "--top-p", "top=0.7"]) == 0
+        params = json.loads((tmp_path / f"{model}-out" / "manifest.json").read_text())["sampling_params"]
+        assert (params["temperature"], params["top_p"]) == (both, {"bottom": 0.9, "top": 0.7})
+    assert main(["sample", str(run), "--help"]) == 0
+    assert "(default: top=0.5)" in " ".join(capsys.readouterr().out.split())
     assert torch.equal(pipeline(2, 4, temperature=1, top_p=1), VQVAE2Pipeline.from_pretrained(finished_run)(2, 4))
     again.save_pretrained(tmp_path / "again", SamplingParams(temperature=0.7))
     for folder, temperature in (("saved", "top=0.5"), ("again", "0.7")):

@@ -141,7 +141,7 @@ def test_stage_without_checkpoints_cannot_continue(run: Path, capsys: pytest.Cap
 def test_settings_of_a_run_that_failed_before_it_began_are_replaced(
     tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train-autoencoder", str(tiny_config), "--run", str(tmp_path / "new"), "--autoencoder.training.steps", "2"]
+    command = ["train-autoencoder", str(tiny_config), "--run", str(tmp_path / "new")]
     fails(capsys, [*command, "--data.path", str(tmp_path / "missing"), "--data.labels", "none"], "missing")
     assert (tmp_path / "new" / "config.yaml").is_file()
     assert main(command) == 0
