@@ -1,6 +1,7 @@
 """Output folders of sampled images. A manifest records how the images were made, and protects them from overwriting."""
 
 import io
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,6 +95,20 @@ def find_other_network(manifest: Manifest, run: RunFolder) -> str | None:
         if weights.is_file() and files.digest(weights) != digest:
             return name
     return None
+
+
+def current_samples(run: RunFolder) -> Path:
+    """Return the samples of a run that its present networks made: `samples`, or the newest of samples-2, …
+
+    Returns `samples` if there are none.
+    """
+    numbered = [path for path in run.path.glob("samples-*") if re.fullmatch("samples-[0-9]+", path.name)]
+    numbered.sort(key=lambda path: int(path.name.removeprefix("samples-")), reverse=True)
+    for folder in (run.samples, *numbered):
+        manifest = read_manifest(folder, SampleManifest)
+        if manifest and find_other_network(manifest, run) is None:
+            return folder
+    return run.samples
 
 
 def next_free(first: Path, is_free: Callable[[Path], bool], suffix: str = "") -> Path:

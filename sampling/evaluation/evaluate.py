@@ -15,7 +15,7 @@ from sampling.evaluation.features import is_statistics_file
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageFolder, open_image_set
 from sampling.evaluation.metrics import Metrics, attempt, read_metrics
-from sampling.output_folder import SampleManifest, find_other_network, manifest_path, read_manifest
+from sampling.output_folder import SampleManifest, current_samples, find_other_network, manifest_path, read_manifest
 from sampling.processes import processes
 from sampling.run_config import RunConfig, parse_with_run_defaults
 from sampling.run_data import load_run_autoencoder, open_run_datasets
@@ -38,7 +38,9 @@ class EvaluateOptions(Options, EvaluationConfig):
 
     run: Positional[Path] = Field(description="run folder")
     samples: Path | None = Field(
-        default=None, description="folder that `vqvae2 sample` wrote; RUN/samples if not given"
+        default=None,
+        description="folder that `vqvae2 sample` wrote; RUN/samples if not given, or the newest samples-2, … if the "
+        "networks have changed since",
     )
 
     @classmethod
@@ -175,7 +177,7 @@ def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> di
     if network := find_other_network(manifest, folder):
         raise UserError(
             f"{samples}: made with another {network} than the one in {folder.path}. Run `vqvae2 sample {folder.path}`, "
-            "and give the folder that it prints with --samples."
+            "then this command without --samples."
         )
     reference = Path(config.reference)
     return {
@@ -283,6 +285,6 @@ def _protocol(comparison: Comparison, extractor: FeatureExtractor, samples: Path
 def main(options: EvaluateOptions) -> None:
     """Run the command `vqvae2 evaluate`."""
     folder = RunFolder.existing(options.run)
-    metrics = evaluate_run(folder.path, options.config, options.samples or folder.samples)
+    metrics = evaluate_run(folder.path, options.config, options.samples or current_samples(folder))
     if processes().is_main_process:
         print(f"{format_metrics(metrics)}\n{folder.metrics}")
