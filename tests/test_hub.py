@@ -171,10 +171,22 @@ def test_missing_model_errors_name_the_source(tmp_path: Path) -> None:
             with pytest.raises(UserError, match="no such file or folder"):
                 find(source)
     with (
-        mock.patch("huggingface_hub.hf_hub_download", side_effect=OSError("no network\nand more")),
-        pytest.raises(UserError, match=r"someone/faces: .*failed: no network$"),
+        mock.patch("huggingface_hub.hf_hub_download", side_effect=OSError("Got: no network\nand more")),
+        pytest.raises(UserError, match=r"someone/faces: .*failed: no network\. Check the path\.$"),
     ):
         weights_file("someone/faces")
+
+
+def test_unknown_arguments_are_refused(finished_run: Path) -> None:
+    for source in (finished_run, "scenes64"):
+        for model in (VQVAE2Pipeline, Autoencoder):
+            for options, message in (
+                ({"torch_dtype": torch.bfloat16}, 'unknown argument torch_dtype. .* give dtype="bf16"'),
+                ({"devcie": "cpu"}, r"unknown argument devcie\. Did you mean device\?"),
+                ({"revision": "v1"}, "not a hub id, so it has no revision"),
+            ):
+                with pytest.raises(UserError, match=message):
+                    model.from_pretrained(source, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def test_bfloat16_weights_take_half_the_size_and_load_as_float32(finished_run: Path, tmp_path: Path) -> None:
