@@ -152,6 +152,13 @@ def check_new(folder: Path) -> None:
         raise UserError(f"{folder}: exists and is not empty. Choose another folder with --out.")
 
 
+def check_new_picture(path: Path) -> None:
+    """Raise UserError if a picture that is about to be written exists, or is not named as a PNG."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path}: pictures are written as PNG. Give a name that ends in .png.")
+    check_new_file(path)
+
+
 def check_new_file(path: Path) -> None:
     """Raise UserError if a file that is about to be written exists."""
     if path.exists():

@@ -156,9 +156,11 @@ class SamplingParams(Config):
 
     def check_levels(self, levels: Sequence[str]) -> None:
         """Raise UserError if a parameter names a level that is not in `levels`."""
-        for level in self._named_levels():
-            if level not in levels:
-                raise UserError(f"sampling: no level is named {level!r}. The levels are {', '.join(levels)}.")
+        for name in LevelSamplingParams.model_fields:
+            value = getattr(self, name)
+            for level in value if isinstance(value, Mapping) else ():
+                if level not in levels:
+                    raise UserError(f"{name}: no level is named {level!r}. The levels are {', '.join(levels)}.")
 
     def recorded(self, levels: Sequence[str]) -> "SamplingParams":
         """Return the parameters for a manifest, with `guidance_scale` and `dtype` unset if they have no effect."""
