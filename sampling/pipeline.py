@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Literal, Self, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,8 @@ class VQVAE2Pipeline:
 
         Args:
             source: Path, name of a packaged model, or hub id `OWNER/NAME` or `OWNER/NAME@REVISION`.
+            device: Device of the networks, such as "cuda"; `to` moves them later.
+            batch_size: Images sampled at once, if memory allows.
             hub: `revision`, `token`, `cache_dir`, `local_files_only`, as in `huggingface_hub`.
 
         Raises:
@@ -159,6 +161,12 @@ class VQVAE2Pipeline:
     def device(self) -> torch.device:
         """Device of the networks."""
         return next(self.autoencoder.parameters()).device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the networks to a device, and return the pipeline."""
+        for network in (self.autoencoder, *self.priors):
+            network.to(device)
+        return self
 
     def __call__(
         self,

@@ -152,6 +152,13 @@ def test_saved_models_do_not_contain_folders_of_this_computer(finished_run: Path
     assert loaded.autoencoder.made_from == {"data": "photos", "config": config, "pretrained": "0" * 64}
 
 
+def test_pipeline_moves_between_devices(finished_run: Path) -> None:
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
+    assert pipeline.to("meta") is pipeline
+    assert pipeline.device.type == "meta"
+    assert {next(prior.parameters()).device.type for prior in pipeline.priors} == {"meta"}
+
+
 def test_number_of_images_must_be_positive(finished_run: Path) -> None:
     with pytest.raises(UserError, match="num_images: must be at least 1, not 0"):
         VQVAE2Pipeline.from_pretrained(finished_run)(num_images=0)
