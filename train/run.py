@@ -217,13 +217,14 @@ def _find_changes(previous: Config, config: Config, folder: RunFolder, with_chan
         if key == "data.max_pixels" and not _has_begun(folder.autoencoder):
             continue  # decides which images are unreadable, and none have been read
         possible = _is_changeable_in_training(key, folder)
+        change = _change_of_stage(key, old, new, folder) if possible else None
         if not (possible and with_changes):
             advice = "add --resume-with-changes to continue with the new value, " if possible else ""
             raise UserError(
                 f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
                 f"Choose another folder with --run, {advice}or restore the setting."
             )
-        if change := _change_of_stage(key, old, new, folder):
+        if change:
             changes.append(change)
             _check_early_stopping(key, previous, config, folder)
     return changes

@@ -147,7 +147,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file. Check the path.") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a directory. Give a YAML config file.") from None
+        found = path / "config.yaml"
+        hint = f"Give its config: {found}." if found.is_file() else "Give a YAML config file."
+        raise UserError(f"{path}: is a directory. {hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file. Give a YAML config file.") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -207,7 +209,8 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
     if not name:
         return f"{message}{more}"
     nested = isinstance(problem["input"], dict | list | BaseModel)
-    shown = "" if nested or problem["type"] == "model_type" else f", not {_shorten(repr(problem['input']))}"
+    repeated = problem["type"] == "model_type" or repr(problem["input"]) in message
+    shown = "" if nested or repeated else f", not {_shorten(repr(problem['input']))}"
     separator = "." if re.match(r"[a-z_.]+: ", message) else ": "  # a validator may name a key of its section
     return f"{name}{separator}{message}{shown}{more}"
 

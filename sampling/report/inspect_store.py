@@ -43,7 +43,8 @@ def inspect_code_store(path: Path, out: Path) -> list[str]:
         _unreadable_line([f"record {record:,}" for record in header.unreadable]),
     ]
     for name, level, usage in zip(names, header.levels, usages, strict=True):
-        entropy = f"entropy {usage.entropy:.3f} nats ({usage.entropy / math.log(2):.3f} bits)"
+        nats = max(0.0, usage.entropy)  # rounding can give −0
+        entropy = f"entropy {nats:.3f} nats ({nats / math.log(2):.3f} bits)"
         size = f"{level.height}×{level.width}, codebook size {level.codebook_size}"
         lines.append(_line(name, f"{size}: usage {usage.usage:.1%}, {entropy}, perplexity {usage.perplexity:.1f}"))
     lines.append(_classes_line(header.classes, label_counts))
