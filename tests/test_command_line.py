@@ -100,6 +100,13 @@ def test_errors_are_one_line_and_name_the_option(arguments: list[str], message: 
     assert "\n" not in str(error.value)
 
 
+def test_an_invalid_item_is_one_problem_and_named_once() -> None:
+    with pytest.raises(UserError) as error:
+        apply("--evaluation.features", "foo")
+    assert str(error.value).startswith("--evaluation.features.0: no network 'foo'; the networks are inception")
+    assert str(error.value).endswith("timm:NAME")
+
+
 def test_unknown_command_suggests_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, ["sampel"], "sampel: no such command", "sample")
     fails(capsys, ["run"], "CONFIG: missing", "vqvae2 run CONFIG.yaml")

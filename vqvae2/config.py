@@ -191,7 +191,7 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
     Args:
         cls: The validated class, to suggest a known key in place of an unknown one.
     """
-    problems = error.errors(include_url=False)
+    problems = [each for each in error.errors(include_url=False) if not _lacks_invalid_item(each, error)]
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     keys = [*([section] if section else []), *_keys(problem, data)]
     name, total = ".".join(_shorten(key) for key in keys), len({_keys(each, data) for each in problems})
@@ -213,6 +213,12 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
     shown = "" if nested or repeated else f", not {_shorten(repr(problem['input']))}"
     separator = "." if re.match(r"[a-z_.]+: ", message) else ": "  # a validator may name a key of its section
     return f"{name}{separator}{message}{shown}{more}"
+
+
+def _lacks_invalid_item(problem: ErrorDetails, error: ValidationError) -> bool:
+    """Return whether a tuple is too short only because its items are invalid, which is reported by itself."""
+    invalid = [each["loc"] for each in error.errors(include_url=False)]
+    return problem["type"] == "too_short" and any(location[:-1] == problem["loc"] for location in invalid)
 
 
 def _keys(problem: ErrorDetails, data: Any) -> tuple[str, ...]:
