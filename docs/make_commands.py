@@ -154,8 +154,8 @@ def _config_class(field: FieldInfo) -> type[Config] | None:
 def _type_name(field: FieldInfo) -> str:
     if any("VALUE|LEVEL" in str(item) for item in field.metadata):
         return "number or LEVEL=VALUE,…"
-    if any("INT,..." in str(item) for item in field.metadata):
-        return "INT,…"
+    if any("CLASS,..." in str(item) for item in field.metadata):
+        return "CLASS,…"
     return _name(field.annotation)
 
 

@@ -24,9 +24,9 @@ from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.config import Config
 from vqvae2.data.image_io import MAX_PIXELS
-from vqvae2.data.images import read_image, to_float, to_uint8
+from vqvae2.data.images import read_images, to_float, to_uint8
 from vqvae2.hub import SOURCE_HELP
-from vqvae2.pictures import hwc_to_chw, save_grid, save_image
+from vqvae2.pictures import save_grid, save_image
 
 _MASKED_GRAY = 127  # of the pixels outside a mask in the grid
 
@@ -62,7 +62,10 @@ class EditOptions(Options, SamplingParams):
 class InpaintOptions(EditOptions):
     """Keep a part of each image and sample the rest, several times."""
 
-    keep: str = Field(description=f"what to keep: {', '.join(HALVES)}, or a PNG mask of the image size, white = keep")
+    keep: str = Field(
+        description=f"what to keep: {', '.join(HALVES)}, or a picture of the size of the "
+        "photographs or of the model's images, whose white and opaque pixels are kept"
+    )
 
 
 class VariationsOptions(EditOptions):
@@ -144,7 +147,7 @@ def inpaint(options: InpaintOptions) -> None:
     if not processes().is_main_process:
         return
     pipeline, images = _load(options)
-    mask = read_mask(options.keep, pipeline.autoencoder.size)
+    mask = read_mask(options.keep, pipeline.autoencoder.size, options.images)
     keep = options.keep if options.keep in HALVES else {"digest": files.digest(Path(options.keep))}
     partial = keep_masked(_encode(pipeline, images), mask, pipeline.autoencoder.map_specs)
     edit = Edit("inpaintings", images, _gray_out(images, mask), partial, keep, options)
@@ -166,9 +169,7 @@ def variations(options: VariationsOptions) -> None:
 def _load(options: EditOptions) -> tuple[VQVAE2Pipeline, UInt8[Tensor, "b c h w"]]:
     pipeline = VQVAE2Pipeline.from_pretrained(options.run, processes().device or "cpu", options.batch_size)
     size, channels = pipeline.autoencoder.size, pipeline.autoencoder.image_channels
-    return pipeline, torch.stack(
-        [hwc_to_chw(read_image(path, size, channels, max_pixels=options.max_pixels)) for path in options.images]
-    )
+    return pipeline, read_images(options.images, size, channels, options.max_pixels)
 
 
 def _write(pipeline: VQVAE2Pipeline, edit: Edit, columns: str) -> None:

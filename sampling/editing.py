@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sampling.labels import require_labels
+from sampling.labels import Labels, require_labels
 from sampling.masks import keep_coarsest, keep_masked
 from sampling.params import SamplingParams
 from sampling.pipeline import VQVAE2Pipeline, scale_progress
@@ -21,7 +21,7 @@ def inpaint(
     pipeline: VQVAE2Pipeline,
     images: Float[Tensor, "b c h w"],
     keep: Bool[Tensor, "..."],
-    class_labels: Sequence[int | str] | None = None,
+    class_labels: Labels | None = None,
     variants: int = 4,
     seed: int = 0,
     params: SamplingParams = _DEFAULTS,
@@ -52,7 +52,7 @@ def variations(
     pipeline: VQVAE2Pipeline,
     images: Float[Tensor, "b c h w"],
     keep_levels: int = 1,
-    class_labels: Sequence[int | str] | None = None,
+    class_labels: Labels | None = None,
     variants: int = 4,
     seed: int = 0,
     params: SamplingParams = _DEFAULTS,
@@ -69,7 +69,7 @@ def variations(
 def sample_variants(
     pipeline: VQVAE2Pipeline,
     partial: Sequence[PartialCodes],
-    class_labels: Sequence[int | str] | None,
+    class_labels: Labels | None,
     variants: int,
     seed: int,
     params: SamplingParams,

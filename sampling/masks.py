@@ -6,23 +6,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from sampling.sample_level import PartialCodes
 from vqvae2.code_maps import CodeMaps, MapSpec
+from vqvae2.data.image_io import read_image
 from vqvae2.errors import UserError
-from vqvae2.pictures import IMAGE_ERRORS
 
 HALVES = ("top-half", "bottom-half", "left-half", "right-half")
 
 
-def read_mask(source: str, size: tuple[int, int]) -> Bool[Tensor, "h w"]:
+def read_mask(source: str, size: tuple[int, int], photographs: Sequence[Path] = ()) -> Bool[Tensor, "h w"]:
     """Return a mask that is true for pixels to keep.
 
     Args:
-        source: One of `HALVES`, or the path of a picture of this size whose white pixels are kept.
-        size: Height and width.
+        source: One of `HALVES`, or the path of a picture whose white and opaque pixels are kept.
+        size: Height and width of the mask, those of the model's images.
+        photographs: Files of the edited images. A picture of their size is resized and cropped as they are.
 
     Raises:
         UserError: If the file is missing, unreadable, of another size, or leaves nothing to sample.
@@ -37,17 +38,25 @@ def read_mask(source: str, size: tuple[int, int]) -> Bool[Tensor, "h w"]:
         return mask
     if not Path(source).is_file():
         raise UserError(f"--keep {source}: no such file. Give {', '.join(HALVES)}, or a picture whose white is kept.")
-    try:
-        with Image.open(source) as picture:
-            mask = torch.from_numpy(np.array(picture.convert("L")) >= 128)
-    except IMAGE_ERRORS as error:
-        raise UserError(f"--keep {source}: not a readable picture ({error})") from None
-    if tuple(mask.shape) != size:
-        found = f"{mask.shape[0]} × {mask.shape[1]}"
-        raise UserError(f"--keep {source}: the mask is {found} pixels, but the images are {height} × {width}")
+    pixels = read_image(Path(source), size, channels=4, name=f"--keep {source}")
+    found = _upright_size(Path(source))
+    if found != size and {found} != {_upright_size(path) for path in photographs}:
+        raise UserError(
+            f"--keep {source}: the mask is {found[0]} × {found[1]} pixels. Give one of the size of the photographs, or "
+            f"of {height} × {width} pixels, the size of the model's images."
+        )
+    brightness = np.array(Image.fromarray(pixels).convert("L"))
+    mask = torch.from_numpy((brightness >= 128) & (pixels[..., 3] >= 128))
     if mask.all():
         raise UserError(f"--keep {source}: the mask is all white, so nothing is left to sample. Paint that part black.")
     return mask
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    """Return the height and width of a readable picture, as they are after rotation by the EXIF orientation."""
+    with Image.open(path) as picture:
+        width, height = picture.size
+        return (width, height) if picture.getexif().get(ExifTags.Base.Orientation, 1) > 4 else (height, width)
 
 
 def keep_masked(codes: CodeMaps, mask: Bool[Tensor, "..."], maps: Sequence[MapSpec]) -> tuple[PartialCodes, ...]:

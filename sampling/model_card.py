@@ -9,7 +9,7 @@ import yaml
 
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.metrics import read_metrics
-from sampling.output_folder import SampleManifest, read_manifest
+from sampling.output_folder import SampleManifest, current_samples, read_manifest
 from sampling.params import SamplingParams, format_per_level
 from sampling.run_config import RunConfig
 from sampling.summary import read_summary
@@ -47,10 +47,11 @@ def write_model_card(folder: RunFolder, pipeline: "VQVAE2Pipeline", params: Samp
     parts = [_front_matter(pipeline, data), title, _usage(), _architecture(pipeline), sampling]
     if source and data:
         parts.append(_training(source, data, pipeline))
-        manifest = read_manifest(source.samples, SampleManifest)
+        samples = current_samples(source)
+        manifest = read_manifest(samples, SampleManifest)
         has_samples = manifest is not None and _made_with(pipeline, manifest.autoencoder, manifest.priors)
-        if has_samples and (source.samples / "grid.png").is_file():
-            shutil.copyfile(source.samples / "grid.png", folder.path / _GRID)
+        if has_samples and (samples / "grid.png").is_file():
+            shutil.copyfile(samples / "grid.png", folder.path / _GRID)
             parts.append(f"## Samples\n\n![Samples]({_GRID})\n")
     files.write_text(folder.card, "\n".join([*parts, digests]))
 

@@ -1,6 +1,7 @@
 """Output folders of sampled images. A manifest records how the images were made, and protects them from overwriting."""
 
 import io
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,6 +102,20 @@ def find_other_network(manifest: Manifest, run: RunFolder) -> str | None:
     return None
 
 
+def current_samples(run: RunFolder) -> Path:
+    """Return the samples of a run that its present networks made: `samples`, or the newest of samples-2, …
+
+    Returns `samples` if there are none.
+    """
+    numbered = [path for path in run.path.glob("samples-*") if re.fullmatch("samples-[0-9]+", path.name)]
+    numbered.sort(key=lambda path: int(path.name.removeprefix("samples-")), reverse=True)
+    for folder in (run.samples, *numbered):
+        manifest = read_manifest(folder, SampleManifest)
+        if manifest and find_other_network(manifest, run) is None:
+            return folder
+    return run.samples
+
+
 def next_free(first: Path, is_free: Callable[[Path], bool], suffix: str = "") -> Path:
     """Return the first of NAME, NAME-2, NAME-3, … that `is_free`. The number comes before the `suffix` of NAME."""
     name, path, number = first.name.removesuffix(suffix), first, 1
@@ -145,6 +160,13 @@ def check_new(folder: Path) -> None:
     children = folder.iterdir() if folder.is_dir() else [folder] if folder.exists() else []
     if not all(files.is_leftover(child.name) for child in children):
         raise UserError(f"{folder}: exists and is not empty. Choose another folder with --out.")
+
+
+def check_new_picture(path: Path) -> None:
+    """Raise UserError if a picture that is about to be written exists, or is not named as a PNG."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path}: pictures are written as PNG. Give a name that ends in .png.")
+    check_new_file(path)
 
 
 def check_new_file(path: Path) -> None:

@@ -1,8 +1,7 @@
 """Sampling parameters of one level and of all levels: temperature, top-k, top-p and guidance scale."""
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -80,11 +79,10 @@ IntPerLevel = Annotated[int | dict[str, int], *_PER_LEVEL]
 
 
 def _parse_classes(value: Any) -> Any:
-    """Parse `207,goldfish`; return anything but a string unchanged. Integers are class numbers."""
+    """Split `207,goldfish`; return anything but a string unchanged. A number may be the name of a class."""
     if not isinstance(value, str):
         return value
-    parts = [part.strip() for part in value.split(",")]
-    return tuple(int(part) if re.fullmatch("-?[0-9]+", part) else part for part in parts if part)
+    return tuple(filter(None, (part.strip() for part in value.split(","))))
 
 
 ClassLabels = Annotated[
@@ -104,7 +102,7 @@ class SamplingParams(Config):
     """Sampling parameters of all levels: each is one value, or values per level.
 
     In YAML, on the command line and in Python: `0.9`, or `top=1.0,bottom=0.9`; in YAML and Python also a mapping. A
-    level without a value uses the default.
+    level without a value uses the default; `complete` sets it to that of a model.
     """
 
     temperature: FloatPerLevel = Field(
@@ -142,11 +140,27 @@ class SamplingParams(Config):
         """Return the parameters of one level."""
         return LevelSamplingParams(**{name: self._value(name, level) for name in LevelSamplingParams.model_fields})
 
+    def complete(self, defaults: "SamplingParams", levels: Sequence[str]) -> Self:
+        """Return a copy in which a level that a parameter does not name has the value of `defaults`.
+
+        >>> SamplingParams(top_p={"top": 0.5}).complete(SamplingParams(top_p=0.9), ["bottom", "top"]).top_p
+        {'bottom': 0.9, 'top': 0.5}
+        """
+        values = {name: getattr(self, name) for name in LevelSamplingParams.model_fields}
+        completed = {
+            name: {level: defaults._value(name, level) for level in levels} | dict(value)
+            for name, value in values.items()
+            if isinstance(value, Mapping) and value != getattr(defaults, name)
+        }
+        return self.model_copy(update=completed)
+
     def check_levels(self, levels: Sequence[str]) -> None:
         """Raise UserError if a parameter names a level that is not in `levels`."""
-        for level in self._named_levels():
-            if level not in levels:
-                raise UserError(f"sampling: no level is named {level!r}. The levels are {', '.join(levels)}.")
+        for name in LevelSamplingParams.model_fields:
+            value = getattr(self, name)
+            for level in value if isinstance(value, Mapping) else ():
+                if level not in levels:
+                    raise UserError(f"{name}: no level is named {level!r}. The levels are {', '.join(levels)}.")
 
     def recorded(self, levels: Sequence[str]) -> "SamplingParams":
         """Return the parameters for a manifest, with `guidance_scale` and `dtype` unset if they have no effect."""
@@ -179,7 +193,9 @@ class SamplingConfig(SamplingParams):
         description="image k depends on the seed and k, and by rounding on the batch size",
     )
     classes: ClassLabels = Field(
-        default=(), description="names or numbers of the classes to cycle through; all classes if not given"
+        default=(),
+        description="names or numbers of the classes to cycle through; all classes if not given; `1` is the class of "
+        "this name if there is one",
     )
     batch_size: int = Field(
         default=16,

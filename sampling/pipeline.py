@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Literal, Self, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sampling.guidance import check_guidance
-from sampling.labels import labels_of
+from sampling.labels import Labels, as_labels, labels_of
 from sampling.memory import batch_that_fits
 from sampling.model_card import write_model_card
 from sampling.params import SamplingConfig, SamplingParams
@@ -92,6 +92,8 @@ class VQVAE2Pipeline:
 
         Args:
             source: Path, name of a packaged model, or hub id `OWNER/NAME` or `OWNER/NAME@REVISION`.
+            device: Device of the networks, such as "cuda"; `to` moves them later.
+            batch_size: Images sampled at once, if memory allows.
             hub: `revision`, `token`, `cache_dir`, `local_files_only`, as in `huggingface_hub`.
 
         Raises:
@@ -161,11 +163,17 @@ class VQVAE2Pipeline:
         """Device of the networks."""
         return next(self.autoencoder.parameters()).device
 
+    def to(self, device: torch.device | str) -> Self:
+        """Move the networks to a device, and return the pipeline."""
+        for network in (self.autoencoder, *self.priors):
+            network.to(device)
+        return self
+
     def __call__(
         self,
         num_images: int = 1,
         seed: int = 0,
-        class_labels: Sequence[int | str] | None = None,
+        class_labels: Labels | None = None,
         temperature: float | Mapping[str, float] | None = None,
         top_k: int | Mapping[str, int] | None = None,
         top_p: float | Mapping[str, float] | None = None,
@@ -175,9 +183,9 @@ class VQVAE2Pipeline:
         """Sample images in [-1, 1]. Image k depends on the seed and k, and by rounding on the batch size.
 
         Args:
-            class_labels: Names or numbers of the classes to cycle through; all classes if not given.
+            class_labels: Names or numbers of the classes to cycle through, or one of them; all classes if not given.
             temperature, top_k, top_p, guidance_scale: One value, or values per level: `{"top": 1.0, "bottom": 0.9}`;
-                those of `sampling` if not given.
+                those of `sampling` if not given, also for a level that is not named.
             dtype: Data type of the priors; that of `sampling` if not given. The autoencoder decodes in float32.
 
         Raises:
@@ -187,10 +195,14 @@ class VQVAE2Pipeline:
             raise UserError(f"num_images: must be at least 1, not {num_images}")
         params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
         given = {name: value for name, value in (params | {"dtype": dtype}).items() if value is not None}
-        settings = {"count": num_images, "seed": seed, "classes": tuple(class_labels or ())}
-        config = SamplingConfig.from_dict(
-            dict(self.sampling.params) | given | settings | {"batch_size": self.batch_size}, "sampling"
-        )
+        settings = {
+            "count": num_images,
+            "seed": seed,
+            "classes": as_labels(class_labels),
+            "batch_size": self.batch_size,
+        }
+        config = SamplingConfig.from_dict(dict(self.sampling.params) | given | settings, "sampling")
+        config = config.complete(self.sampling, self.levels)
         return torch.cat(list(self.sample_batches(range(num_images), config)))
 
     def sample_batches(
@@ -277,7 +289,7 @@ class VQVAE2Pipeline:
         for name, prior in zip(self.levels, self.priors, strict=True):
             check_guidance(prior, params.for_level(name).guidance_scale, name)
 
-    def labels_of(self, images: Sequence[int], class_labels: Sequence[int | str] | None) -> Int[Tensor, " b"] | None:
+    def labels_of(self, images: Sequence[int], class_labels: Labels | None) -> Int[Tensor, " b"] | None:
         """Return the label of each image number; see `sampling.labels.labels_of`."""
         return labels_of(images, class_labels, self.class_names, self.device)
 

@@ -10,18 +10,18 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from sampling.output_folder import check_new, check_new_file, default_output, next_new
+from sampling.output_folder import check_new, check_new_picture, default_output, next_new
 from sampling.processes import processes
 from vqvae2 import files
 from vqvae2.command_line import Options
 from vqvae2.data.image_io import MAX_PIXELS
-from vqvae2.data.images import DataConfig, ImageDataset, read_image, to_float, to_uint8
+from vqvae2.data.images import DataConfig, ImageDataset, read_images, to_float, to_uint8
 from vqvae2.data.sources import open_source
 from vqvae2.data.sources.base import is_image, member_name
 from vqvae2.errors import UserError
 from vqvae2.hub import SOURCE_HELP
 from vqvae2.models import Autoencoder
-from vqvae2.pictures import hwc_to_chw, save_grid, save_image
+from vqvae2.pictures import save_grid, save_image
 from vqvae2.run_folder import level_names
 
 _BATCH = 8  # images encoded at once
@@ -58,7 +58,7 @@ def reconstruct(
     With `levels`, reconstructions from the coarsest level alone, then from the two coarsest, … are between them.
     """
     size, channels = autoencoder.size, autoencoder.image_channels
-    images = torch.stack([hwc_to_chw(read_image(path, size, channels, max_pixels=max_pixels)) for path in paths])
+    images = read_images(paths, size, channels, max_pixels)
     codes = autoencoder.encode(to_float(images))
     shown = progressive_levels(autoencoder) if levels else [None]
     return torch.stack([images, *(to_uint8(autoencoder.decode(codes, names)) for names in shown)], 1)
@@ -130,7 +130,7 @@ def main(options: ReconstructOptions) -> None:
         print(f"{out}: {reconstruct_all(autoencoder, _open_images(options, autoencoder), out):,} images")
         return
     out = options.out or next_new(default_output(options.run, "reconstructions.png"), ".png")
-    check_new_file(out)
+    check_new_picture(out)
     autoencoder = Autoencoder.from_pretrained(options.run)
     rows = reconstruct(autoencoder, options.images, options.levels, options.max_pixels)
     save_grid(out, rows.flatten(0, 1), columns=rows.shape[1])

@@ -111,11 +111,15 @@ _Options = TypeVar("_Options", bound=Options)
 
 
 def parse_with_run_defaults(cls: type[_Options], section: str, arguments: Sequence[str], prog: str) -> _Options:
-    """Return a command's options; defaults come from a section of the config of the run folder that `run` names."""
-    options = parse(cls, arguments, prog)
+    """Return a command's options; defaults come from a section of the config of the run folder that `run` names.
+
+    If the run comes first, `--help` prints its values.
+    """
+    has_run = arguments and not arguments[0].startswith("-")
+    options = parse(cls, [each for each in arguments if not (has_run and each in ("-h", "--help"))], prog)
     run: Path = options.run  # pyright: ignore[reportAttributeAccessIssue]
     folder = RunFolder(run)
     if not folder.config.is_file():
-        return options
+        return parse(cls, arguments, prog)
     defaults = dict(getattr(RunConfig.from_resolved_yaml(folder.config), section))
     return parse(cls, arguments, prog, default=cls.from_dict({"run": run, **defaults}, str(folder.config), section))

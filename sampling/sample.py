@@ -30,7 +30,7 @@ from sampling.output_folder import (
 from sampling.params import SamplingConfig
 from sampling.pipeline import PipelineConfig, VQVAE2Pipeline
 from sampling.processes import processes
-from sampling.run_config import parse_with_run_defaults
+from sampling.run_config import RunConfig, parse_with_run_defaults
 from vqvae2 import files
 from vqvae2.command_line import Options, parse
 from vqvae2.data.images import to_uint8
@@ -40,7 +40,10 @@ from vqvae2.run_folder import RunFolder
 
 
 class SampleOptions(Options, SamplingConfig):
-    """Sample new images from a trained run, or from a saved pipeline, with its defaults for the settings."""
+    """Sample new images from a trained run, or from a saved pipeline.
+
+    Settings that are not given are those of the run or pipeline. `vqvae2 sample RUN --help` lists those of a run.
+    """
 
     run: Positional[Path] = Field(description=SOURCE_HELP)
     keep_fraction: float | None = Field(
@@ -56,12 +59,14 @@ class SampleOptions(Options, SamplingConfig):
     @classmethod
     def from_arguments(cls, arguments: Sequence[str], prog: str) -> Self:
         options = parse_with_run_defaults(cls, "sampling", arguments, prog)
-        if RunFolder(options.run).config.is_file():
-            return options
+        if (config := RunFolder(options.run).config).is_file():
+            run = RunConfig.from_resolved_yaml(config)
+            return options.complete(run.sampling, run.levels)
         if options.run.is_dir() and not RunFolder(options.run).pipeline_config.is_file():
             RunFolder.existing(options.run)
-        params = PipelineConfig.read(pipeline_folder(options.run)).sampling
-        return parse(cls, arguments, prog, default=cls(run=options.run, **dict(params)))
+        saved = PipelineConfig.read(pipeline_folder(options.run))
+        options = parse(cls, arguments, prog, default=cls(run=options.run, **dict(saved.sampling)))
+        return options.complete(saved.sampling, saved.levels)
 
     @property
     def config(self) -> SamplingConfig:

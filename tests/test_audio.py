@@ -1,5 +1,6 @@
 """Test µ-law companding, log-mel spectrograms and audio files."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sampling.report.audio_page import write_audio
+from sampling.report.audio_page import write_audio, write_audio_page
+from tests.test_commands import contents
 from vqvae2.audio.audio_io import read_waveform, save_wav
 from vqvae2.audio.log_mel import LogMel, mel_filters
 from vqvae2.audio.mu_law import compand, expand
@@ -85,9 +87,14 @@ def test_spectrograms_of_short_waveforms_and_equal_captions(tmp_path: Path) -> N
     assert heights[1] > 1.5 * heights[0]
 
 
-def test_writing_audio_again_deletes_only_its_own_files(tmp_path: Path) -> None:
-    cells = [("original", torch.zeros(64)), ("as ben", torch.zeros(64))]
-    write_audio(tmp_path, [("anna", cells), ("anna", cells)], 8000, seed=0, temperature=1, networks=[])
-    (tmp_path / "mine.wav").write_bytes(b"mine")
-    write_audio(tmp_path, [("anna", cells[:1])], 8000, seed=0, temperature=1, networks=[])
-    assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["000-00.wav", "mine.wav"]
+def test_writing_audio_again_keeps_earlier_files(tmp_path: Path) -> None:
+    cells, first = [("original", torch.zeros(64)), ("as ben", torch.zeros(64))], tmp_path / "samples"
+    assert write_audio(first, [("anna", cells)] * 2, 8000, seed=0, temperature=1, networks=[]) == first
+    before = contents(first)
+    second = write_audio(first, [("anna", cells[:1])], 8000, seed=0, temperature=1, networks=[])
+    assert second == tmp_path / "samples-2"
+    assert contents(first) == before
+    write_audio_page(tmp_path / "page.html", "Speech", {"Samples": "samples"})
+    sources = re.findall(r'audio controls preload="none" src="([^"]+)"', (tmp_path / "page.html").read_text())
+    assert len(sources) == 5
+    assert sources[-1] == "samples-2/000-00.wav"

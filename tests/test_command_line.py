@@ -75,6 +75,19 @@ def test_boolean_forms_of_an_option_that_also_accepts_other_types() -> None:
             "--autoencoder.training.steps: must be at least 1 without",
         ),
         (["--autoencoder.training.steps", "many"], "--autoencoder.training.steps: "),
+        (["--data.autoencoder.training.steps", "5"], "Did you mean --autoencoder.training.steps?"),
+        (
+            ["--autoencoder.loss.perceptual.weight", "1", "--autoencoder.training.steps", "4"],
+            "autoencoder.training: ",
+        ),
+        (
+            ["--priors.bottom.training.steps", "9000", "--priors.top.training.steps", "1"],
+            "priors.top.training: ",
+        ),
+        (
+            ["--priors.bottom.training.steps", "9000", "--priors.top.training.steps", "0"],
+            "--priors.top.training.steps: Input should be greater",
+        ),
         (["--priors.top.training.warmup-steps", "9999"], "priors.top.training: warmup_steps (9999) must be less than"),
         (["--autoencoder.training.betas", "1.5", "0.9"], "--autoencoder.training.betas.0: Input should be less than 1"),
         (["stray"], "stray: unexpected argument"),
@@ -85,6 +98,13 @@ def test_errors_are_one_line_and_name_the_option(arguments: list[str], message: 
         apply(*arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_invalid_item_is_one_problem_and_named_once() -> None:
+    with pytest.raises(UserError) as error:
+        apply("--evaluation.features", "foo")
+    assert str(error.value).startswith("--evaluation.features.0: no network 'foo'; the networks are inception")
+    assert str(error.value).endswith("timm:NAME")
 
 
 def test_unknown_command_suggests_the_closest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,6 +198,18 @@ def test_mask_is_read_from_an_image_file(finished_run: Path, tmp_path: Path) -> 
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["keep"]["digest"]) == 64
 
 
+def test_mask_of_a_photograph_is_cropped_with_it(finished_run: Path, tmp_path: Path) -> None:
+    """The upper half of a tall photograph is kept, of which the crop to a square shows the lower part."""
+    photograph, mask = tmp_path / "photograph.png", Image.new("RGBA", (64, 128), "white")
+    Image.new("RGB", (64, 128)).save(photograph)
+    mask.paste((255, 255, 255, 0), (0, 64, 64, 128))  # transparent, although the color is white everywhere
+    mask.save(tmp_path / "mask.png")
+    found = read_mask(str(tmp_path / "mask.png"), (32, 32), [photograph])
+    assert torch.equal(found, read_mask("top-half", (32, 32)))
+    command = ["inpaint", str(finished_run), str(photograph), "--keep", str(tmp_path / "mask.png"), "--variants", "1"]
+    assert main([*command, "--classes", "0", "--out", str(tmp_path / "out")]) == 0
+
+
 def test_invalid_options_give_one_line_errors(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,13 +224,16 @@ def test_invalid_options_give_one_line_errors(
     Image.new("L", (32, 32), 255).save(tmp_path / "white.png")
     fails(capsys, [*command, "--keep", str(tmp_path / "white.png")], "white.png", "nothing is left to sample")
     (tmp_path / "text.png").write_text("not an image")
-    fails(capsys, [*command, "--keep", str(tmp_path / "text.png")], "text.png", "not a readable picture")
+    fails(capsys, [*command, "--keep", str(tmp_path / "text.png")], "text.png", "cannot be read as an image")
     (tmp_path / "large.pgm").write_bytes(b"P5 65536 65536 255 ")
-    fails(capsys, [*command, "--keep", str(tmp_path / "large.pgm")], "large.pgm", "not a readable picture")
+    fails(capsys, [*command, "--keep", str(tmp_path / "large.pgm")], "large.pgm", "cannot be read as an image")
     fails(
         capsys,
         ["variations", str(finished_run), str(image), "--classes", "0", "--keep-levels", "2"],
         "keep_levels: must be 1 for a model of 2 levels, not 2",
     )
-    fails(capsys, ["variations", str(finished_run), str(tmp_path / "gone.png"), "--classes", "0"], "gone.png")
+    command = ["variations", str(finished_run), "--classes", "0"]
+    fails(capsys, [*command, str(tmp_path / "gone.png")], "gone.png: no such file or folder. Check the path.")
+    fails(capsys, [*command, str(image), str(tmp_path)], f"{tmp_path}: is a folder. Give image files")
+    fails(capsys, [*command, str(image), "--temperature", "bot=1"], "temperature: no level is named 'bot'")
     assert contents(finished_run) == before

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sampling.evaluation.evaluate import EvaluationConfig, evaluate_run
 from sampling.evaluation.features import FeatureSummary, KeepOptions, _load_if_valid, summarize_features
-from sampling.evaluation.format_metrics import format_metrics
+from sampling.evaluation.format_metrics import _metric, format_metrics
 from sampling.evaluation.image_sets import ImageFolder
 from sampling.evaluation.metrics import read_metrics
 from sampling.run_config import RunConfig
@@ -173,6 +173,10 @@ def test_metrics_of_a_collapsed_level_are_formatted() -> None:
         "fid": {"missing": "no Inception weights"},
     }
     assert "NLL 0.010 nats per code (uniform 2.770, unigram 0.000)" in format_metrics(metrics)
+
+
+def test_long_names_are_separated_from_their_values() -> None:
+    assert _metric("efficientnet-lite2", {"missing": "no weights"}, str) == "efficientnet-lite2 -  (no weights)"
 
 
 def test_one_sample_gives_a_reason_for_each_missing_metric(run: Path, inception_weights: Path) -> None:

@@ -82,6 +82,12 @@ def test_few_images_and_other_weights_are_reported(sets: tuple[Path, Path], tmp_
     printed = command("--dims", 64, *sets).splitlines()
     assert printed[1] == "too few images for a comparable FID: 9, fewer than 2048"
     assert "not the standard weights of inception" in printed[2]
+    first, second = sets
+    formats = f"images of {first} are png and those of {second} are jpg/png; lossy compression changes the distances"
+    assert printed[3:] == [formats]
+    small = fill(tmp_path / "small", 2, size=(24, 20))
+    (size,) = command("--dims", 64, first, small).splitlines()[3:]
+    assert size.startswith(f"images of {first} are 32×40 pixels and those of {small} are 20×24; resize")
     statistics = GaussianStatistics(64)
     statistics.update(torch.randn(2048, 64, generator=torch.Generator().manual_seed(0)))
     statistics.save(tmp_path / "many.npz")

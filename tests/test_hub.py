@@ -85,7 +85,7 @@ def test_sample_command_takes_saved_pipelines_and_their_defaults(
 
 
 def test_default_sampling_parameters_are_kept_and_used(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     config = RunConfig.from_resolved_yaml(run / "config.yaml")
@@ -100,6 +100,15 @@ def test_default_sampling_parameters_are_kept_and_used(
     expected = SamplingParams(temperature={"top": 0.5}, top_p=0.9)
     assert pipeline.sampling == saved.sampling == again.sampling == expected
     assert torch.equal(pipeline(2, seed=4), pipeline(2, seed=4, temperature={"top": 0.5}, top_p=0.9))
+    one, both = {"bottom": 0.8}, {"bottom": 0.8, "top": 0.5}
+    assert torch.equal(pipeline(2, seed=4, temperature=one), pipeline(2, seed=4, temperature=both))
+    for model in ("run", "saved"):
+        command = ["sample", str(tmp_path / model), "--count", "1", "--out", str(tmp_path / f"{model}-out")]
+        assert main([*command, "--temperature", "bottom=0.8", "--top-p", "top=0.7"]) == 0
+        params = json.loads((tmp_path / f"{model}-out" / "manifest.json").read_text())["sampling_params"]
+        assert (params["temperature"], params["top_p"]) == (both, {"bottom": 0.9, "top": 0.7})
+    assert main(["sample", str(run), "--help"]) == 0
+    assert "(default: top=0.5)" in " ".join(capsys.readouterr().out.split())
     assert torch.equal(pipeline(2, 4, temperature=1, top_p=1), VQVAE2Pipeline.from_pretrained(finished_run)(2, 4))
     again.save_pretrained(tmp_path / "again", SamplingParams(temperature=0.7))
     for folder, temperature in (("saved", "top=0.5"), ("again", "0.7")):
@@ -143,6 +152,13 @@ def test_saved_models_do_not_contain_folders_of_this_computer(finished_run: Path
     assert loaded.autoencoder.made_from == {"data": "photos", "config": config, "pretrained": "0" * 64}
 
 
+def test_pipeline_moves_between_devices(finished_run: Path) -> None:
+    pipeline = VQVAE2Pipeline.from_pretrained(finished_run)
+    assert pipeline.to("meta") is pipeline
+    assert pipeline.device.type == "meta"
+    assert {next(prior.parameters()).device.type for prior in pipeline.priors} == {"meta"}
+
+
 def test_number_of_images_must_be_positive(finished_run: Path) -> None:
     with pytest.raises(UserError, match="num_images: must be at least 1, not 0"):
         VQVAE2Pipeline.from_pretrained(finished_run)(num_images=0)
@@ -162,10 +178,22 @@ def test_missing_model_errors_name_the_source(tmp_path: Path) -> None:
             with pytest.raises(UserError, match="no such file or folder"):
                 find(source)
     with (
-        mock.patch("huggingface_hub.hf_hub_download", side_effect=OSError("no network\nand more")),
-        pytest.raises(UserError, match=r"someone/faces: .*failed: no network$"),
+        mock.patch("huggingface_hub.hf_hub_download", side_effect=OSError("Got: no network\nand more")),
+        pytest.raises(UserError, match=r"someone/faces: .*failed: no network\. Check the path\.$"),
     ):
         weights_file("someone/faces")
+
+
+def test_unknown_arguments_are_refused(finished_run: Path) -> None:
+    for source in (finished_run, "scenes64"):
+        for model in (VQVAE2Pipeline, Autoencoder):
+            for options, message in (
+                ({"torch_dtype": torch.bfloat16}, 'unknown argument torch_dtype. .* give dtype="bf16"'),
+                ({"devcie": "cpu"}, r"unknown argument devcie\. Did you mean device\?"),
+                ({"revision": "v1"}, "not a hub id, so it has no revision"),
+            ):
+                with pytest.raises(UserError, match=message):
+                    model.from_pretrained(source, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def test_bfloat16_weights_take_half_the_size_and_load_as_float32(finished_run: Path, tmp_path: Path) -> None:

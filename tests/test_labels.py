@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from sampling.labels import class_numbers, labels_of
+from sampling.labels import as_labels, class_numbers, labels_of
 from sampling.params import SamplingConfig
 from tests.test_commands import fails
 from vqvae2.__main__ import main
@@ -19,10 +20,21 @@ def test_classes_are_numbers_or_names_in_any_case() -> None:
     assert class_numbers([2, "goldfish", "tabby cat", "Tench"], NAMES) == (2, 1, 2, 0)
     assert class_numbers(["A", "a"], ["a", "A"]) == (1, 0), "an exact match comes first"
     assert class_numbers([], NAMES) == ()
-    assert SamplingConfig.from_dict({"classes": "1, tabby cat,0"}, "").classes == (1, "tabby cat", 0)
+    assert SamplingConfig.from_dict({"classes": "1, tabby cat,0"}, "").classes == ("1", "tabby cat", "0")
+    assert class_numbers(("1", "tabby cat", "0"), NAMES) == (1, 2, 0)
+    assert class_numbers(["10", "1", 1, "0"], ["1", "10", "2"]) == (1, 0, 1, 0), "a name comes before a number"
     labels = labels_of(range(3), ["tench", 1], NAMES, torch.device("cpu"))
     assert labels is not None
     assert labels.tolist() == [0, 1, 0]
+    assert [as_labels(each) for each in ("city", 3, torch.tensor([1, 2]), np.array([1]), None)] == [
+        ("city",),
+        (3,),
+        (1, 2),
+        (1,),
+        (),
+    ]
+    with pytest.raises(UserError, match=r"expected names or numbers of classes, not 1\.5"):
+        as_labels(1.5)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +45,7 @@ def test_classes_are_numbers_or_names_in_any_case() -> None:
         ("crane", "the name of the classes 3, 4. Give the number"),
         (5, "no class 5"),
         (-1, "no class -1"),
+        ("5", "no class 5"),
     ],
 )
 def test_unknown_and_ambiguous_classes_raise(label: int | str, message: str) -> None:

@@ -13,7 +13,7 @@ from sampling.evaluation.image_sets import open_image_set
 from sampling.output_folder import SampleManifest, image_path, read_manifest, write_grids
 from tests.test_commands import contents, fails
 from vqvae2.__main__ import main
-from vqvae2.pictures import load_image, save_image, save_rows
+from vqvae2.pictures import load_image, save_curves, save_image, save_rows
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -35,6 +35,23 @@ def test_save_rows_draws_captions_and_rows_of_different_lengths(tmp_path: Path, 
     assert (shown[100:196, 2:98] == 100).all()
     if channels < 4:
         assert (shown[100:196, 100:] == 255).all()
+
+
+def test_captions_have_accents_and_single_points_of_curves_are_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    for name in "řő":  # a font without them draws the same box for both
+        save_rows(tmp_path / f"{name}.png", {name: images})
+    assert not torch.equal(*(load_image(tmp_path / f"{name}.png")[..., :16] for name in "řő"))
+    figures = []
+    monkeypatch.setattr("vqvae2.pictures.save_figure", lambda path, figure: figures.append(figure))
+    save_curves(
+        tmp_path / "curves.png",
+        {"NLL": {"one": [(1.0, 2.0)], "many": [(float(step), 2.0) for step in range(50)]}},
+        "title",
+    )
+    assert [line.get_marker() for line in figures[0].axes[0].lines] == ["o", ""]
 
 
 def test_class_grid_has_one_row_per_class(tmp_path: Path) -> None:

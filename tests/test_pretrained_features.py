@@ -19,7 +19,7 @@ from sampling.evaluation.evaluate import EvaluationConfig, evaluate_run
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageFolder
 from sampling.report.report import write_report
-from tests.test_commands import fails
+from tests.test_commands import contents, fails
 from vqvae2 import files
 from vqvae2.__main__ import main
 from vqvae2.errors import UserError
@@ -180,10 +180,20 @@ def test_evaluation_in_several_features(
     assert main(["evaluate", str(run), "--features", "efficientnet-lite0"]) == 0
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert metrics["features"]["efficientnet-lite0"] == found
+    assert metrics["fid"]["value"] > 0, "the earlier measurement of the same images is kept"
+    write_report(run)
+    before = contents(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "timm", None)
+        fails(capsys, ["evaluate", str(run), "--features", "dinov2"], "dinov2 needs the package timm", "is unchanged")
+    assert contents(run) == before
+    assert main(["sample", str(run), "--seed", "3"]) == 0
+    others = ["--samples", str(run / "samples-2")]
+    assert main(["evaluate", str(run), "--features", "efficientnet-lite0", *others]) == 0
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert metrics["fid"] == {"missing": "inception is not among the networks of --features"}
     assert "inception_weights" not in metrics["protocol"]
     assert "Inception weights" not in format_metrics(metrics)
-    write_report(run)
     fails(capsys, ["evaluate", str(run), "--features", "vgg"], "features", "no network 'vgg'")
 
 

@@ -93,6 +93,10 @@ def test_existing_pictures_are_kept(finished_run: Path, tmp_path: Path, capsys: 
     before = contents(tmp_path)
     command = ["reconstruct", str(run), str(photo)]
     fails(capsys, [*command, "--out", str(other)], f"{other}: already exists. Choose another name or delete it.")
+    fails(capsys, [*command, "--out", str(tmp_path / "x.jpg")], "x.jpg: pictures are written as PNG", "ends in .png")
+    fails(capsys, ["inspect", str(run / "codes" / "val"), "--out", str(tmp_path / "x.jpg")], "ends in .png")
+    fails(capsys, ["inspect", str(run / "codes")], f"Did you mean {run / 'codes' / 'train'}, {run / 'codes' / 'val'}?")
+    fails(capsys, [*command, str(photo.parent)], f"{photo.parent}: is a folder")
     assert contents(tmp_path) == before
     names = ["reconstructions.png", "reconstructions-2.png", "reconstructions-3.png"]
     for name in names:

@@ -11,9 +11,11 @@ import zlib
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sampling.evaluation.diagnose import diagnose_run
@@ -186,19 +188,25 @@ def test_metrics_of_other_samples_or_weights_give_warnings(run: Path) -> None:
         assert words in text
 
 
+def changed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the contents of a weights file with other metadata, and thus another digest."""
+    tensors, metadata = checkpoint.load(path)
+    return tensors, metadata | {"made_from": metadata["made_from"] | {"note": "changed"}}
+
+
 def test_other_networks_than_those_of_the_samples_and_metrics_give_warnings(run: Path) -> None:
     text = Page(write_report(run)).text
-    assert "Sample again" not in text
+    assert "Made with another" not in text
     assert "another autoencoder" not in text
     path = run / "prior-top" / "model.safetensors"
-    tensors, metadata = checkpoint.load(path)
-    checkpoint.save(path, tensors, metadata | {"changed": True})
-    assert "Made with another prior-top than the one in this run. Sample again." in Page(write_report(run)).text
+    checkpoint.save(path, *changed(path))
+    text = Page(write_report(run)).text
+    assert "Made with another prior-top than the one in this run. Run vqvae2 sample and this command again." in text
     path = run / "autoencoder" / "model.safetensors"
     tensors, metadata = checkpoint.load(path)
     checkpoint.save(path, tensors, metadata | {"made_from": {}})
     text = Page(write_report(run)).text
-    assert "Made with another autoencoder than the one in this run. Sample again." in text
+    assert "Made with another autoencoder than the one in this run. Run vqvae2 sample and this command again." in text
     assert "The metrics were measured with another autoencoder; run vqvae2 evaluate again." in text
 
 
@@ -280,6 +288,19 @@ def test_samples_option_shows_another_folder(run: Path, tmp_path: Path) -> None:
     text = Page(run / "report.html").text
     assert "2 images; seed 9" in text
     assert "The metrics were measured on other samples" in text
+
+
+def test_newest_samples_of_the_present_networks_are_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "prior-top" / "model.safetensors"
+    checkpoint.save(path, *changed(path))
+    for seed in ("5", "6"):
+        assert main(["sample", str(run), "--count", "2", "--seed", seed]) == 0
+    change(run / "samples-3" / "manifest.json", lambda manifest: manifest.update(priors=["0" * 64] * 2))
+    text = Page(write_report(run)).text
+    assert "2 images; seed 5" in text, "samples and samples-3 are of other networks"
+    assert "Made with another" not in text
+    assert main(["evaluate", str(run), "--features", "efficientnet-lite0"]) == 0
+    assert "2 samples of 32×32 pixels (seed 5)" in capsys.readouterr().out
 
 
 def test_folder_without_samples_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,14 @@ def test_max_pixels_may_change_until_images_have_been_read(run: Path, capsys: py
     assert main(["train-autoencoder", config, *fewer]) == 0
 
 
+def test_a_change_that_is_not_possible_is_refused_before_the_option_is_advised(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", str(run / "config.yaml"), "--autoencoder.training.steps", "9"]
+    fails(capsys, command, "codes was made from the autoencoder as it is. Start another run")
+    fails(capsys, ["run", str(run)], f"is a directory. Give its config: {run / 'config.yaml'}.")
+
+
 def test_stages_that_have_not_begun_may_change_in_any_way(run: Path) -> None:
     shutil.rmtree(run / "prior-top")
     options = ["--priors.top.model.channels", "16", f"{TRAINING}.seed", "1", "--resume-with-changes"]
@@ -136,6 +144,16 @@ def test_stages_that_have_not_begun_may_change_in_any_way(run: Path) -> None:
 def test_stage_without_checkpoints_cannot_continue(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "prior-top" / "checkpoints")
     fails(capsys, train_top(run, *CHANGES, "--resume-with-changes"), "prior-top has no checkpoint to continue from")
+
+
+def test_settings_of_a_run_that_failed_before_it_began_are_replaced(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-autoencoder", str(tiny_config), "--run", str(tmp_path / "new")]
+    fails(capsys, [*command, "--data.path", str(tmp_path / "missing"), "--data.labels", "none"], "missing")
+    assert (tmp_path / "new" / "config.yaml").is_file()
+    assert main(command) == 0
+    fails(capsys, [*command, "--data.labels", "none"], 'data.labels = "folder", not "none"')
 
 
 def test_run_of_another_kind_is_refused_before_anything_is_written(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.speech.speech_run import SpeechConfig
-from tests.test_commands import fails
+from tests.test_commands import contents, fails
 from tests.test_configs import CONFIGS
 from tests.test_two_processes import run_on_two_processes
 from vqvae2.__main__ import main
@@ -127,7 +127,13 @@ def test_guidance_needs_a_prior_trained_with_label_dropout(
 def test_convert_other_files(trained: Path, tones: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tones / "low_anna_3.wav")
     assert main(["speech", "convert", str(trained), "--files", file, "--speakers", "ben"]) == 0
-    manifest = json.loads((trained / "conversions" / "manifest.json").read_text())
+    folder, page = map(Path, capsys.readouterr().out.splitlines()[-2:])
+    assert folder.name.startswith("conversions")
+    before = contents(folder)
+    assert main(["speech", "convert", str(trained), "--count", "1"]) == 0
+    assert contents(folder) == before, "conversions go to a new folder"
+    assert "/000-01.wav" in page.read_text().partition(f'src="{folder.name}')[2]
+    manifest = json.loads((folder / "manifest.json").read_text())
     assert [cell["caption"] for row in manifest["rows"] for cell in row["cells"]] == ["original", "as ben"]
     fails(capsys, ["speech", "convert", str(trained), "--speakers", "carl"], "no speaker 'carl'", "anna, ben")
 

@@ -144,7 +144,8 @@ class BaseRun:
         """Create the run folder with its resolved config, or check that an existing one has the same config.
 
         With `with_changes`, settings of training may differ from those of the existing run. Each change is recorded in
-        the run folder with the step of the most recent checkpoint, at which it takes effect.
+        the run folder with the step of the most recent checkpoint, at which it takes effect. All settings may differ if
+        nothing has been made with the existing ones.
 
         With `shared`, other processes that share it can use the folder at the same time, unless settings change.
 
@@ -157,7 +158,10 @@ class BaseRun:
         with processes().main_process_first():  # the other processes then find what the main process has written
             if folder.config.is_file():
                 previous = cls.config_class.from_resolved_yaml(folder.config)
-                changes = _find_changes(previous, run.config, folder, with_changes)
+                if _has_only_settings(folder):  # an earlier command failed before it opened the data
+                    previous = None
+                else:
+                    changes = _find_changes(previous, run.config, folder, with_changes)
             else:
                 check_unused(folder.path)
             run.check(previous)
@@ -217,13 +221,14 @@ def _find_changes(previous: Config, config: Config, folder: RunFolder, with_chan
         if key == "data.max_pixels" and not _has_begun(folder.autoencoder):
             continue  # decides which images are unreadable, and none have been read
         possible = _is_changeable_in_training(key, folder)
+        change = _change_of_stage(key, old, new, folder) if possible else None
         if not (possible and with_changes):
             advice = "add --resume-with-changes to continue with the new value, " if possible else ""
             raise UserError(
                 f"{folder.path}: this run was made with {key} = {json.dumps(old)}, not {json.dumps(new)}. "
                 f"Choose another folder with --run, {advice}or restore the setting."
             )
-        if change := _change_of_stage(key, old, new, folder):
+        if change:
             changes.append(change)
             _check_early_stopping(key, previous, config, folder)
     return changes
@@ -243,6 +248,11 @@ def check_unused(folder: Path) -> None:
     """Raise UserError if a folder that is about to become a run folder holds other files."""
     if folder.is_dir() and not all(files.is_leftover(child.name) for child in folder.iterdir()):
         raise UserError(f"{folder}: not empty, and not a run folder. Choose another folder with --run.")
+
+
+def _has_only_settings(folder: RunFolder) -> bool:
+    names = {child.name for child in folder.path.iterdir() if not files.is_leftover(child.name)}
+    return names <= {folder.config.name, folder.data_index.name}
 
 
 def _stage_of(key: str, folder: RunFolder) -> StageFolder | None:

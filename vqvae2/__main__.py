@@ -357,6 +357,8 @@ def _describe_shortage(error: Exception) -> str | None:
 def _describe(error: OSError) -> str:
     """Return what the operating system refused, and for which file."""
     place = f"{printable(str(error.filename))}: " if error.filename else ""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{place}no such file or folder. Check the path."
     return f"{place}{error.strerror or error}. Check free space and permissions, then run the same command again."
 
 

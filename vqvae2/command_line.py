@@ -8,7 +8,7 @@ import difflib
 import re
 import sys
 import typing
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -68,7 +68,7 @@ def parse(cls: type[_Config], arguments: Sequence[str], prog: str, default: _Con
             defaults: dict[str, Any] = {} if default is None else {"default": default}
             return tyro.cli(cls, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,), **defaults)
         except ValidationError as error:
-            raise UserError(_describe_validation(error, arguments)) from None
+            raise UserError(_describe_validation(error, cls if default is None else default, arguments)) from None
         except SystemExit as exit_:
             if exit_.code:
                 raise UserError(f"invalid options. Run `{prog} --help` for a list.") from None
@@ -179,16 +179,18 @@ def _describe(event: tyro_errors.ParseErrorEvent, config: Config | type[Config],
                 return f"{name}: the value is missing"
             return f"{name}: cannot be set to {event.offending_value!r}"
         case tyro_errors.InstantiationFailure():
-            return _describe_instantiation(event, arguments)
+            return _describe_instantiation(event, config, arguments)
         case _:
             return f"invalid options. Run `{event.prog} --help` for a list."
 
 
-def _describe_instantiation(event: tyro_errors.InstantiationFailure, arguments: Sequence[str]) -> str:
+def _describe_instantiation(
+    event: tyro_errors.InstantiationFailure, config: Config | type[Config], arguments: Sequence[str]
+) -> str:
     error: BaseException | None = sys.exception()
     while error is not None:  # tyro wraps the errors of nested classes
         if isinstance(error, ValidationError):
-            return _describe_validation(error, arguments)
+            return _describe_validation(error, config, arguments)
         error = error.__cause__ or error.__context__
     name = event.argument.display_name() if event.argument else ""
     message = re.sub(r"\[/?bold\]", "", " ".join(event.message.split()))
@@ -202,19 +204,55 @@ def _describe_unknown(tokens: Sequence[str], config: Config | type[Config]) -> s
     if not token.startswith("-"):
         return f"{token}: unexpected argument"
     known = {name: f"--{name.replace('_', '-')}" for name, _ in option_names(config)}
-    close = difflib.get_close_matches(_dotted(token), known, 1, cutoff=0.5)
+    close = [name for name in known if _dotted(token).endswith(f".{name}")]  # typed with another section before it
+    close = close or difflib.get_close_matches(_dotted(token), known, 1, cutoff=0.5)
     hint = f" Did you mean {known[close[0]]}?" if close else " Run the command with --help for a list."
     return f"{token.partition('=')[0]}: unknown option.{hint}"
 
 
-def _describe_validation(error: ValidationError, arguments: Sequence[str]) -> str:
+def _describe_validation(error: ValidationError, config: Config | type[Config], arguments: Sequence[str]) -> str:
     """Return one line for an invalid value, with the full path of the option that was given, if any."""
-    text = explain(error, None)
+    text, value = explain(error, None), error.errors(include_url=False)[0]["input"]
     field = re.sub(r"(\.[0-9]+)+$", "", text.partition(":")[0])  # an option is given as a whole, with all its elements
-    given = [_dotted(argument) for argument in arguments if argument.startswith("--")]
+    given = dict(_given_options(arguments))
     if re.fullmatch(r"[\w.]+", field):
         paths = [name for name in given if name == field or name.endswith(f".{field}")]
         if paths:
-            return f"--{paths[0].replace('_', '-')}{text.removeprefix(field)}"
-    sections = sorted({name.rpartition(".")[0] for name in given if "." in name}, key=len)
-    return f"{sections[-1]}: {text}" if sections and not re.match(r"[\w.]+:", text) else text
+            path = next((name for name in paths if _is_text_of(given[name], value)), paths[0])
+            return f"--{path.replace('_', '-')}{text.removeprefix(field)}"
+    section = _find_section(value, config, given)
+    if section is None:
+        return text
+    return f"{section}.{text}" if re.match(r"[\w.]+:", text) else f"{section}: {text}"
+
+
+def _given_options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the field path of each option in `arguments`, with the text of its first value."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--"):
+            _, equals, value = argument.partition("=")
+            yield _dotted(argument), value if equals else following
+
+
+def _is_text_of(text: str, value: Any) -> bool:
+    try:
+        return float(text) == value
+    except ValueError:
+        return text == str(value)
+
+
+def _find_section(values: Any, config: Config | type[Config], given: Mapping[str, str]) -> str | None:
+    """Return the path of the section with these values: options that are not given have their defaults in it."""
+    if not isinstance(values, dict):
+        return None
+    parts = [name.split(".") for name in given]
+    scores: dict[str, int] = {}  # number of given values, by section
+    for section in {".".join(each[:count]) for each in parts for count in range(1, len(each))}:
+        start = f"{section}."
+        defaults = {name.removeprefix(start): value for name, value in option_names(config) if name.startswith(start)}
+        direct = {name: value for name, value in defaults.items() if "." not in name}
+        texts = {name: given[start + name] for name in direct if start + name in given}
+        has_fields = {name.partition(".")[0] for name in defaults} == set(values)
+        if has_fields and all(name in texts or values[name] == value for name, value in direct.items()):
+            scores[section] = sum(_is_text_of(text, values[name]) for name, text in texts.items())
+    return max(scores, key=lambda section: scores[section], default=None)

@@ -147,7 +147,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file. Check the path.") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a directory. Give a YAML config file.") from None
+        found = path / "config.yaml"
+        hint = f"Give its config: {found}." if found.is_file() else "Give a YAML config file."
+        raise UserError(f"{path}: is a directory. {hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file. Give a YAML config file.") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -189,7 +191,7 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
     Args:
         cls: The validated class, to suggest a known key in place of an unknown one.
     """
-    problems = error.errors(include_url=False)
+    problems = [each for each in error.errors(include_url=False) if not _lacks_invalid_item(each, error)]
     problem = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
     keys = [*([section] if section else []), *_keys(problem, data)]
     name, total = ".".join(_shorten(key) for key in keys), len({_keys(each, data) for each in problems})
@@ -207,9 +209,16 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
     if not name:
         return f"{message}{more}"
     nested = isinstance(problem["input"], dict | list | BaseModel)
-    shown = "" if nested or problem["type"] == "model_type" else f", not {_shorten(repr(problem['input']))}"
+    repeated = problem["type"] == "model_type" or repr(problem["input"]) in message
+    shown = "" if nested or repeated else f", not {_shorten(repr(problem['input']))}"
     separator = "." if re.match(r"[a-z_.]+: ", message) else ": "  # a validator may name a key of its section
     return f"{name}{separator}{message}{shown}{more}"
+
+
+def _lacks_invalid_item(problem: ErrorDetails, error: ValidationError) -> bool:
+    """Return whether a tuple is too short only because its items are invalid, which is reported by itself."""
+    invalid = [each["loc"] for each in error.errors(include_url=False)]
+    return problem["type"] == "too_short" and any(location[:-1] == problem["loc"] for location in invalid)
 
 
 def _keys(problem: ErrorDetails, data: Any) -> tuple[str, ...]:

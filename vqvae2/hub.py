@@ -3,6 +3,7 @@
 The environment variables of `huggingface_hub` apply: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT.
 """
 
+import difflib
 import re
 import tempfile
 from collections.abc import Callable
@@ -30,9 +31,10 @@ def weights_file(source: str | Path, **options: Unpack[HubOptions]) -> Path:
     """Return the weights of the autoencoder that `source` names: a file, its folder, a run, a packaged model, a hub id.
 
     Raises:
-        UserError: If there is none, or the repository cannot be reached.
+        UserError: If there is none, the repository cannot be reached, or an option is unknown.
     """
     path = Path(source).expanduser()
+    _check_options(source, path, options)
     for candidate in (path, path / WEIGHTS, RunFolder(path).autoencoder_weights):
         if candidate.is_file():
             return candidate
@@ -48,9 +50,10 @@ def pipeline_folder(source: str | Path, **options: Unpack[HubOptions]) -> Path:
     """Return the folder with the networks of a pipeline: a run, another folder, a packaged model, or a hub id.
 
     Raises:
-        UserError: If there is none, or the repository cannot be reached or holds no pipeline.
+        UserError: If there is none, the repository cannot be reached or holds no pipeline, or an option is unknown.
     """
     path = Path(source).expanduser()
+    _check_options(source, path, options)
     if path.is_dir():
         return path
     if packaged := _packaged_model(source):
@@ -74,7 +77,7 @@ def download_file(hub_id: str, name: str) -> Path:
     """
     from huggingface_hub import hf_hub_download  # imported here because it is slow
 
-    return Path(_hub_errors(hub_id, lambda: hf_hub_download(hub_id, name)))
+    return Path(_hub_errors(hub_id, lambda: hf_hub_download(hub_id, name), f"downloading {name} from"))
 
 
 class PushOptions(TypedDict, total=False):
@@ -112,6 +115,19 @@ def push(write: Callable[[Path], None], repo_id: str, **options: Unpack[PushOpti
             )
 
         return _hub_errors(repo_id, upload, "uploading to")
+
+
+def _check_options(source: str | Path, path: Path, options: HubOptions) -> None:
+    """Raise UserError if an option is unknown, or has no effect on a model that is on this machine."""
+    known = HubOptions.__annotations__
+    for name in options.keys() - known.keys():
+        close = difflib.get_close_matches(name, ["device", *known], 1)
+        hint = f"Did you mean {close[0]}?" if close else f"The arguments are device, {', '.join(known)}."
+        if name in ("torch_dtype", "dtype"):
+            hint = 'The weights are loaded in float32; give dtype="bf16" when you call the pipeline.'
+        raise UserError(f"from_pretrained: unknown argument {name}. {hint}")
+    if options.get("revision") is not None and (path.exists() or _packaged_model(source)):
+        raise UserError(f"{source}: not a hub id, so it has no revision. Leave out revision.")
 
 
 def packaged_models() -> tuple[str, ...]:
@@ -157,6 +173,7 @@ def _hub_errors(source: str | Path, access: Callable[[], _Result], action: str =
     try:
         return access()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        problem = "no such folder, and " if action == "downloading from" else ""
-        raise UserError(f"{source}: {problem}{action} the hub failed: {reason}") from None
+        reason = str(error).strip().splitlines()[0].removeprefix("Got: ")
+        if action == "downloading from":
+            action, reason = f"no such folder, and {action}", f"{reason.rstrip('.')}. Check the path."
+        raise UserError(f"{source}: {action} the hub failed: {reason}") from None

@@ -19,6 +19,7 @@ from vqvae2.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MAX_MARKERS = 10  # points of a curve that are marked
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # of Pillow, for a damaged file
 _BORDER = 2  # pixels around each image of a grid
 _CAPTION = 14  # font size of captions in pixels
@@ -77,7 +78,10 @@ def save_rows(path: Path, rows: Mapping[str, UInt8[Tensor, "n c h w"]], enlarge_
     ]
     images = enlarge(torch.cat(filled), enlarge_to)
     grid = to_pil(make_grid(images, nrow=longest, padding=_BORDER, pad_value=255))
-    font = ImageFont.load_default(_CAPTION)
+    import matplotlib as mpl  # slow to import
+
+    # Pillow's own font has no accents.
+    font = ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _CAPTION)
     captions = [name.encode("utf-8", "replace").decode("utf-8") for name in rows]
     margin = _CAPTION + int(max(font.getlength(name) for name in captions))
     canvas = Image.new(grid.mode, (margin + grid.width, grid.height), (255,) * len(grid.getbands()))
@@ -150,7 +154,8 @@ def save_curves(path: Path, curves: Mapping[str, Mapping[str, Sequence[tuple[flo
     for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for label, points in lines.items():
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+                marker = "o" if len(points) <= _MAX_MARKERS else ""  # a line through one point is invisible
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker=marker, markersize=3)
         axes.set(xlabel="step", title=name)
         axes.grid(alpha=0.3)
         if axes.lines:

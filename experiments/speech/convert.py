@@ -29,7 +29,7 @@ class ConvertOptions(Options):
 
 
 def convert(run: SpeechRun, options: ConvertOptions) -> None:
-    """Write originals and conversions to RUN/conversions, and update the run's page."""
+    """Write originals and conversions to RUN/conversions, or conversions-2, …, and update the run's page."""
     network = run.autoencoder
     for name in options.speakers:
         if name not in network.speakers:

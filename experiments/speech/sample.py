@@ -24,7 +24,7 @@ class SampleSpeechOptions(Options):
 
 
 def sample(run: SpeechRun, options: SampleSpeechOptions) -> None:
-    """Write utterances to RUN/samples, and update the run's page."""
+    """Write utterances to RUN/samples, or samples-2, …, and update the run's page."""
     network, prior, contents = run.autoencoder, run.prior, run.classes_per_speaker
     check_guidance(prior, options.codes.guidance_scale, "top")
     labels = sample_labels(len(network.speakers), contents, options.count)

@@ -124,8 +124,8 @@ class SpeechRun(BaseRun):
         temperature: float,
         networks: Sequence[str | None],
     ) -> None:
-        """Write audio files to the folder of a section of the run's page, and the page. See `write_audio`."""
+        """Write audio files to a new folder of a section of the run's page, and the page. See `write_audio`."""
         path, page = self.folder.path, self.folder.path / "speech.html"
-        write_audio(path / _SECTIONS[section], rows, self.config.data.sample_rate, seed, temperature, networks)
+        folder = write_audio(path / _SECTIONS[section], rows, self.config.data.sample_rate, seed, temperature, networks)
         write_audio_page(page, f"Speech: {path.absolute().name}", _SECTIONS)
-        print(page)
+        print(folder, page, sep="\n")

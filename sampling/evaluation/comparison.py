@@ -11,6 +11,7 @@ from torch import Tensor
 from sampling.evaluation.features import (
     FeatureSummary,
     KeepOptions,
+    find_differences,
     is_statistics_file,
     summarize_features,
     summarize_features_cached,
@@ -100,20 +101,8 @@ class Comparison:
 
     def warnings(self) -> list[str]:
         """Return the differences between samples and reference that bias the metrics."""
-        warnings = []
         sizes = (self.samples.image_size, self.reference.features.image_size)
-        if all(sizes) and sizes[0] != sizes[1]:
-            ours, theirs = ("×".join(map(str, size or ())) for size in sizes)
-            warnings.append(
-                f"samples are {ours} pixels and the reference is {theirs}; resize the reference to the size of the "
-                "samples"
-            )
-        if self.reference.formats and set(self.reference.formats) != set(self.formats):
-            warnings.append(
-                f"samples are {'/'.join(self.formats)} and the reference is {'/'.join(self.reference.formats)}; lossy "
-                "compression changes the distances"
-            )
-        return warnings
+        return find_differences(("samples are", "the reference is"), sizes, (self.formats, self.reference.formats))
 
     def _distance(self, first: FeatureSummary, second: FeatureSummary, counts: dict[str, int | None]) -> dict[str, Any]:
         value = first.statistics.distance(second.statistics)

@@ -15,7 +15,7 @@ from sampling.evaluation.features import is_statistics_file
 from sampling.evaluation.format_metrics import format_metrics
 from sampling.evaluation.image_sets import ImageFolder, open_image_set
 from sampling.evaluation.metrics import Metrics, attempt, read_metrics
-from sampling.output_folder import SampleManifest, find_other_network, manifest_path, read_manifest
+from sampling.output_folder import SampleManifest, current_samples, find_other_network, manifest_path, read_manifest
 from sampling.processes import processes
 from sampling.run_config import RunConfig, parse_with_run_defaults
 from sampling.run_data import load_run_autoencoder, open_run_datasets
@@ -29,13 +29,18 @@ from vqvae2.metrics.pretrained_features import INCEPTION, load_extractor
 from vqvae2.models import Autoencoder
 from vqvae2.run_folder import RunFolder, level_names
 
+_IMAGES = ("samples", "autoencoder", "reference", "reference_digest")  # what the compared images depend on
+_INCEPTION_METRICS = ("fid", "rfid", "inception_score", "kid", "precision_recall")
+
 
 class EvaluateOptions(Options, EvaluationConfig):
     """Measure a run and its samples. Defaults come from the `evaluation` section of the run's config."""
 
     run: Positional[Path] = Field(description="run folder")
     samples: Path | None = Field(
-        default=None, description="folder that `vqvae2 sample` wrote; RUN/samples if not given"
+        default=None,
+        description="folder that `vqvae2 sample` wrote; RUN/samples if not given, or the newest samples-2, … if the "
+        "networks have changed since",
     )
 
     @classmethod
@@ -57,11 +62,13 @@ def evaluate_run(run: Path, config: EvaluationConfig, samples: Path) -> dict[str
 
     The result holds the validation metrics of all training stages, and the distances from the reference of the images
     in `samples` and of reconstructions of held-out images. If the same evaluation is already stored, it is returned
-    without measuring again. A metric that cannot be measured is `{"missing": reason}`. Without Inception weights,
+    without measuring again; what an earlier evaluation measured on the same images in the features of other networks is
+    kept. A metric that cannot be measured is `{"missing": reason}`. Without Inception weights,
     `fid` holds the reason.
 
     Raises:
-        UserError: If the samples, the run or the reference are missing or damaged.
+        UserError: If the samples, the run or the reference are missing or damaged, or no network is available and
+            there are earlier measurements.
     """
     folder = RunFolder.existing(run)
     process = processes()
@@ -92,14 +99,19 @@ def _stored_metrics(folder: RunFolder, config: EvaluationConfig, samples: Path) 
 def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict[str, Any]:
     made_from = _made_from(folder, config, samples)
     autoencoder = load_run_autoencoder(RunConfig.from_resolved_yaml(folder.config), folder)
+    earlier = _previous_features(folder.metrics, made_from)
+    extractors, missing = _load_extractors(config)
+    if earlier and not extractors and not config.cas.enabled:
+        reason = next(iter(missing.values()))["missing"]
+        raise UserError(f"{reason} {folder.metrics} is unchanged.")
     metrics = {
+        "fid": missing.get(INCEPTION, {"missing": "inception is not among the networks of --features"}),
+        **earlier,
         "made_from": made_from,
         **_training_metrics(folder, autoencoder),
         **cas.previous_score(folder.metrics, made_from["samples"]),
     }
-    extractors, missing = _load_extractors(config)
-    features: dict[str, Any] = {name: reason for name, reason in missing.items() if name != INCEPTION}
-    metrics["fid"] = missing.get(INCEPTION, {"missing": "inception is not among the networks of --features"})
+    features = {name: reason for name, reason in missing.items() if name != INCEPTION} | metrics.pop("features", {})
     if extractors:
         images = _open_images(folder, config, samples, autoencoder)
         for extractor in extractors:
@@ -113,6 +125,17 @@ def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict
                 "protocol": metrics.get("protocol", {}) | _protocol(comparison, extractor, samples),
             }
     return metrics | ({"features": features} if features else {})
+
+
+def _previous_features(path: Path, made_from: dict[str, Any]) -> dict[str, Any]:
+    """Return what an earlier evaluation of the same images measured in the features of any network, else `{}`."""
+    previous = read_metrics(path) or {"made_from": {}}
+    if any(previous["made_from"].get(name) != made_from[name] for name in _IMAGES):
+        return {}
+    features = {name: each for name, each in previous.get("features", {}).items() if "missing" not in each}
+    names = _INCEPTION_METRICS if "rfid" in previous else ()  # set if Inception was available
+    found = {name: previous[name] for name in names} | ({"features": features} if features else {})
+    return found | ({name: previous[name] for name in ("warnings", "protocol")} if found else {})
 
 
 def _load_extractors(config: EvaluationConfig) -> tuple[list[FeatureExtractor], dict[str, dict[str, str]]]:
@@ -154,7 +177,7 @@ def _made_from(folder: RunFolder, config: EvaluationConfig, samples: Path) -> di
     if network := find_other_network(manifest, folder):
         raise UserError(
             f"{samples}: made with another {network} than the one in {folder.path}. Run `vqvae2 sample {folder.path}`, "
-            "and give the folder that it prints with --samples."
+            "then this command without --samples."
         )
     reference = Path(config.reference)
     return {
@@ -262,6 +285,6 @@ def _protocol(comparison: Comparison, extractor: FeatureExtractor, samples: Path
 def main(options: EvaluateOptions) -> None:
     """Run the command `vqvae2 evaluate`."""
     folder = RunFolder.existing(options.run)
-    metrics = evaluate_run(folder.path, options.config, options.samples or folder.samples)
+    metrics = evaluate_run(folder.path, options.config, options.samples or current_samples(folder))
     if processes().is_main_process:
         print(f"{format_metrics(metrics)}\n{folder.metrics}")

@@ -10,7 +10,7 @@ Memory does not grow with the number of images, except for the features that `Ke
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,31 @@ class FeatureSummary:
             None if score is None else InceptionScoreResult(*score.tolist()),
             None if size is None else tuple(size.tolist()),
         )
+
+
+def find_differences(
+    subjects: tuple[str, str],
+    sizes: tuple[tuple[int, int] | None, tuple[int, int] | None],
+    formats: tuple[Collection[str], Collection[str]],
+) -> list[str]:
+    """Return warnings of the differences between two sets of images that bias distances.
+
+    Args:
+        subjects: How the warnings name the sets, with a verb: `samples are`.
+        sizes: (height, width) in pixels, or None if unknown.
+        formats: File formats; empty if unknown.
+    """
+    warnings = []
+    if all(sizes) and sizes[0] != sizes[1]:
+        ours, theirs = ("×".join(map(str, size or ())) for size in sizes)
+        warnings.append(
+            f"{subjects[0]} {ours} pixels and {subjects[1]} {theirs}; resize the images of one to the size of the other"
+        )
+    known = [set(names) - {"npz"} for names in formats]  # which does not tell how its images were stored before
+    if all(known) and known[0] != known[1]:
+        ours, theirs = ("/".join(sorted(names)) for names in known)
+        warnings.append(f"{subjects[0]} {ours} and {subjects[1]} {theirs}; lossy compression changes the distances")
+    return warnings
 
 
 def is_statistics_file(path: Path) -> bool:

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from pydantic import Field
 from tyro.conf import Positional
 
-from sampling.evaluation.features import is_statistics_file, summarize_features
+from sampling.evaluation.features import FeatureSummary, find_differences, is_statistics_file, summarize_features
 from sampling.evaluation.image_sets import ImageSet, open_image_set
 from sampling.output_folder import check_new_file
 from vqvae2 import distributed
@@ -61,17 +61,22 @@ def main(options: FidOptions) -> None:
             raise UserError(f"{path}: statistics of {statistics.dims} dimensions, but --dims {options.dims}")
     extractor = _extractor(options) if any(images) else None
     sides = [
-        statistics or _measure(image_set, extractor, options, path.name)
+        FeatureSummary(statistics) if statistics else _measure(image_set, extractor, options, path.name)
         for path, statistics, image_set in zip((first, second), ready, images, strict=True)
     ]
-    distance = sides[0].distance(sides[1])
+    distance = sides[0].statistics.distance(sides[1].statistics)
     if distributed.get_rank() == 0:
         print("FID: " if options.features == INCEPTION else f"FD in features of {options.features}: ", distance)
-        counts = [side.count for side in sides if side.count is not None]
+        counts = [side.statistics.count for side in sides if side.statistics.count is not None]
         if counts and min(counts) < MIN_COMPARABLE_IMAGES:
-            print(f"too few images for a comparable FID: {min(counts)}, fewer than {MIN_COMPARABLE_IMAGES}")
+            term = "FID" if options.features == INCEPTION else "FD"
+            print(f"too few images for a comparable {term}: {min(counts)}, fewer than {MIN_COMPARABLE_IMAGES}")
         if extractor is not None and not extractor.is_standard:
             print(f"not the standard weights of {options.features}: SHA-256 {extractor.weights_digest}")
+        subjects = (printable(f"images of {first} are"), printable(f"those of {second} are"))
+        formats = [image_set.formats if image_set else () for image_set in images]
+        for warning in find_differences(subjects, (sides[0].image_size, sides[1].image_size), (formats[0], formats[1])):
+            print(warning)
 
 
 def _check_without_inception(options: FidOptions) -> None:
@@ -95,9 +100,9 @@ def _save_statistics(source: Path, target: Path, options: FidOptions) -> None:
     extractor = _extractor(options)
     if distributed.get_rank() == 0:
         print(printable(f"Saving statistics for {source}"))
-    statistics = _measure(images, extractor, options, source.name)
+    summary = _measure(images, extractor, options, source.name)
     if distributed.get_rank() == 0:
-        statistics.save(target)
+        summary.statistics.save(target)
 
 
 def _open(path: Path) -> ImageSet:
@@ -109,12 +114,12 @@ def _open(path: Path) -> ImageSet:
 
 def _measure(
     images: ImageSet | None, extractor: FeatureExtractor | None, options: FidOptions, name: str
-) -> GaussianStatistics:
+) -> FeatureSummary:
     assert images is not None
     assert extractor is not None
     workers = min(8, _cpus()) if options.num_workers is None else options.num_workers
     batches = images.batches(options.batch_size, workers)
-    return summarize_features(batches, len(images), extractor, progress=printable(name)).statistics
+    return summarize_features(batches, len(images), extractor, progress=printable(name))
 
 
 def _extractor(options: FidOptions) -> FeatureExtractor:

@@ -120,4 +120,4 @@ def _metric(label: str, metric: Any, text: Callable[[Any], str]) -> str:
 
 
 def _line(label: str, text: str) -> str:
-    return f"{label:<{_LABEL_WIDTH}}{text}"
+    return f"{label:<{_LABEL_WIDTH}}{text}" if len(label) < _LABEL_WIDTH else f"{label} {text}"

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from sampling.output_folder import next_free
 from sampling.report.templates import make_environment
 from vqvae2 import files
 from vqvae2.audio.audio_io import save_wav
@@ -42,11 +43,6 @@ class AudioManifest(Config):
     def path(cls, folder: Path) -> Path:
         return folder / "manifest.json"
 
-    @property
-    def file_names(self) -> set[str]:
-        """Names of the audio files."""
-        return {cell.file for row in self.rows for cell in row.cells}
-
 
 def write_audio(
     folder: Path,
@@ -55,15 +51,15 @@ def write_audio(
     seed: int,
     temperature: float,
     networks: Sequence[str | None],
-) -> None:
-    """Write WAV files, their spectrograms and their manifest. Then delete the audio files of the previous manifest.
+) -> Path:
+    """Write WAV files, their spectrograms and their manifest to a folder, and return it.
 
     Args:
+        folder: The folder, or the first of NAME-2, NAME-3, … without a manifest if it has one.
         rows: Caption and titled waveforms of each row.
         networks: Digests of the networks that the waveforms were sampled from.
     """
-    path = AudioManifest.path(folder)
-    previous = AudioManifest.from_json(path, _FIX).file_names if path.is_file() else set()
+    folder = next_free(folder, lambda path: not AudioManifest.path(path).is_file())
     described = []
     for number, (caption, waveforms) in enumerate(rows):
         cells = [
@@ -75,22 +71,23 @@ def write_audio(
     save_spectrograms(folder / "spectrograms.png", rows, sample_rate)
     digests = tuple(str(digest) for digest in networks)
     manifest = AudioManifest(seed=seed, temperature=temperature, networks=digests, rows=tuple(described))
-    files.write_json(path, manifest.to_dict())
-    for name in previous - manifest.file_names:
-        (folder / name).unlink(missing_ok=True)
+    files.write_json(AudioManifest.path(folder), manifest.to_dict())
+    return folder
 
 
 def write_audio_page(path: Path, title: str, sections: Mapping[str, str]) -> None:
     """Write a page that plays the audio files of folders beside it.
 
     Args:
-        sections: Heading and name of each folder. Those that do not exist are left out.
+        sections: Heading and name of the first folder of each section; NAME-2, NAME-3, … follow it.
     """
-    manifests = {heading: AudioManifest.path(path.parent / name) for heading, name in sections.items()}
-    found = [
-        (heading, sections[heading], AudioManifest.from_json(manifest, _FIX))
-        for heading, manifest in manifests.items()
-        if manifest.is_file()
-    ]
+    found = []
+    for heading, name in sections.items():
+        folder, number = path.parent / name, 1
+        while AudioManifest.path(folder).is_file():
+            title_of_folder = heading if number == 1 else f"{heading} {number}"
+            found.append((title_of_folder, folder.name, AudioManifest.from_json(AudioManifest.path(folder), _FIX)))
+            number += 1
+            folder = path.parent / f"{name}-{number}"
     page = make_environment().get_template("audio_page.html").render(title=title, sections=found)
     files.write_text(path, page)

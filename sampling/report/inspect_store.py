@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tyro.conf import Positional
 
-from sampling.output_folder import check_new_file, next_new
+from sampling.output_folder import check_new_picture, next_new
 from vqvae2.command_line import Options
 from vqvae2.data.code_store import CodeStore
 from vqvae2.data.images import DataConfig, ImageDataset
@@ -43,7 +43,8 @@ def inspect_code_store(path: Path, out: Path) -> list[str]:
         _unreadable_line([f"record {record:,}" for record in header.unreadable]),
     ]
     for name, level, usage in zip(names, header.levels, usages, strict=True):
-        entropy = f"entropy {usage.entropy:.3f} nats ({usage.entropy / math.log(2):.3f} bits)"
+        nats = max(0.0, usage.entropy)  # rounding can give −0
+        entropy = f"entropy {nats:.3f} nats ({nats / math.log(2):.3f} bits)"
         size = f"{level.height}×{level.width}, codebook size {level.codebook_size}"
         lines.append(_line(name, f"{size}: usage {usage.usage:.1%}, {entropy}, perplexity {usage.perplexity:.1f}"))
     lines.append(_classes_line(header.classes, label_counts))
@@ -137,9 +138,12 @@ def main(options: InspectOptions) -> None:
     """Run the command `vqvae2 inspect`."""
     store, resolved = options.store, options.store.resolve()
     if not (store / "data.mdb").is_file():
-        raise UserError(f"{store}: neither a code store nor prepared images. Pass a folder that contains data.mdb.")
+        found = sorted([*store.glob("*/data.mdb"), *store.glob("codes/*/data.mdb")])
+        stores = ", ".join(str(path.parent) for path in found)
+        hint = f"Did you mean {stores}?" if stores else "Pass a folder that contains data.mdb."
+        raise UserError(f"{store}: neither a code store nor prepared images. {hint}")
     out = options.out or next_new(resolved.with_name(f"{resolved.name}.png"), ".png")
-    check_new_file(out)
+    check_new_picture(out)
     lines = (
         inspect_prepared_images(store, out)
         if (store / "index.safetensors").is_file()

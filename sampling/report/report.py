@@ -56,7 +56,9 @@ class ReportOptions(Options):
 
     run: Positional[Path] = Field(description="run folder")
     samples: Path | None = Field(
-        default=None, description="folder that `vqvae2 sample` wrote; RUN/samples if not given"
+        default=None,
+        description="folder that `vqvae2 sample` wrote; RUN/samples if not given, or the newest samples-2, … if the "
+        "networks have changed since",
     )
 
 
@@ -65,7 +67,7 @@ def write_report(run: Path, samples: Path | None = None) -> Path:
 
     Args:
         run: The run folder. Its stages need not be finished.
-        samples: A folder written by `vqvae2 sample`; RUN/samples by default.
+        samples: A folder written by `vqvae2 sample`; see `current_samples` for the default.
 
     Raises:
         UserError: If `run` is not a run folder, a file in it is damaged, or there are no samples in `samples`.

@@ -11,7 +11,7 @@ import torch
 
 from sampling.evaluation.metrics import read_metrics
 from sampling.evaluation.training_checks import codebook_warnings, prior_warnings
-from sampling.output_folder import SampleManifest, read_manifest
+from sampling.output_folder import SampleManifest, current_samples, read_manifest
 from sampling.report.diagnosis import Diagnosis, read_diagnosis
 from sampling.run_changes import RunChanges
 from sampling.run_config import RunConfig
@@ -66,12 +66,12 @@ class RunStatus:
 
 
 def read_run(folder: RunFolder, samples: Path | None = None) -> RunStatus:
-    """Read the status of a run and of the folder `samples` (RUN/samples by default).
+    """Read the status of a run and of the folder `samples`; see `current_samples` for the default.
 
     Raises:
         UserError: If the config or a JSON file is damaged.
     """
-    samples = samples or folder.samples
+    samples = samples or current_samples(folder)
     config = RunConfig.from_resolved_yaml(folder.config)
     names = config.levels
     manifest = read_manifest(samples, SampleManifest)

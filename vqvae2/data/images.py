@@ -5,6 +5,7 @@ Samples are uint8 (C, H, W), a quarter of the memory of float32. `to_float` conv
 
 import logging
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -120,6 +121,21 @@ class ImageSample(NamedTuple):
 
     image: UInt8[Tensor, "c h w"]
     label: int  # −1 without labels
+
+
+def read_images(
+    paths: Sequence[Path], size: tuple[int, int], channels: int = 3, max_pixels: int = MAX_PIXELS
+) -> UInt8[Tensor, "b c h w"]:
+    """Return the images in files, resized and cropped to (height, width) `size`; see `read_image`.
+
+    Raises:
+        UserError: If one is a folder, or cannot be read as an image.
+        FileNotFoundError: If one does not exist.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder. Give image files; `vqvae2 reconstruct` also takes a single folder.")
+    return torch.stack([hwc_to_chw(read_image(path, size, channels, max_pixels=max_pixels)) for path in paths])
 
 
 class ImageDataset(Dataset[ImageSample]):
