@@ -42,7 +42,7 @@ from vqvae2.run_folder import RunFolder
 class SampleOptions(Options, SamplingConfig):
     """Sample new images from a trained run, or from a saved pipeline.
 
-    Settings that are not given are those of the run or pipeline. `vqvae2 sample RUN --help` lists those of a run.
+    Settings that are not given are those of the run or pipeline. After the name of a run, --help lists its values.
     """
 
     run: Positional[Path] = Field(description=SOURCE_HELP)

@@ -105,11 +105,11 @@ def _measure(folder: RunFolder, config: EvaluationConfig, samples: Path) -> dict
         reason = next(iter(missing.values()))["missing"]
         raise UserError(f"{reason} {folder.metrics} is unchanged.")
     metrics = {
-        "fid": missing.get(INCEPTION, {"missing": "inception is not among the networks of --features"}),
-        **earlier,
         "made_from": made_from,
         **_training_metrics(folder, autoencoder),
         **cas.previous_score(folder.metrics, made_from["samples"]),
+        "fid": missing.get(INCEPTION, {"missing": "inception is not among the networks of --features"}),
+        **earlier,
     }
     features = {name: reason for name, reason in missing.items() if name != INCEPTION} | metrics.pop("features", {})
     if extractors:
