@@ -209,8 +209,9 @@ def explain(error: ValidationError, data: Any, section: str | None = None, cls: 
     if not name:
         return f"{message}{more}"
     nested = isinstance(problem["input"], dict | list | BaseModel)
-    repeated = problem["type"] == "model_type" or repr(problem["input"]) in message
-    shown = "" if nested or repeated else f", not {_shorten(repr(problem['input']))}"
+    value = repr(problem["input"])
+    repeated = problem["type"] == "model_type" or (isinstance(problem["input"], str) and value in message)
+    shown = "" if nested or repeated else f", not {_shorten(value)}"
     separator = "." if re.match(r"[a-z_.]+: ", message) else ": "  # a validator may name a key of its section
     return f"{name}{separator}{message}{shown}{more}"
 
