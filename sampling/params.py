@@ -144,11 +144,11 @@ class SamplingParams(Config):
         """Return a copy in which a level that a parameter does not name has the value of `defaults`.
 
         >>> SamplingParams(top_p={"top": 0.5}).complete(SamplingParams(top_p=0.9), ["bottom", "top"]).top_p
-        {'bottom': 0.9, 'top': 0.5}
+        {'top': 0.5, 'bottom': 0.9}
         """
         values = {name: getattr(self, name) for name in LevelSamplingParams.model_fields}
         completed = {
-            name: {level: defaults._value(name, level) for level in levels} | dict(value)
+            name: dict(value) | {level: defaults._value(name, level) for level in levels if level not in value}
             for name, value in values.items()
             if isinstance(value, Mapping) and value != getattr(defaults, name)
         }

@@ -158,8 +158,8 @@ class BaseRun:
         with processes().main_process_first():  # the other processes then find what the main process has written
             if folder.config.is_file():
                 previous = cls.config_class.from_resolved_yaml(folder.config)
-                if _has_only_settings(folder):  # an earlier command failed before it opened the data
-                    previous = None
+                if previous != run.config and _has_only_settings(folder):
+                    previous = None  # an earlier command failed before it opened the data
                 else:
                     changes = _find_changes(previous, run.config, folder, with_changes)
             else:
