@@ -157,7 +157,8 @@ def test_every_image_is_sampled_in_the_same_batch(
     assert contents(tmp_path / "out" / "images") == before
     pipeline, config, progress = VQVAE2Pipeline.from_pretrained(finished_run), SamplingConfig(count=5), []
     for rank, share in ((0, [0, 1, 4]), (1, [2, 3])):
-        monkeypatch.setattr("sampling.sample.processes", lambda: SimpleNamespace(process_index=rank, num_processes=2))  # noqa: B023
+        process = SimpleNamespace(process_index=rank, num_processes=2)
+        monkeypatch.setattr("sampling.sample.processes", lambda process=process: process)
         found = sample_images(pipeline, config, 2, range(5), show_progress=False)
         assert [sample.number for sample in found] == share
     list(pipeline.sample_batches(range(5), config, progress.append, batch_size=2))

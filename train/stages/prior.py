@@ -83,6 +83,7 @@ class PriorStage(TrainingStage[Prior, PriorObjective]):
         (self.level_name, self.level), self.config = level, config
         self.name = f"prior-{self.level_name}"
         self.training_data, self.validation_data = training_data, validation_data
+        self.has_constant_codes = has_constant_codes(training_data, self.level)
         header = training_data.header
         maps = header.levels
         spec = PriorSpec(level=maps[self.level], coarser=maps[self.level + 1 :], num_classes=len(header.classes))
@@ -189,7 +190,7 @@ def train_prior(run: Run, level: str) -> None:
         if is_finished(folder.weights, made_from):
             return
     stage = ImagePriorStage(run, level)
-    if has_constant_codes(open_run_codes(run.folder, "train"), stage.level):
+    if stage.has_constant_codes:
         print_main(f"warning: {constant_codes_warning(level)}")
     train(stage, stage.config.training, folder.path, run.config.data.num_workers, run.config.tracker)
 
